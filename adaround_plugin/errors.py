@@ -1,0 +1,41 @@
+"""One family of errors. Each names the node or argument it is about and says what to do."""
+
+__all__ = [
+    "AdaRoundError",
+    "InvalidBatchError",
+    "InvalidModelError",
+    "InvalidOptionError",
+    "NonFiniteError",
+]
+
+
+class AdaRoundError(Exception):
+    """Base of every error this package raises on purpose.
+
+    `subject` is the node, layer or argument the error is about, `remedy` what the caller can do.
+    """
+
+    def __init__(self, subject: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{subject}: {problem}. {remedy}")
+        self.subject = subject
+        self.problem = problem
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple[type["AdaRoundError"], tuple[str, str, str]]:
+        return type(self), (self.subject, self.problem, self.remedy)
+
+
+class InvalidOptionError(AdaRoundError, ValueError):
+    """An argument has a value outside what it accepts."""
+
+
+class InvalidModelError(AdaRoundError, ValueError):
+    """The model is not one the pass can work on: not prepared, not calibrated, in train mode, half precision."""
+
+
+class InvalidBatchError(AdaRoundError, ValueError):
+    """The calibration batches are empty, one-shot, or do not fit the model's signature."""
+
+
+class NonFiniteError(AdaRoundError, ArithmeticError):
+    """A weight, an activation or an observed range holds NaN or infinity."""

@@ -1,0 +1,1 @@
+"""Graphs: what a host tells about its weighted nodes, and the two streams of activations through them."""

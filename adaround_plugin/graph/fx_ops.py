@@ -1,0 +1,82 @@
+"""Reading `WeightedOp`s from modules and from functional calls in an FX graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from ..weighted_op import WeightedOp
+
+__all__ = ["function_op", "is_weighted_function", "module_op"]
+
+_CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+_TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
+_FUNCTIONS = {F.linear, *_CONVOLUTIONS, *_TRANSPOSED}
+
+
+def is_weighted_function(node: fx.Node) -> bool:
+    """Whether `node` calls a functional linear layer or convolution."""
+    return node.op == "call_function" and node.target in _FUNCTIONS
+
+
+def module_op(module: nn.Module) -> WeightedOp | None:
+    """The operator of a linear or convolutional module, or None if it is neither."""
+    if isinstance(module, nn.Linear):
+        return WeightedOp("linear")
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return None
+    if module.transposed:
+        padding = _both_sides(module.padding, module.kernel_size, module.dilation)
+        return WeightedOp(
+            "conv_transpose", module.stride, padding, module.dilation, module.output_padding, groups=module.groups
+        )
+    padding = _both_sides(module.padding, module.kernel_size, module.dilation)
+    return WeightedOp(
+        "conv", module.stride, padding, module.dilation, padding_mode=module.padding_mode, groups=module.groups
+    )
+
+
+def function_op(node: fx.Node, weight_shape: torch.Size) -> WeightedOp | None:
+    """The operator of a functional call, or None if an argument other than input, weight, bias is computed."""
+    if node.target is F.linear:
+        return WeightedOp("linear")
+    transposed = node.target in _TRANSPOSED
+    spatial = (_TRANSPOSED if transposed else _CONVOLUTIONS)[node.target]  # type: ignore[index]
+    names = ("stride", "padding", *(["output_padding", "groups", "dilation"] if transposed else ["dilation", "groups"]))
+    settings: dict[str, Any] = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+    settings.update(zip(names, node.args[3:], strict=False))
+    settings.update({name: node.kwargs[name] for name in names if name in node.kwargs})
+    if any(isinstance(leaf, fx.Node) for value in settings.values() for leaf in _leaves(value)):
+        return None
+    stride, dilation = _tuple(settings["stride"], spatial), _tuple(settings["dilation"], spatial)
+    padding = settings["padding"] if isinstance(settings["padding"], str) else _tuple(settings["padding"], spatial)
+    sides = _both_sides(padding, tuple(weight_shape[2:]), dilation)
+    if transposed:
+        extra = _tuple(settings["output_padding"], spatial)
+        return WeightedOp("conv_transpose", stride, sides, dilation, extra, groups=settings["groups"])
+    return WeightedOp("conv", stride, sides, dilation, groups=settings["groups"])
+
+
+def _leaves(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _tuple(value: Any, length: int) -> tuple[int, ...]:
+    values = tuple(_leaves(value))
+    return values * length if len(values) == 1 else values
+
+
+def _both_sides(
+    padding: str | tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    """Padding before and after each dimension; `"same"` puts the odd one after, as torch does."""
+    if padding == "valid":
+        return ((0, 0),) * len(kernel)
+    if padding == "same":
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    return tuple((int(side), int(side)) for side in padding)

@@ -1,0 +1,120 @@
+"""The float and the quantized stream, advanced together through their graphs, stage by stage over all batches.
+
+A *stage* runs, for every batch, the nodes that depend on no undecided weight, and ends at the weighted nodes whose
+inputs are then known. Only values that later nodes still need are kept between stages; what follows cheaply from a
+kept value (`dequantize`, parameters) is made again when asked for, so that the quantized stream is kept in 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+__all__ = ["Stream"]
+
+Values = dict[fx.Node, Any]
+
+
+class Stream(fx.Interpreter):
+    """One graph, run piecewise.
+
+    `done` has the nodes that have run for every batch.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.nodes = list(module.graph.nodes)
+        self.placeholders = [node for node in self.nodes if node.op == "placeholder"]
+        self.output_node = self.nodes[-1]
+        # made again at each use: what depends on no input, and the unpacking of quantized values
+        varying: set[fx.Node] = set(self.placeholders)
+        self._remade: set[fx.Node] = set()
+        for node in self.nodes:
+            if node.op == "placeholder":
+                continue
+            if not varying.isdisjoint(node.all_input_nodes):
+                varying.add(node)
+            if node not in varying or (node.op == "call_method" and node.target == "dequantize"):
+                self._remade.add(node)
+        self._remade.discard(self.output_node)
+        self.done: set[fx.Node] = set(self.placeholders)
+
+    def restart(self) -> None:
+        """Forget what has run."""
+        self.done = set(self.placeholders)
+
+    def bind(self, arguments: Iterable[Any]) -> Values:
+        """The values of one batch before anything has run."""
+        return dict(zip(self.placeholders, arguments, strict=True))
+
+    def runnable(self, blocked: set[fx.Node]) -> list[fx.Node]:
+        """Nodes not yet done that depend on none of `blocked`, in order; the output node never runs."""
+        known = set(self.done)
+        found = []
+        for node in self.nodes[:-1]:
+            if node in known or node in blocked:
+                continue
+            if all(source in known for source in node.all_input_nodes):
+                known.add(node)
+                if node not in self._remade:
+                    found.append(node)
+        return found
+
+    def reaches(self, node: fx.Node, run: Iterable[fx.Node]) -> bool:
+        """Whether the inputs of `node` are known once the nodes `run` have run."""
+        known = self.done.union(run)
+        return all(self._known(source, known) for source in node.all_input_nodes)
+
+    def _known(self, node: fx.Node, known: set[fx.Node]) -> bool:
+        if node in self._remade:
+            return all(self._known(source, known) for source in node.all_input_nodes)
+        return node in known
+
+    def run_nodes(self, values: Values, nodes: Iterable[fx.Node]) -> None:
+        """Run `nodes` for one batch; results go into `values`."""
+        for node in nodes:
+            values[node] = self._execute(node, values)
+
+    def value(self, node: Any, values: Values) -> Any:
+        """The value of a node (or of a structure of nodes) whose inputs are known."""
+        return map_arg(node, lambda n: values[n] if n in values else self._execute(n, values))
+
+    def _execute(self, node: fx.Node, values: Values) -> Any:
+        args, kwargs = self.value(node.args, values), self.value(node.kwargs, values)
+        try:
+            return getattr(self, node.op)(node.target, args, kwargs)
+        except Exception as error:
+            error.add_note(f"while running node {node.name} ({node.op} {node.target})")
+            raise
+
+    def finish(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """Mark `nodes` as done for every batch; returns the nodes whose values are still needed."""
+        self.done.update(nodes)
+        needed: set[fx.Node] = set()
+        for node in self.nodes:
+            if node not in self.done and node not in self._remade:
+                self._sources(node, needed)
+        return needed
+
+    def _sources(self, node: fx.Node, found: set[fx.Node]) -> None:
+        for source in node.all_input_nodes:
+            if source in self._remade:
+                self._sources(source, found)
+            else:
+                found.add(source)
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """The floating-point tensors in a nested output."""
+    if isinstance(value, torch.Tensor):
+        value = value.dequantize() if value.is_quantized else value
+        return [value.float()] if value.is_floating_point() else []
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in tensors(item)]
+    return []

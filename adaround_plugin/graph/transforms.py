@@ -1,0 +1,141 @@
+"""Rewrites of our own copies of a graph that make it easy to walk. Modules are shared, never changed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+__all__ = ["functionalize", "inline", "origin", "strip"]
+
+_INPLACE_OPERATORS = {
+    operator.iadd,
+    operator.isub,
+    operator.imul,
+    operator.itruediv,
+    operator.ifloordiv,
+    operator.imod,
+    operator.ipow,
+    operator.iand,
+    operator.ior,
+    operator.ixor,
+}
+
+
+def origin(node: fx.Node) -> str:
+    """The node's name in the graph it came from, with the path of that graph in front."""
+    return str(node.meta["adaround_origin"])
+
+
+def inline(module: fx.GraphModule, is_inlined: Callable[[nn.Module], bool]) -> fx.GraphModule:
+    """A copy of the graph in which calls of submodules that are graphs of their own are written out.
+
+    Nodes remember where they came from (`origin`). Submodules and parameters are those of `module`.
+    """
+    graph = fx.Graph()
+    outputs = _copy_into(graph, module, "", is_inlined, None)
+    graph.output(outputs)
+    return fx.GraphModule(module, graph)
+
+
+def _copy_into(
+    graph: fx.Graph,
+    module: fx.GraphModule,
+    prefix: str,
+    is_inlined: Callable[[nn.Module], bool],
+    arguments: list[Any] | None,
+) -> Any:
+    """Copy the nodes of `module` to the end of `graph`; returns what its output node returns."""
+    copied: dict[fx.Node, Any] = {}
+    given = iter(arguments or [])
+    for node in module.graph.nodes:
+        if node.op == "output":
+            return map_arg(node.args[0], copied.__getitem__)
+        if node.op == "placeholder" and arguments is not None:
+            copied[node] = next(given, node.args[0] if node.args else None)
+            continue
+        inner = module.get_submodule(node.target) if node.op == "call_module" else None
+        if inner is not None and is_inlined(inner):
+            assert isinstance(inner, fx.GraphModule)
+            passed = _bind(inner, map_arg(node.args, copied.__getitem__), node.kwargs, copied)
+            copied[node] = _copy_into(graph, inner, f"{prefix}{node.target}.", is_inlined, passed)
+            continue
+        new = graph.node_copy(node, copied.__getitem__)
+        if node.op in ("call_module", "get_attr"):
+            new.target = prefix + str(node.target)
+        new.meta["adaround_origin"] = prefix + node.name
+        copied[node] = new
+    return None
+
+
+def _bind(inner: fx.GraphModule, args: Any, kwargs: dict[str, Any], copied: dict[fx.Node, Any]) -> list[Any]:
+    """Arguments of a call of a graph, in the order of its placeholders."""
+    named = {name: map_arg(value, copied.__getitem__) for name, value in kwargs.items()}
+    bound = list(args)
+    for placeholder in [n for n in inner.graph.nodes if n.op == "placeholder"][len(bound) :]:
+        default = placeholder.args[0] if placeholder.args else None
+        bound.append(named.get(str(placeholder.target), default))
+    return bound
+
+
+def strip(module: fx.GraphModule, is_stripped: Callable[[nn.Module], bool]) -> fx.GraphModule:
+    """Take out, in place, every call of a submodule that passes its input on (observers)."""
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and is_stripped(module.get_submodule(node.target)):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    return module
+
+
+def functionalize(module: fx.GraphModule) -> fx.GraphModule:
+    """Make in-place operations work on a copy, in place in the graph.
+
+    Later users of the overwritten value read the operation's result instead, so that nodes may run in any order that
+    respects their arguments, and kept activations (and the caller's batches) are never overwritten.
+    """
+    position = {node: i for i, node in enumerate(module.graph.nodes)}
+    for node in list(module.graph.nodes):
+        if not _is_inplace(module, node):
+            continue
+        target = node.args[0]
+        if not isinstance(target, fx.Node):
+            continue
+        if node.op == "call_function" and node.target is operator.setitem:
+            node.target = _setitem
+        else:
+            with module.graph.inserting_before(node):
+                copy = module.graph.call_function(torch.clone, (target,))
+            copy.meta["adaround_origin"] = f"{origin(node)}:copy"
+            node.replace_input_with(target, copy)
+        for user in list(target.users):
+            if position.get(user, -1) > position[node]:
+                user.replace_input_with(target, node)
+    return module
+
+
+def _setitem(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
+    """`x[index] = value` on a copy."""
+    x = x.clone()
+    x[index] = value
+    return x
+
+
+def _is_inplace(module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        submodule = module.get_submodule(str(node.target))
+        return bool(getattr(submodule, "inplace", False))
+    if node.op == "call_method":
+        return (str(node.target).endswith("_") and not str(node.target).startswith("__")) or node.target == "__iadd__"
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        return (
+            node.target in _INPLACE_OPERATORS
+            or node.target is operator.setitem
+            or node.kwargs.get("inplace", False) is True
+            or (name.endswith("_") and not name.endswith("__"))
+        )
+    return False

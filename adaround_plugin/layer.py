@@ -1,0 +1,187 @@
+"""One layer, from its moments to a rounding: target, problem, scale, solution, and the check on held-out samples.
+
+No graph and no host: a layer is an operator, a weight, a grid and moments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .grid import Grid
+from .hessian import Hessian
+from .moments import Moments
+from .problem import RoundingProblem, Solver
+from .scale import refit_scale, search_grid
+from .solvers import Nearest
+from .weighted_op import WeightedOp
+
+__all__ = ["Layer", "LayerRounding", "Recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a layer is asked to imitate, and how its data are weighed.
+
+    Attributes:
+        asymmetric: imitate the float output from the *quantized* input (equation 25 without its activation), else
+            only undo the weight's own error.
+        correct_bias: let the bias absorb the mean error, where the layer's bias can be written.
+        column_weighting: `"none"`, or `"inverse_norm"` to weigh each column by `1 / |x|^2`, so that a few columns
+            with massive activations do not decide for all.
+        damping: ridge on the hessian, relative to the mean of its diagonal.
+    """
+
+    asymmetric: bool = True
+    correct_bias: bool = True
+    column_weighting: Literal["none", "inverse_norm"] = "none"
+    damping: float = 0.01
+
+
+@dataclass(frozen=True)
+class LayerRounding:
+    """What was decided for one layer.
+
+    Attributes:
+        grid, integers: the quantized weight; `integers` has the weight's shape.
+        bias_correction: `(out,)` float32 to add to the bias, or None.
+        learned: False where nearest was kept.
+        nearest_error, learned_error: output error relative to the output's variance, on the learning samples.
+        nearest_holdout, learned_holdout: the same on held-out samples; None without any.
+    """
+
+    grid: Grid
+    integers: Tensor
+    bias_correction: Tensor | None
+    learned: bool
+    nearest_error: float
+    learned_error: float
+    nearest_holdout: float | None
+    learned_holdout: float | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weighted operator with the data it has seen.
+
+    Attributes:
+        op: what the operator does to its weight.
+        weight: the float weight.
+        grid: the grid to start from.
+        moments: of the learning samples, finished.
+        holdout: of the held-out samples, finished; its count may be 0.
+    """
+
+    op: WeightedOp
+    weight: Tensor
+    grid: Grid
+    moments: Moments
+    holdout: Moments
+
+    def nearest(self) -> LayerRounding:
+        """Round to nearest on the starting grid, bias untouched: the baseline."""
+        integers = self.grid.nearest(self.weight)
+        error, held = self._errors(self.grid, integers, correct_bias=False)
+        return LayerRounding(self.grid, integers, None, False, error, error, held, held)
+
+    def learn(self, recipe: Recipe, solver: Solver, search_scale: bool, up_or_down: bool) -> LayerRounding:
+        """Learn the rounding; nearest is kept where it is better on held-out samples.
+
+        Args:
+            recipe: what to imitate; `correct_bias` must be off if the bias cannot be written.
+            solver: solves the rounding problem.
+            search_scale: choose the scale under the hessian, else keep the grid's.
+            up_or_down: restrict to floor and ceil of the weight on its grid, as the paper does.
+        """
+        baseline = self.nearest()
+        hessian, target = self._form(recipe)
+        grid = self.grid
+        searching = search_scale and self._scale_follows_rows()
+        channel = self._channel()
+        if searching:
+            grid = search_grid(grid, channel, lambda at: self._problem(at, hessian, target, up_or_down))
+        rounding = solver.solve(self._problem(grid, hessian, target, up_or_down))
+        if searching and not up_or_down and not isinstance(solver, Nearest):
+            grid = refit_scale(grid, channel, hessian, target, rounding.integers)
+        integers = self.op.unrows(rounding.integers, self.weight.shape)
+        error, held = self._errors(grid, integers, recipe.correct_bias)
+        if held is not None and baseline.nearest_holdout is not None:
+            learned = held <= baseline.nearest_holdout
+        else:
+            learned = error <= baseline.nearest_error
+        correction = None
+        if recipe.correct_bias:
+            correction = self.op.outputs(self.moments.bias(self._change(grid, integers))).float()
+        return LayerRounding(
+            grid if learned else baseline.grid,
+            integers if learned else baseline.integers,
+            correction if learned else None,
+            learned,
+            baseline.nearest_error,
+            error,
+            baseline.nearest_holdout,
+            held,
+        )
+
+    def _form(self, recipe: Recipe) -> tuple[Hessian, Tensor]:
+        """Damped hessian and target in weight units.
+
+        Completing the square of `E (d + (w - w^) x^)^2` gives the target `t = w + E[d x^^T] (H + delta I)^-1`.
+        """
+        moments = self.moments
+        second, cross, _ = (
+            (moments.hessian, moments.cross, moments.power) if recipe.correct_bias else moments.uncentred()
+        )
+        hessian = Hessian.damped(second, recipe.damping)
+        target = self.op.rows(self.weight).double()
+        if recipe.asymmetric:
+            target = target + hessian.solve(cross)
+        return hessian, target
+
+    def _problem(self, grid: Grid, hessian: Hessian, target: Tensor, up_or_down: bool) -> RoundingProblem:
+        """The rounding problem on `grid`, in its coordinates."""
+        rows, shape = self.op.rows, self.weight.shape
+        scale = rows(grid.expand(grid.scale, shape)).double()
+        zero_point = rows(grid.expand(grid.zero_point, shape))
+        if not self._scale_follows_rows():
+            # a scale that runs along the columns moves into the form; its size along the rows is free
+            hessian = hessian.scaled(scale[:, 0])
+        if up_or_down:
+            lower = rows(grid.coordinates(self.weight)).floor().long()
+            upper = (lower + 1).clamp(grid.quant_min, grid.quant_max)
+            lower = lower.clamp(grid.quant_min, grid.quant_max)
+        else:
+            lower, upper = torch.full_like(zero_point, grid.quant_min), torch.full_like(zero_point, grid.quant_max)
+        return RoundingProblem(target / scale + zero_point, hessian, lower, upper, rows(grid.nearest(self.weight)))
+
+    def _scale_follows_rows(self) -> bool:
+        return self.grid.ch_axis in (None, self.op.output_axis)
+
+    def _channel(self) -> Tensor:
+        """`(G, R)`: the grid's channel that each row belongs to."""
+        index = torch.arange(self.grid.scale.numel(), device=self.weight.device)
+        return self.op.rows(self.grid.expand(self.grid.per_channel(index), self.weight.shape))[..., 0]
+
+    def _change(self, grid: Grid, integers: Tensor) -> Tensor:
+        """`w - w^` as rows, float64."""
+        return self.op.rows(self.weight.double() - grid.dequantize(integers).double())
+
+    def _errors(self, grid: Grid, integers: Tensor, correct_bias: bool) -> tuple[float, float | None]:
+        """Output error over output variance on the learning and on the held-out samples."""
+        change, rows = self._change(grid, integers), self.op.rows(self.weight).double()
+        found: list[float | None] = []
+        for moments in (self.moments, self.holdout):
+            if not moments.count:
+                found.append(None)
+                continue
+            # the bias is learned on the learning samples; held-out ones must live with it
+            error = moments.error(change, correct_bias=False)
+            if correct_bias:
+                offset = self.moments.bias(change)
+                error = (error - 2 * offset * moments.bias(change) + offset.square()).clamp_min(0)
+            power = ((rows @ moments.hessian) * rows).sum()
+            found.append(float(error.sum() / power) if power > 0 else float(error.sum()))
+        return found[0] or 0.0, found[1]

@@ -1,0 +1,85 @@
+"""The rounding problem every solver takes, and the rounding it returns.
+
+Equation 20 of the AdaRound paper (arXiv 2004.10568) is a quadratic unconstrained binary problem per output row; here
+it is written in grid coordinates (`q = w / scale + zero_point`) and with as many levels as the grid has:
+
+    minimise (q - t) H (q - t)^T   over integers   lower <= q <= upper,   for every row, all rows sharing H.
+
+Nothing here knows of layers, hosts or data: tensor mathematics only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import InvalidOptionError, NonFiniteError
+from .hessian import Hessian
+
+__all__ = ["Rounding", "RoundingProblem", "Solver"]
+
+
+@dataclass(frozen=True)
+class RoundingProblem:
+    """Minimise `(q - target) hessian (q - target)^T` per row over integers in a box.
+
+    Attributes:
+        target: `(G, R, D)` float64, the real point to imitate, in grid coordinates.
+        hessian: the quadratic form, `D` columns in each of `G` groups.
+        lower, upper: `(G, R, D)` int64 bounds.
+        nearest: `(G, R, D)` int64, round-to-nearest of the weight itself; no solver may return a worse row.
+    """
+
+    target: Tensor
+    hessian: Hessian
+    lower: Tensor
+    upper: Tensor
+    nearest: Tensor
+
+    def __post_init__(self) -> None:
+        groups, _, columns = self.target.shape
+        if self.hessian.matrix.shape[:2] != (groups, columns):
+            raise InvalidOptionError(
+                "hessian",
+                f"{tuple(self.hessian.matrix.shape)} does not fit a target of shape {tuple(self.target.shape)}",
+                f"Pass shape {(groups, columns, columns)}.",
+            )
+        if not torch.isfinite(self.target).all():
+            raise NonFiniteError("target", "holds NaN or infinity", "Check the weights and the calibration data.")
+
+    def loss(self, q: Tensor) -> Tensor:
+        """`(q - t) H (q - t)^T` for each row: `(G, R)` float64."""
+        return self.hessian.quadratic(q - self.target)
+
+    def clamp(self, q: Tensor) -> Tensor:
+        """Clip to the box."""
+        return torch.minimum(torch.maximum(q, self.lower.to(q.dtype)), self.upper.to(q.dtype))
+
+    def best_of(self, *candidates: Tensor) -> Rounding:
+        """Keep, row by row, the candidate with the smallest loss; the first wins ties, and nearest comes first."""
+        best, loss = self.nearest, self.loss(self.nearest)
+        for candidate in candidates:
+            candidate_loss = self.loss(candidate)
+            better = candidate_loss < loss
+            best = torch.where(better.unsqueeze(-1), candidate, best)
+            loss = torch.where(better, candidate_loss, loss)
+        return Rounding(best, loss)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A solver's answer: `(G, R, D)` int64 integers and their `(G, R)` float64 loss."""
+
+    integers: Tensor
+    loss: Tensor
+
+
+class Solver(Protocol):
+    """A way to solve a rounding problem. The answer depends on the problem alone, and no row is above nearest's."""
+
+    def solve(self, problem: RoundingProblem) -> Rounding:
+        """Solve `problem`."""
+        ...

@@ -1,0 +1,121 @@
+"""Qconfig mappings and the backend configuration that put the AdaRound observer into `prepare_fx`."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.ao.quantization import QConfig, QConfigMapping, get_default_qconfig_mapping
+from torch.ao.quantization.backend_config import BackendConfig, DTypeConfig, get_native_backend_config
+from torch.ao.quantization.observer import PlaceholderObserver
+
+from .errors import InvalidOptionError
+from .grid import check_bits
+from .observers import AdaRoundObserver
+
+__all__ = ["get_adaround_qconfig_mapping", "get_weight_only_backend_config"]
+
+_BACKENDS = ("x86", "fbgemm", "onednn", "qnnpack")
+_TRANSPOSED_MODULES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_TRANSPOSED_FUNCTIONS = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+
+
+def get_adaround_qconfig_mapping(
+    backend: str = "x86",
+    weight_bits: int = 4,
+    activation_bits: int | None = 8,
+    per_channel: bool = True,
+    symmetric: bool = True,
+    layer_bits: Mapping[str, int] | None = None,
+    model: nn.Module | None = None,
+) -> QConfigMapping:
+    """The backend's default mapping with the AdaRound observer as weight observer of every weighted operator.
+
+    Args:
+        backend: `"x86"`, `"fbgemm"`, `"onednn"` or `"qnnpack"`; decides the activation observer.
+        weight_bits: 2 to 8.
+        activation_bits: 8, or None for weight-only quantization; then also pass
+            `backend_config=get_weight_only_backend_config()` to `prepare_fx` and `convert_to_reference_fx`.
+        per_channel: one scale per output channel, else one per weight. Transposed convolutions get one per weight
+            where activations are quantized, since no native kernel of torch takes more.
+        symmetric: zero point 0, else affine (onednn takes symmetric weights only).
+        layer_bits: bits for single layers by qualified name (or the name of a parent module) or regular expression.
+        model: the float model; checks the names of `layer_bits`, and is needed when one of them is a transposed
+            convolution, which wants an observer of its own.
+
+    Raises:
+        InvalidOptionError: unknown backend, bits out of range, or a name in `layer_bits` that `model` lacks.
+    """
+    if backend not in _BACKENDS:
+        raise InvalidOptionError("backend", f"{backend!r} is not known", f"Pass one of {list(_BACKENDS)}.")
+    if activation_bits not in (8, None):
+        raise InvalidOptionError(
+            "activation_bits", f"{activation_bits!r} is not supported", "Pass 8, or None for float activations."
+        )
+    if backend == "onednn" and not symmetric and activation_bits is not None:
+        raise InvalidOptionError("symmetric", "onednn kernels need zero point 0", "Pass symmetric=True.")
+
+    weight_only = activation_bits is None
+    mapping = QConfigMapping() if weight_only else get_default_qconfig_mapping(backend)
+    activation = (
+        PlaceholderObserver.with_args(dtype=torch.float) if weight_only else mapping.global_qconfig.activation
+    )
+
+    def qconfig(bits: int, transposed: bool) -> QConfig:
+        channels = per_channel and (weight_only or not transposed)
+        if channels:
+            scheme = torch.per_channel_symmetric if symmetric else torch.per_channel_affine
+        else:
+            scheme = torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine
+        observer = AdaRoundObserver.with_args(bits=bits, qscheme=scheme, ch_axis=1 if channels and transposed else 0)
+        return QConfig(activation=activation, weight=observer)
+
+    check_bits(weight_bits, "weight_bits")
+    mapping.set_global(qconfig(weight_bits, transposed=False))
+    transposed_qconfig = qconfig(weight_bits, transposed=True)
+    for kind in (*_TRANSPOSED_MODULES, *_TRANSPOSED_FUNCTIONS):
+        mapping.set_object_type(kind, transposed_qconfig)
+    for pattern, bits in (layer_bits or {}).items():
+        check_bits(bits, f"layer_bits[{pattern!r}]")
+        names = _matching(model, pattern) if model is not None else None
+        if names is None:
+            exact = re.fullmatch(r"[\w.]*", pattern)
+            (mapping.set_module_name if exact else mapping.set_module_name_regex)(pattern, qconfig(bits, False))
+            continue
+        assert model is not None
+        for name in names:
+            transposed = isinstance(model.get_submodule(name), _TRANSPOSED_MODULES)
+            mapping.set_module_name(name, qconfig(bits, transposed))
+    return mapping
+
+
+def _matching(model: nn.Module, pattern: str) -> list[str]:
+    """Names of the modules of `model` that a name or pattern selects, those below a named one included."""
+    names = [
+        name
+        for name, _ in model.named_modules(remove_duplicate=False)
+        if name and (name == pattern or name.startswith(pattern + ".") or re.fullmatch(pattern, name))
+    ]
+    if not names:
+        raise InvalidOptionError(f"layer_bits[{pattern!r}]", "matches no module of the model", "Check the name.")
+    return names
+
+
+def get_weight_only_backend_config() -> BackendConfig:
+    """A backend for float activations and integer weights: convolutions and linear layers, with what fuses into them.
+
+    Pass it to `prepare_fx` and `convert_to_reference_fx` beside a mapping with `activation_bits=None`.
+    """
+    weight_only = DTypeConfig(
+        input_dtype=torch.float, output_dtype=torch.float, weight_dtype=torch.qint8, bias_dtype=torch.float
+    )
+    result = BackendConfig("adaround_weight_only")
+    for config in get_native_backend_config().configs:
+        if any(dtypes.weight_dtype == torch.qint8 and not dtypes.is_dynamic for dtypes in config.dtype_configs):
+            config = copy.deepcopy(config)
+            config.dtype_configs = [weight_only]
+            result.set_backend_pattern_config(config)
+    return result

@@ -1,0 +1,136 @@
+"""What was done to each layer, as plain data: a table to print, JSON to keep."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+
+from torch import fx, nn
+
+from .errors import InvalidModelError
+
+__all__ = ["LayerReport", "Report", "RecipeTrial", "get_report"]
+
+KEY = "adaround_report"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One learned layer.
+
+    Attributes:
+        name, kind: qualified name; type of the operator. `tied` names share the weight.
+        shape: of the weight.
+        bits: bit width of the integer range.
+        nearest_error, learned_error: squared output error over the output's variance on the learning samples, of
+            round-to-nearest on the observer's scale and of the learned rounding. Float output against the output
+            with quantized weight and quantized input.
+        nearest_holdout, learned_holdout: the same on held-out samples, None without any.
+        learned: whether the learned rounding was kept; else the layer is nearest, because `note` says.
+        flipped: share of the weights whose integer is not the nearest on the layer's own grid.
+        clipped: share of the weights that lie outside the layer's grid.
+        bias: `"corrected"`, `"added"` or `"kept"`.
+        columns: how many columns entered the moments.
+        seconds: time spent on this layer's moments and its rounding.
+        note: anything unusual.
+    """
+
+    name: str
+    kind: str
+    tied: tuple[str, ...]
+    shape: tuple[int, ...]
+    bits: int
+    nearest_error: float
+    learned_error: float
+    nearest_holdout: float | None
+    learned_holdout: float | None
+    learned: bool
+    flipped: float
+    clipped: float
+    bias: str
+    columns: int
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class RecipeTrial:
+    """A recipe that was tried on part of the data: its settings and the relative error of the network's output."""
+
+    recipe: str
+    output_error: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `adaround` did.
+
+    Attributes:
+        solver, recipe: what was used.
+        layers: learned layers in the order in which they were solved.
+        skipped: `(name, kind, reason)` of weighted nodes that were not learned.
+        trials: recipes tried by `"auto"`.
+        output_error: squared error of the network's output over its variance on held-out samples (on all without any).
+        seconds: wall time by phase: `forward`, `moments`, `solve`, `trials`, `total`.
+    """
+
+    solver: str
+    recipe: str
+    layers: list[LayerReport]
+    skipped: list[tuple[str, str, str]]
+    trials: list[RecipeTrial] = field(default_factory=list)
+    output_error: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The whole report as JSON."""
+        return json.dumps(asdict(self), indent=indent)
+
+    def __str__(self) -> str:
+        head = ("layer", "op", "weight", "bits", "nearest", "learned", "held-out n", "held-out l", "flipped")
+        rows = [(*head, "clipped", "bias", "seconds", "")]
+        for layer in self.layers:
+            rows.append(
+                (
+                    layer.name,
+                    layer.kind,
+                    "x".join(map(str, layer.shape)),
+                    str(layer.bits),
+                    _number(layer.nearest_error),
+                    _number(layer.learned_error),
+                    _number(layer.nearest_holdout),
+                    _number(layer.learned_holdout),
+                    f"{layer.flipped:.1%}",
+                    f"{layer.clipped:.1%}",
+                    layer.bias,
+                    f"{layer.seconds:.2f}",
+                    layer.note,
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head) + 4)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [f"skipped {name} ({kind}): {reason}" for name, kind, reason in self.skipped]
+        lines += [f"tried {trial.recipe}: output error {_number(trial.output_error)}" for trial in self.trials]
+        kept = sum(layer.learned for layer in self.layers)
+        seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in self.seconds.items())
+        lines.append(
+            f"{kept} of {len(self.layers)} layers learned with {self.solver} ({self.recipe}); "
+            f"output error {_number(self.output_error)}; {seconds}"
+        )
+        return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def get_report(model: nn.Module) -> Report:
+    """The report that `adaround` left in the model it returned.
+
+    Raises:
+        InvalidModelError: the model has none.
+    """
+    report = model.meta.get(KEY) if isinstance(model, fx.GraphModule) else None
+    if not isinstance(report, Report):
+        raise InvalidModelError("model", "carries no AdaRound report", "Pass the model that adaround(...) returned.")
+    return report

@@ -1,0 +1,122 @@
+"""Choosing the scale (and zero point) of a grid: by range, by the weights' squared error, or by the layer's output.
+
+The AdaRound paper fixes the scale by the minimum squared error of the weights before rounding is learned (its
+section 5). Below 4 bits the scale decides more than the rounding does, so `search_grid` chooses it under the layer's
+own hessian: the candidate whose sequential rounding has the smallest output error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .grid import Grid, GridSpec
+from .hessian import Hessian
+from .problem import RoundingProblem
+from .solvers.sequential import round_sequentially
+
+__all__ = ["min_max_grid", "min_mse_grid", "refit_scale", "search_grid"]
+
+_EPS = torch.finfo(torch.float32).tiny * 2**24  # well above subnormal scales, which no host reproduces exactly
+
+
+def _grid(spec: GridSpec, low: Tensor, high: Tensor) -> Grid:
+    """The grid that covers `[low, high]` of each channel without clipping; all-zero channels get scale 1."""
+    low, high = low.clamp_max(0.0), high.clamp_min(0.0)
+    if spec.symmetric:
+        sides = [high / spec.quant_max] if spec.quant_max > 0 else []
+        sides += [low / spec.quant_min] if spec.quant_min < 0 else []
+        scale = torch.stack(sides).amax(0)
+        zero_point = torch.zeros_like(scale)
+    else:
+        scale = (high - low) / (spec.quant_max - spec.quant_min)
+        zero_point = spec.quant_min - (low / scale.clamp_min(_EPS)).round()
+        zero_point = zero_point.clamp(spec.quant_min, spec.quant_max)
+    scale = torch.where(scale > _EPS, scale, torch.ones_like(scale))
+    return spec.at(spec.per_channel(scale), spec.per_channel(zero_point))
+
+
+def min_max_grid(weight: Tensor, spec: GridSpec) -> Grid:
+    """The smallest scale that clips nothing."""
+    low, high = torch.aminmax(spec.channels(weight.detach().float()), dim=1)
+    return _grid(spec, low, high)
+
+
+def min_mse_grid(weight: Tensor, spec: GridSpec, steps: int = 80) -> Grid:
+    """The scale with the smallest squared rounding error of the weights, among `steps` shrinkages of the range."""
+    channels = spec.channels(weight.detach().float())
+    low, high = torch.aminmax(channels, dim=1)
+    best, best_error = _grid(spec, low, high), torch.full_like(low, float("inf"))
+    for i in range(steps):
+        ratio = 1.0 - 0.9 * i / steps
+        grid = _grid(spec, low * ratio, high * ratio)
+        scale, zero_point = grid.scale.reshape(-1, 1), grid.zero_point.reshape(-1, 1)
+        q = (channels / scale + zero_point).round_().clamp_(spec.quant_min, spec.quant_max)
+        error = q.sub_(zero_point).mul_(scale).sub_(channels).square_().sum(1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = _choose(spec, better, grid, best)
+    return best
+
+
+def _choose(spec: GridSpec, where: Tensor, grid: Grid, other: Grid) -> Grid:
+    """`grid` on the channels where `where` holds, `other` elsewhere."""
+    where = spec.per_channel(where)
+    return spec.at(
+        torch.where(where, grid.scale, other.scale), torch.where(where, grid.zero_point, other.zero_point)
+    )
+
+
+def _candidates(grid: Grid) -> Iterator[Grid]:
+    """Grids around `grid`: 0.6 to 1.2 times its scale, and for affine schemes of few bits its zero point +-1."""
+    shifts = [0] if grid.symmetric or grid.bits > 4 else [0, -1, 1]
+    for shift in shifts:
+        zero_point = (grid.zero_point + shift).clamp(grid.quant_min, grid.quant_max)
+        for i in range(13):
+            yield grid.at(grid.scale * (0.6 + 0.05 * i), zero_point)
+
+
+def search_grid(grid: Grid, channel: Tensor, problem_at: Callable[[Grid], RoundingProblem]) -> Grid:
+    """Choose scale and zero point, channel by channel, by the output error of sequential rounding.
+
+    Args:
+        grid: the grid to search around.
+        channel: `(G, R)` int64, the channel of `grid` that each output row belongs to.
+        problem_at: the rounding problem on another grid.
+    """
+    best, best_error = grid, torch.full_like(grid.scale, float("inf")).reshape(-1)
+    for candidate in _candidates(grid):
+        _, loss = round_sequentially(problem_at(candidate))
+        loss = loss * candidate.scale.reshape(-1)[channel].square()
+        error = torch.zeros_like(best_error).index_add_(0, channel.reshape(-1), loss.reshape(-1))
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = _choose(grid, better, candidate, best)
+    return best
+
+
+def refit_scale(grid: Grid, channel: Tensor, hessian: Hessian, target: Tensor, integers: Tensor) -> Grid:
+    """The best scale for given integers, `s = (t H v^T) / (v H v^T)` with `v = q - zero_point`, summed per channel.
+
+    Args:
+        channel: `(G, R)` int64, the channel of each row.
+        hessian: the quadratic form in weight units.
+        target: `(G, R, D)` float64, in weight units.
+        integers: `(G, R, D)` int64.
+    """
+    zero_point = grid.zero_point.reshape(-1)[channel].unsqueeze(-1)
+    v = (integers - zero_point).double()
+    pulled = v @ hessian.matrix
+    channels = grid.scale.numel()
+
+    def per_channel(values: Tensor) -> Tensor:
+        return torch.zeros(channels, dtype=values.dtype, device=values.device).index_add_(
+            0, channel.reshape(-1), values.sum(-1).reshape(-1)
+        )
+
+    numerator, denominator = per_channel(pulled * target), per_channel(pulled * v)
+    scale = (numerator / denominator.clamp_min(torch.finfo(torch.float64).tiny)).float()
+    usable = (denominator > 0) & (scale > _EPS) & torch.isfinite(scale)
+    return grid.at(torch.where(grid.per_channel(usable), grid.per_channel(scale), grid.scale), grid.zero_point)

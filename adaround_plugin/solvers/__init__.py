@@ -1,0 +1,34 @@
+"""Solvers of the rounding problem, one per file; `get_solver` looks them up by name."""
+
+from __future__ import annotations
+
+from ..errors import InvalidOptionError
+from ..problem import Solver
+from .annealing import Annealing
+from .coordinate_descent import CoordinateDescent
+from .nearest import Nearest
+from .sequential import Sequential
+
+__all__ = ["Annealing", "CoordinateDescent", "Nearest", "Sequential", "get_solver"]
+
+_SOLVERS: dict[str, type[Solver]] = {
+    "annealing": Annealing,
+    "coordinate_descent": CoordinateDescent,
+    "nearest": Nearest,
+    "sequential": Sequential,
+}
+
+
+def get_solver(solver: str | Solver) -> Solver:
+    """The solver of that name with its default settings, or `solver` itself if it already is one.
+
+    Raises:
+        InvalidOptionError: no solver has that name.
+    """
+    if not isinstance(solver, str):
+        if not callable(getattr(solver, "solve", None)):
+            raise InvalidOptionError("solver", f"{solver!r} has no solve method", f"Pass one of {sorted(_SOLVERS)}.")
+        return solver
+    if solver not in _SOLVERS:
+        raise InvalidOptionError("solver", f"{solver!r} is not known", f"Pass one of {sorted(_SOLVERS)}.")
+    return _SOLVERS[solver]()
