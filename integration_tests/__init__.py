@@ -1,0 +1,1 @@
+"""Tests and benchmarks that run the package from end to end."""

@@ -1,0 +1,1 @@
+"""Benchmark data, networks and training: rendered glyphs and small classifiers of them."""
