@@ -1,10 +1,17 @@
 """AdaRound (Nagel et al. 2020, arXiv 2004.10568) as a plugin for the quantization flows of PyTorch."""
 
-from .errors import AdaRoundError, InvalidBatchError, InvalidModelError, InvalidOptionError, NonFiniteError
-from .learn import adaround
-from .observers import AdaRoundObserver
-from .qconfig import get_adaround_qconfig_mapping, get_weight_only_backend_config
-from .report import get_report
+from adaround_plugin._version import __version__
+from adaround_plugin.errors import (
+    AdaRoundError,
+    InvalidBatchError,
+    InvalidModelError,
+    InvalidOptionError,
+    NonFiniteError,
+)
+from adaround_plugin.learn import adaround
+from adaround_plugin.observers import AdaRoundObserver
+from adaround_plugin.qconfig import get_adaround_qconfig_mapping, get_weight_only_backend_config
+from adaround_plugin.report import get_report
 
 __all__ = [
     "AdaRoundError",
@@ -13,10 +20,9 @@ __all__ = [
     "InvalidModelError",
     "InvalidOptionError",
     "NonFiniteError",
+    "__version__",
     "adaround",
     "get_adaround_qconfig_mapping",
     "get_report",
     "get_weight_only_backend_config",
 ]
-
-__version__ = "0.1.0"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .errors import InvalidBatchError
-from .weighted_op import Patches
+from adaround_plugin.errors import InvalidBatchError
+from adaround_plugin.weighted_op import Patches
 
 __all__ = ["Sampling", "bind_batches"]
 
@@ -20,9 +20,7 @@ _log = logging.getLogger(__name__)
 _GOLDEN = 0.6180339887498949
 
 
-def bind_batches(
-    model: fx.GraphModule, batches: Iterable[Any], inputs: Callable[[Any], Any] | None
-) -> list[list[Any]]:
+def bind_batches(model: fx.GraphModule, batches: Iterable[Any], inputs: Callable[[Any], Any] | None) -> list[list[Any]]:
     """The arguments of every batch, in the order of the model's placeholders.
 
     Args:
@@ -66,9 +64,7 @@ def _signature(model: fx.GraphModule) -> inspect.Signature:
     return inspect.Signature(parameters, __validate_parameters__=False)
 
 
-def _bind(
-    signature: inspect.Signature, batch: Any, inputs: Callable[[Any], Any] | None, index: int
-) -> list[Any]:
+def _bind(signature: inspect.Signature, batch: Any, inputs: Callable[[Any], Any] | None, index: int) -> list[Any]:
     given = inputs(batch) if inputs is not None else batch
     args = tuple(given) if isinstance(given, tuple | list) else () if isinstance(given, dict) else (given,)
     kwargs = given if isinstance(given, dict) else {}
@@ -158,5 +154,3 @@ class Sampling:
         offset = ((entry + self.seed) * _GOLDEN).frac()[index]
         position = ((rank + offset) * positions / count[index]).long().clamp_max(positions - 1)
         return index, position
-
-

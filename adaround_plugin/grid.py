@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import InvalidOptionError
+from adaround_plugin.errors import InvalidOptionError
 
 __all__ = ["Grid", "GridSpec", "check_bits", "integer_range"]
 

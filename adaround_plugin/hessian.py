@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .errors import InvalidOptionError, NonFiniteError
+from adaround_plugin.errors import InvalidOptionError, NonFiniteError
 
 __all__ = ["Hessian"]
 
@@ -62,7 +62,8 @@ class Hessian:
         lower, info = torch.linalg.cholesky_ex(permuted)
         if info.any():
             raise InvalidOptionError("damping", "too small: a layer's hessian is not definite", "Raise it.")
-        return lower
+        factor: Tensor = lower
+        return factor
 
     @cached_property
     def coupling(self) -> Tensor:

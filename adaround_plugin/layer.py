@@ -11,13 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .grid import Grid
-from .hessian import Hessian
-from .moments import Moments
-from .problem import RoundingProblem, Solver
-from .scale import refit_scale, search_grid
-from .solvers import Nearest
-from .weighted_op import WeightedOp
+from adaround_plugin.grid import Grid
+from adaround_plugin.hessian import Hessian
+from adaround_plugin.moments import Moments
+from adaround_plugin.problem import RoundingProblem, Solver
+from adaround_plugin.scale import refit_scale, search_grid
+from adaround_plugin.solvers import Nearest
+from adaround_plugin.weighted_op import WeightedOp
 
 __all__ = ["Layer", "LayerRounding", "Recipe"]
 

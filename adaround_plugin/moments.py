@@ -132,7 +132,8 @@ class Moments:
         """
         hessian, cross, power = (self.hessian, self.cross, self.power) if correct_bias else self.uncentred()
         change = change.double()
-        quadratic = ((change @ hessian) * change).sum(-1)
+        # the product in float32 is exact enough, since the sum has no large terms that cancel
+        quadratic = ((change.float() @ hessian.float()).double() * change).sum(-1)
         return (power + 2 * (change * cross).sum(-1) + quadratic).clamp_min(0)
 
     def bias(self, change: Tensor) -> Tensor:

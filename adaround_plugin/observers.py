@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.ao.quantization.observer import UniformQuantizationObserverBase
 
-from .errors import InvalidModelError, InvalidOptionError
-from .grid import Grid, GridSpec, integer_range
-from .scale import min_max_grid, min_mse_grid
+from adaround_plugin.errors import InvalidModelError, InvalidOptionError
+from adaround_plugin.grid import Grid, GridSpec, integer_range
+from adaround_plugin.scale import min_max_grid, min_mse_grid
 
 __all__ = ["AdaRoundObserver", "AdaRoundWeightMixin", "FrozenMixin", "FrozenObserver"]
 
@@ -57,7 +57,7 @@ class AdaRoundWeightMixin:
         self._weight = x.detach()
         return x
 
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+    def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """`(scale, zero_point)` of the weight seen last: `(channels,)`, or `(1,)` per tensor."""
         if self._weight is None:
             raise InvalidModelError(type(self).__name__, "has seen no weight", "Run it on a weight first.")
@@ -78,7 +78,7 @@ class FrozenMixin:
         """Pass `x` on."""
         return x
 
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+    def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The frozen `(scale, zero_point)`: `(channels,)`, or `(1,)` per tensor."""
         return self._grid.scale.reshape(-1), self._grid.zero_point.reshape(-1)
 

@@ -10,14 +10,15 @@ Nothing here knows of layers, hosts or data: tensor mathematics only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .errors import InvalidOptionError, NonFiniteError
-from .hessian import Hessian
+from adaround_plugin.errors import InvalidOptionError, NonFiniteError
+from adaround_plugin.hessian import Hessian
 
 __all__ = ["Rounding", "RoundingProblem", "Solver"]
 
@@ -57,6 +58,18 @@ class RoundingProblem:
     def clamp(self, q: Tensor) -> Tensor:
         """Clip to the box."""
         return torch.minimum(torch.maximum(q, self.lower.to(q.dtype)), self.upper.to(q.dtype))
+
+    @staticmethod
+    def stack(problems: Sequence[RoundingProblem]) -> RoundingProblem:
+        """The rows of problems that share one hessian, as one problem."""
+        first = problems[0]
+        return replace(
+            first,
+            target=torch.cat([problem.target for problem in problems], 1),
+            lower=torch.cat([problem.lower for problem in problems], 1),
+            upper=torch.cat([problem.upper for problem in problems], 1),
+            nearest=torch.cat([problem.nearest for problem in problems], 1),
+        )
 
     def best_of(self, *candidates: Tensor) -> Rounding:
         """Keep, row by row, the candidate with the smallest loss; the first wins ties, and nearest comes first."""

@@ -12,9 +12,9 @@ from torch.ao.quantization import QConfig, QConfigMapping, get_default_qconfig_m
 from torch.ao.quantization.backend_config import BackendConfig, DTypeConfig, get_native_backend_config
 from torch.ao.quantization.observer import PlaceholderObserver
 
-from .errors import InvalidOptionError
-from .grid import check_bits
-from .observers import AdaRoundObserver
+from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.grid import check_bits
+from adaround_plugin.observers import AdaRoundObserver
 
 __all__ = ["get_adaround_qconfig_mapping", "get_weight_only_backend_config"]
 
@@ -60,9 +60,8 @@ def get_adaround_qconfig_mapping(
 
     weight_only = activation_bits is None
     mapping = QConfigMapping() if weight_only else get_default_qconfig_mapping(backend)
-    activation = (
-        PlaceholderObserver.with_args(dtype=torch.float) if weight_only else mapping.global_qconfig.activation
-    )
+    default = mapping.global_qconfig
+    activation = PlaceholderObserver.with_args(dtype=torch.float) if default is None else default.activation
 
     def qconfig(bits: int, transposed: bool) -> QConfig:
         channels = per_channel and (weight_only or not transposed)
@@ -71,7 +70,7 @@ def get_adaround_qconfig_mapping(
         else:
             scheme = torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine
         observer = AdaRoundObserver.with_args(bits=bits, qscheme=scheme, ch_axis=1 if channels and transposed else 0)
-        return QConfig(activation=activation, weight=observer)
+        return QConfig(activation=activation, weight=observer)  # type: ignore[no-untyped-call]
 
     check_bits(weight_bits, "weight_bits")
     mapping.set_global(qconfig(weight_bits, transposed=False))

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 
 from torch import fx, nn
 
-from .errors import InvalidModelError
+from adaround_plugin.errors import InvalidModelError
 
-__all__ = ["LayerReport", "Report", "RecipeTrial", "get_report"]
+__all__ = ["LayerReport", "RecipeTrial", "Report", "get_report"]
 
 KEY = "adaround_report"
 
@@ -87,27 +87,8 @@ class Report:
         return json.dumps(asdict(self), indent=indent)
 
     def __str__(self) -> str:
-        head = ("layer", "op", "weight", "bits", "nearest", "learned", "held-out n", "held-out l", "flipped")
-        rows = [(*head, "clipped", "bias", "seconds", "")]
-        for layer in self.layers:
-            rows.append(
-                (
-                    layer.name,
-                    layer.kind,
-                    "x".join(map(str, layer.shape)),
-                    str(layer.bits),
-                    _number(layer.nearest_error),
-                    _number(layer.learned_error),
-                    _number(layer.nearest_holdout),
-                    _number(layer.learned_holdout),
-                    f"{layer.flipped:.1%}",
-                    f"{layer.clipped:.1%}",
-                    layer.bias,
-                    f"{layer.seconds:.2f}",
-                    layer.note,
-                )
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head) + 4)]
+        rows = [_HEAD, *(_row(layer) for layer in self.layers)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += [f"skipped {name} ({kind}): {reason}" for name, kind, reason in self.skipped]
         lines += [f"tried {trial.recipe}: output error {_number(trial.output_error)}" for trial in self.trials]
@@ -118,6 +99,31 @@ class Report:
             f"output error {_number(self.output_error)}; {seconds}"
         )
         return "\n".join(lines)
+
+
+_HEAD = (
+    *("layer", "op", "weight", "bits", "nearest", "learned", "held-out nearest", "held-out learned"),
+    *("flipped", "clipped", "bias", "seconds", "note"),
+)
+
+
+def _row(layer: LayerReport) -> tuple[str, ...]:
+    """The cells of one layer, under `_HEAD`."""
+    return (
+        layer.name,
+        layer.kind,
+        "x".join(map(str, layer.shape)),
+        str(layer.bits),
+        _number(layer.nearest_error),
+        _number(layer.learned_error),
+        _number(layer.nearest_holdout),
+        _number(layer.learned_holdout),
+        f"{layer.flipped:.1%}",
+        f"{layer.clipped:.1%}",
+        layer.bias,
+        f"{layer.seconds:.2f}",
+        layer.note,
+    )
 
 
 def _number(value: float | None) -> str:

@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .grid import Grid, GridSpec
-from .hessian import Hessian
-from .problem import RoundingProblem
+from adaround_plugin.grid import Grid, GridSpec
+from adaround_plugin.hessian import Hessian
+from adaround_plugin.problem import RoundingProblem
+
 from .solvers.sequential import round_sequentially
 
 __all__ = ["min_max_grid", "min_mse_grid", "refit_scale", "search_grid"]
 
 _EPS = torch.finfo(torch.float32).tiny * 2**24  # well above subnormal scales, which no host reproduces exactly
+_ELEMENTS = 2**23  # grid candidates are rounded together, as many as make this many coordinates
 
 
 def _grid(spec: GridSpec, low: Tensor, high: Tensor) -> Grid:
@@ -64,9 +66,7 @@ def min_mse_grid(weight: Tensor, spec: GridSpec, steps: int = 80) -> Grid:
 def _choose(spec: GridSpec, where: Tensor, grid: Grid, other: Grid) -> Grid:
     """`grid` on the channels where `where` holds, `other` elsewhere."""
     where = spec.per_channel(where)
-    return spec.at(
-        torch.where(where, grid.scale, other.scale), torch.where(where, grid.zero_point, other.zero_point)
-    )
+    return spec.at(torch.where(where, grid.scale, other.scale), torch.where(where, grid.zero_point, other.zero_point))
 
 
 def _candidates(grid: Grid) -> Iterator[Grid]:
@@ -87,13 +87,18 @@ def search_grid(grid: Grid, channel: Tensor, problem_at: Callable[[Grid], Roundi
         problem_at: the rounding problem on another grid.
     """
     best, best_error = grid, torch.full_like(grid.scale, float("inf")).reshape(-1)
-    for candidate in _candidates(grid):
-        _, loss = round_sequentially(problem_at(candidate))
-        loss = loss * candidate.scale.reshape(-1)[channel].square()
-        error = torch.zeros_like(best_error).index_add_(0, channel.reshape(-1), loss.reshape(-1))
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best = _choose(grid, better, candidate, best)
+    candidates = list(_candidates(grid))
+    first = problem_at(grid).target
+    together = max(1, _ELEMENTS // first.numel())
+    for start in range(0, len(candidates), together):
+        chunk = candidates[start : start + together]
+        _, losses = round_sequentially(RoundingProblem.stack([problem_at(candidate) for candidate in chunk]))
+        for candidate, loss in zip(chunk, losses.chunk(len(chunk), dim=1), strict=True):
+            loss = loss * candidate.scale.reshape(-1)[channel].square()
+            error = torch.zeros_like(best_error).index_add_(0, channel.reshape(-1), loss.reshape(-1))
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best = _choose(grid, better, candidate, best)
     return best
 
 

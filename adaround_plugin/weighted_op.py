@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -80,9 +80,7 @@ class WeightedOp:
         if x.dim() == spatial + 1:
             x = x.unsqueeze(0)
         x, stride = self._padded(x, kernel)
-        size = [
-            (x.shape[2 + i] - self.dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(spatial)
-        ]
+        size = [(x.shape[2 + i] - self.dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(spatial)]
         steps = x.stride()
         x = x.as_strided(
             (x.shape[0], *size, self.groups, x.shape[1] // self.groups, *kernel),
@@ -115,7 +113,8 @@ class WeightedOp:
         ]
         spread = [(x.shape[2 + i] - 1) * self.stride[i] + 1 for i in range(spatial)]
         stuffed = x.new_zeros(x.shape[0], x.shape[1], *spread)
-        stuffed[(..., *(slice(None, None, step) for step in self.stride))] = x
+        spread_at: tuple[Any, ...] = (..., *(slice(None, None, step) for step in self.stride))
+        stuffed[spread_at] = x
         flat = [side for i in reversed(range(spatial)) for side in (before[i], after[i])]
         return F.pad(stuffed, flat).contiguous(), (1,) * spatial
 

@@ -19,7 +19,7 @@ def is_observed(module: nn.Module) -> bool:
 
 def is_observer(module: nn.Module) -> bool:
     """Whether `module` is an observer or fake-quantizer that a prepare step inserted."""
-    return bool(_is_activation_post_process(module))
+    return bool(_is_activation_post_process(module))  # type: ignore[no-untyped-call]
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..weighted_op import WeightedOp
+from adaround_plugin.weighted_op import WeightedOp
 
 __all__ = ["function_op", "is_weighted_function", "module_op"]
 

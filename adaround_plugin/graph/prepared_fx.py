@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.ao.quantization import QConfig
 from torch.ao.quantization.backend_config import BackendConfig
 from torch.ao.quantization.observer import PlaceholderObserver
 from torch.ao.quantization.quantize_fx import convert_to_reference_fx
 
-from ..errors import InvalidModelError, NonFiniteError
-from ..grid import Grid
-from ..layer import LayerRounding
-from ..observers import AdaRoundWeightMixin, FrozenObserver
-from ..qconfig import get_weight_only_backend_config
-from ..weighted_op import WeightedOp
-from .compat import is_observed, is_observer, is_quantized, unfused
-from .fx_ops import function_op, is_weighted_function, module_op
-from .streams import Stream
-from .transforms import functionalize, inline, origin, strip
-from .weighted_node import CallSite, Skipped, WeightedNode
+from adaround_plugin.graph.checks import check_prepared
+from adaround_plugin.graph.compat import is_observed, is_observer, unfused
+from adaround_plugin.graph.fx_nodes import Finder, attribute, owner
+from adaround_plugin.graph.streams import Stream
+from adaround_plugin.graph.transforms import functionalize, inline, strip
+from adaround_plugin.graph.weighted_node import WeightedNode
+from adaround_plugin.grid import Grid
+from adaround_plugin.layer import LayerRounding
+from adaround_plugin.observers import FrozenObserver
+from adaround_plugin.qconfig import get_weight_only_backend_config
 
 __all__ = ["PreparedFX"]
 
@@ -53,7 +51,7 @@ class PreparedFX:
     """
 
     def __init__(self, prepared: nn.Module, backend_config: BackendConfig | None = None) -> None:
-        _check(prepared)
+        check_prepared(prepared)
         assert isinstance(prepared, fx.GraphModule)
         self.prepared = prepared
         graph = inline(prepared, is_observed)
@@ -61,17 +59,19 @@ class PreparedFX:
             backend_config = get_weight_only_backend_config()
         reference = _reference(prepared, backend_config)
         inlined = {
-            id(reference.get_submodule(path)) for path, module in prepared.named_modules() if path and is_observed(module)
+            id(reference.get_submodule(path))
+            for path, module in prepared.named_modules()
+            if path and is_observed(module)
         }
         flat_reference = inline(reference, lambda module: id(module) in inlined)
-        found = _Finder(prepared, graph, flat_reference).find()
+        found = Finder(graph, flat_reference).find()
         self.nodes, self.skipped = found
         self.float_stream = Stream(functionalize(strip(graph, is_observer)))
         self.quantized_stream = Stream(functionalize(flat_reference))
 
     def is_type(self, node: WeightedNode, kind: type[nn.Module]) -> bool:
         """Whether a node's module, or the weighted module fused into it, is of a type."""
-        found = _attribute(self.prepared, node.name)
+        found = attribute(self.prepared, node.name)
         return isinstance(found, kind) or isinstance(unfused(found), kind)
 
     def write(self, model: fx.GraphModule, roundings: dict[str, LayerRounding]) -> None:
@@ -79,58 +79,10 @@ class PreparedFX:
         written: set[int] = set()
         for node in self.nodes:
             for name in node.names if node.name in roundings else ():
-                owner = id(_owner(model, name)[0] or name)
-                if owner not in written:
+                key = id(owner(model, name)[0] or name)
+                if key not in written:
                     _write(model, name, roundings[node.name])
-                written.add(owner)
-
-
-def _check(prepared: nn.Module) -> None:
-    if not is_observed(prepared):
-        raise InvalidModelError(
-            "prepared",
-            f"{type(prepared).__name__} does not come from prepare_fx",
-            "Call torch.ao.quantization.quantize_fx.prepare_fx and calibrate first.",
-        )
-    # fused containers are born in train mode, which changes nothing: only these modules behave differently
-    training = [
-        name
-        for name, module in prepared.named_modules()
-        if module.training and (not name or isinstance(module, nn.modules.batchnorm._NormBase | nn.modules.dropout._DropoutNd))
-    ]
-    if training:
-        raise InvalidModelError(
-            f"module {training[0]!r}" if training[0] else "prepared", "is in train mode", "Call .eval() first."
-        )
-    for name, parameter in prepared.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype != torch.float32:
-            raise InvalidModelError(
-                f"parameter {name!r}", f"is {parameter.dtype}", "Convert the model with .float() before prepare_fx."
-            )
-        if not torch.isfinite(parameter).all():
-            raise NonFiniteError(f"parameter {name!r}", "holds NaN or infinity", "Repair the float model.")
-    for name, module in prepared.named_modules():
-        low, high = getattr(module, "min_val", None), getattr(module, "max_val", None)
-        if not is_observer(module) or not isinstance(low, Tensor) or not isinstance(high, Tensor):
-            continue
-        if low.numel() == 0 or bool((low > high).any()):
-            raise InvalidModelError(
-                f"observer {name!r}", "has seen no data", "Run calibration batches through the prepared model first."
-            )
-        if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
-            source = _observed_node(prepared, name)
-            raise NonFiniteError(
-                f"activation of {source!r}", "NaN or infinity was observed", "Check the model and the calibration data."
-            )
-
-
-def _observed_node(prepared: nn.Module, observer: str) -> str:
-    """Name of the node whose output the observer sees."""
-    assert isinstance(prepared, fx.GraphModule)
-    for node in prepared.graph.nodes:
-        if node.op == "call_module" and node.target == observer:
-            return str(node.args[0])
-    return observer
+                written.add(key)
 
 
 def _observes_activations(graph: fx.GraphModule) -> bool:
@@ -152,232 +104,11 @@ def _reference(prepared: fx.GraphModule, backend_config: BackendConfig | None) -
         return convert_to_reference_fx(copy.deepcopy(prepared), backend_config=backend_config)
 
 
-class _Finder:
-    """Finds the weighted nodes of a prepared graph, and what the reference conversion makes of each."""
-
-    def __init__(self, prepared: fx.GraphModule, graph: fx.GraphModule, reference: fx.GraphModule) -> None:
-        self.prepared, self.graph, self.reference = prepared, graph, reference
-        self.counterpart = {origin(node): node for node in reference.graph.nodes if "adaround_origin" in node.meta}
-        self.skipped: list[Skipped] = []
-        # weights tied to one another are one node: name -> sites, grouped by the parameter itself
-        self.sites: dict[int, dict[str, list[CallSite]]] = {}
-        self.ops: dict[str, tuple[WeightedOp, str]] = {}
-
-    def find(self) -> tuple[list[WeightedNode], list[Skipped]]:
-        seen: set[str] = set()
-        for node in self.graph.graph.nodes:
-            found = self._module(node) if node.op == "call_module" else self._function(node)
-            if found is None:
-                continue
-            name, kind, weight, result = found
-            if isinstance(result, str):
-                if name not in seen:
-                    self.skipped.append(Skipped(name, kind, result))
-                seen.add(name)
-                continue
-            self.ops[name] = (result, kind)
-            site = CallSite(node, self.counterpart[origin(node)])
-            self.sites.setdefault(id(weight), {}).setdefault(name, []).append(site)
-        nodes = [node for group in self.sites.values() for node in self._tied(group)]
-        if not nodes:
-            reasons = "; ".join(f"{s.name}: {s.reason}" for s in self.skipped) or "it has no convolution or linear layer"
-            raise InvalidModelError(
-                "prepared", f"no weighted node is quantized ({reasons})", "Check the qconfig mapping and backend_config."
-            )
-        return nodes, self.skipped
-
-    def _module(self, node: fx.Node) -> tuple[str, str, Tensor | None, WeightedOp | str] | None:
-        name = str(node.target)
-        outer = self.graph.get_submodule(name)
-        if is_observer(outer):
-            return None
-        module = unfused(outer)
-        kind = type(outer).__name__
-        op = module_op(module)
-        if op is None:
-            return self._unsupported(name, kind, outer)
-        counterpart = self.counterpart.get(origin(node))
-        if counterpart is None or not is_quantized(unfused(self.reference.get_submodule(str(counterpart.target)))):
-            return name, kind, None, "left in float by the host (qconfig None, or a dtype the backend does not take)"
-        if len(node.args) > 1 and op.kind == "conv_transpose" or "output_size" in node.kwargs:
-            return name, kind, None, "called with output_size"
-        return name, kind, module.weight, op
-
-    def _unsupported(self, name: str, kind: str, module: nn.Module) -> tuple[str, str, None, str] | None:
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            return name, kind, None, "an embedding's output is the weight row itself: nearest is already optimal"
-        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-            return name, kind, None, "recurrent layers are not supported: the host's own rounding is kept"
-        if any(module_op(child) is not None for child in module.modules()):
-            return name, kind, None, "inside a module that the host does not trace"
-        return None
-
-    def _function(self, node: fx.Node) -> tuple[str, str, Tensor | None, WeightedOp | str] | None:
-        if not is_weighted_function(node):
-            return None
-        kind = f"functional {getattr(node.target, '__name__', node.target)}"
-        argument = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-        source = argument
-        while isinstance(source, fx.Node) and source.op == "call_module" and self._is_observer_node(source):
-            source = source.args[0]
-        if not isinstance(source, fx.Node) or source.op != "get_attr":
-            return origin(node), kind, None, "its weight is computed, not a parameter"
-        name = str(source.target)
-        quantized = self._weight_of(self.counterpart.get(origin(node)))
-        if quantized is None or source is argument:
-            return name, kind, None, "left in float by the host (qconfig None, or a dtype the backend does not take)"
-        if any(user.op != "call_module" for n in self._reads(name) for user in n.users):
-            return name, kind, None, "its parameter is also used without quantization"
-        weight = _attribute(self.graph, name)
-        op = function_op(node, weight.shape)
-        return name, kind, weight, op or "its stride, padding, dilation or groups are computed"
-
-    def _reads(self, name: str) -> list[fx.Node]:
-        """The nodes that read a parameter."""
-        return [node for node in self.graph.graph.nodes if node.op == "get_attr" and node.target == name]
-
-    def _is_observer_node(self, node: fx.Node) -> bool:
-        return is_observer(self.graph.get_submodule(str(node.target)))
-
-    def _weight_of(self, node: fx.Node | None) -> fx.Node | None:
-        """The quantize node that feeds the weight of a functional call in the reference graph."""
-        if node is None:
-            return None
-        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-        if isinstance(weight, fx.Node) and weight.op == "call_method" and weight.target == "dequantize":
-            source = weight.args[0]
-            return source if isinstance(source, fx.Node) and source.op == "call_function" else None
-        return None
-
-    def _tied(self, group: dict[str, list[CallSite]]) -> list[WeightedNode]:
-        """The weighted node of one parameter; several names when it is tied across modules."""
-        names = tuple(group)
-        grids = {name: self._grid(name, group[name][0]) for name in names}
-        first = names[0]
-        op, kind = self.ops[first]
-        for other in names[1:]:
-            same = self.ops[other][0] == op and _same_grid(grids[first][0], grids[other][0])
-            if not same:
-                reason = f"its weight is tied to {first!r}, which has another operator or another grid"
-                self.skipped += [Skipped(name, self.ops[name][1], reason) for name in names]
-                return []
-        position = {node: i for i, node in enumerate(self.graph.graph.nodes)}
-        found = [site for sites in group.values() for site in sites]
-        sites = tuple(sorted(found, key=lambda site: position[site.float_node]))
-        weight = self._weight(first)
-        grid, keeps_scale = grids[first]
-        return [
-            WeightedNode(
-                first,
-                names,
-                kind,
-                op,
-                weight.detach(),
-                grid,
-                sites,
-                all(self._has_bias(name) for name in names),
-                keeps_scale,
-                self._setter(group),
-            )
-        ]
-
-    def _weight(self, name: str) -> Tensor:
-        return _owner(self.graph, name)[1]
-
-    def _has_bias(self, name: str) -> bool:
-        """Modules can be given a bias; functional calls have it as an argument that may be anything."""
-        module, _ = _owner(self.graph, name)
-        return module is not None
-
-    def _grid(self, name: str, site: CallSite) -> tuple[Grid, bool]:
-        """The grid that the host's observer asks for, and whether its scale is the user's choice."""
-        weight = self._weight(name).detach()
-        module, _ = _owner(self.graph, name)
-        if module is not None:
-            observer = self.graph.get_submodule(str(site.float_node.target)).qconfig.weight()  # type: ignore[operator,union-attr]
-            observer = observer.to(weight.device)
-            observer(weight)
-        else:
-            observed = site.float_node.args[1] if len(site.float_node.args) > 1 else site.float_node.kwargs["weight"]
-            assert isinstance(observed, fx.Node)
-            observer = self.graph.get_submodule(str(observed.target))
-        per_channel = observer.qscheme in (torch.per_channel_symmetric, torch.per_channel_affine)
-        ch_axis = observer.ch_axis if per_channel else None
-        if isinstance(observer, AdaRoundWeightMixin):
-            op = self.ops[name][0]
-            if ch_axis is not None and ch_axis != op.output_axis and op.kind == "conv_transpose":
-                raise InvalidModelError(
-                    f"layer {name!r}",
-                    f"its AdaRoundObserver runs along axis {ch_axis}, the input channels of a transposed convolution",
-                    f"Use ch_axis={op.output_axis} or a per-tensor scheme "
-                    "(get_adaround_qconfig_mapping does, given model= beside layer_bits).",
-                )
-            return observer.grid(weight), False
-        scale, zero_point = observer.calculate_qparams()
-        shape = () if ch_axis is None else (-1,)
-        symmetric = observer.qscheme in (torch.per_channel_symmetric, torch.per_tensor_symmetric)
-        low, high = int(observer.quant_min), int(observer.quant_max)
-        grid = Grid(low, high, ch_axis, symmetric, observer.dtype, scale.float().reshape(shape), zero_point.long().reshape(shape))
-        return grid, True
-
-    def _setter(self, group: dict[str, list[CallSite]]) -> Callable[[LayerRounding], None]:
-        """Puts a rounding into the reference graph."""
-        reference, original = self.reference, {}
-        for name in group:
-            module, _ = _owner(reference, name)
-            original[name] = None if module is None or module.bias is None else module.bias.detach().clone()
-
-        def set_quantized(rounding: LayerRounding) -> None:
-            grid = rounding.grid
-            weight = grid.dequantize(rounding.integers)
-            for name, sites in group.items():
-                module, parameter = _owner(reference, name)
-                parameter.data = weight
-                if module is not None:
-                    module.weight_scale, module.weight_zero_point = grid.scale, grid.zero_point
-                    bias = original[name]
-                    correction = rounding.bias_correction
-                    corrected = bias if correction is None else correction if bias is None else bias + correction
-                    module.bias = None if corrected is None else nn.Parameter(corrected, requires_grad=False)
-                    continue
-                for site in sites:
-                    quantize = self._weight_of(site.quantized_node)
-                    assert quantize is not None
-                    for argument, value in zip(quantize.args[1:3], (grid.scale, grid.zero_point), strict=True):
-                        assert isinstance(argument, fx.Node)
-                        setattr(reference, str(argument.target), value)
-
-        return set_quantized
-
-
-def _same_grid(one: Grid, other: Grid) -> bool:
-    return (
-        (one.quant_min, one.quant_max, one.ch_axis, one.dtype)
-        == (other.quant_min, other.quant_max, other.ch_axis, other.dtype)
-        and torch.equal(one.scale, other.scale)
-        and torch.equal(one.zero_point, other.zero_point)
-    )
-
-
-def _attribute(model: nn.Module, name: str) -> Any:
-    path, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(path), leaf)
-
-
-def _owner(model: nn.Module, name: str) -> tuple[Any, Tensor]:
-    """`(weighted module, its weight)` for a module's name; `(None, parameter)` for a functional weight's name."""
-    found = _attribute(model, name)
-    if isinstance(found, nn.Module):
-        module = unfused(found)
-        return module, module.weight
-    return None, found
-
-
 def _write(model: fx.GraphModule, name: str, rounding: LayerRounding) -> None:
     """Write integers and grid into a prepared model, so that its own convert quantizes back to exactly these."""
     # new parameters throughout: the old ones may be shared with a model, or tied to a layer, that must not change
     weight = nn.Parameter(rounding.grid.dequantize(rounding.integers))
-    module, _ = _owner(model, name)
+    module, _ = owner(model, name)
     if module is None:
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, weight)
@@ -390,7 +121,7 @@ def _write(model: fx.GraphModule, name: str, rounding: LayerRounding) -> None:
         else:
             module.bias = nn.Parameter(module.bias.detach() + rounding.bias_correction)
     outer = model.get_submodule(name)
-    qconfig = QConfig(activation=outer.qconfig.activation, weight=_Frozen(rounding.grid))  # type: ignore[union-attr]
+    qconfig = QConfig(activation=outer.qconfig.activation, weight=_Frozen(rounding.grid))  # type: ignore[union-attr,no-untyped-call]
     outer.qconfig = module.qconfig = qconfig  # type: ignore[assignment]
 
 

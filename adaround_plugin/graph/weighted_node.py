@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from ..grid import Grid
-from ..layer import LayerRounding
-from ..weighted_op import WeightedOp
+from adaround_plugin.grid import Grid
+from adaround_plugin.layer import LayerRounding
+from adaround_plugin.weighted_op import WeightedOp
 
 __all__ = ["CallSite", "Skipped", "WeightedNode"]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ..errors import InvalidOptionError
-from ..problem import Solver
-from .annealing import Annealing
-from .coordinate_descent import CoordinateDescent
-from .nearest import Nearest
-from .sequential import Sequential
+from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.problem import Solver
+from adaround_plugin.solvers.annealing import Annealing
+from adaround_plugin.solvers.coordinate_descent import CoordinateDescent
+from adaround_plugin.solvers.nearest import Nearest
+from adaround_plugin.solvers.sequential import Sequential
 
 __all__ = ["Annealing", "CoordinateDescent", "Nearest", "Sequential", "get_solver"]
 

@@ -42,25 +42,28 @@ def sweep(
     columns = target.shape[1]
     triangular = curvature is not None
     loss = None if curvature is None else torch.zeros_like(target[:, 0])
+    # views of the coordinates, made in one call each: the loop below is bound by the cost of calls
+    errors, targets, lowers, uppers = error.unbind(1), target.unbind(1), lower.unbind(1), upper.unbind(1)
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
         # the pull on the block of all coordinates as they are, the block's own included
         reach = start if triangular else columns
         pull = torch.bmm(matrix[:, start:stop, :reach], error[:, :reach])
+        pulls = pull.unbind(1)
         inner = matrix[:, start:stop, start:stop]
-        for j in range(stop - start):
-            t = target[:, start + j]
-            c = t - pull[:, j]
+        for j in range(start, stop):
+            new = targets[j] - pulls[j - start]
             if temperature:
-                base = c.floor()
-                c = base + torch.sigmoid_((c - base).mul_(2).sub_(1).div_(temperature))
+                base = new.floor()
+                new.sub_(base).mul_(2 / temperature).sub_(1 / temperature).sigmoid_().add_(base)
             else:
-                c = c.round_()
-            new = torch.clamp(c, lower[:, start + j], upper[:, start + j]).sub_(t)
-            if j + 1 < stop - start:
-                change = new if triangular else new - error[:, start + j]
-                pull[:, j + 1 :].baddbmm_(inner[:, j + 1 :, j : j + 1], change.unsqueeze(1))
-            error[:, start + j] = new
+                new.round_()
+            torch.clamp(new, lowers[j], uppers[j], out=new).sub_(targets[j])
+            k = j + 1 - start
+            if j + 1 < stop:
+                change = new if triangular else new - errors[j]
+                pull[:, k:].baddbmm_(inner[:, k:, k - 1 : k], change.unsqueeze(1))
+            errors[j].copy_(new)
         if loss is not None and curvature is not None:
             residual = pull.add_(error[:, start:stop]).square_()
             loss += torch.bmm(curvature[:, start:stop].unsqueeze(1), residual).squeeze(1)

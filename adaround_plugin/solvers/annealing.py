@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..problem import Rounding, RoundingProblem
-from .coordinate_descent import State
-from .sequential import round_sequentially
+from adaround_plugin.problem import Rounding, RoundingProblem
+from adaround_plugin.solvers.coordinate_descent import State
+from adaround_plugin.solvers.sequential import round_sequentially
 
 __all__ = ["Annealing"]
 
@@ -27,10 +27,10 @@ class Annealing:
         descent_sweeps: upper bound on the hard sweeps that follow.
     """
 
-    sweeps: int = 30
-    hot: float = 0.3
+    sweeps: int = 20
+    hot: float = 0.5
     cold: float = 0.05
-    descent_sweeps: int = 20
+    descent_sweeps: int = 10
 
     def solve(self, problem: RoundingProblem) -> Rounding:
         """Anneal from the unrounded target."""
@@ -38,7 +38,6 @@ class Annealing:
         state.start_from(problem.clamp(problem.target))
         for i in range(self.sweeps):
             state.sweep(self.hot * (self.cold / self.hot) ** (i / max(1, self.sweeps - 1)))
-        annealed = state.descend(self.descent_sweeps)
-        sequential, _ = round_sequentially(problem)
-        state.start_from(sequential)
-        return problem.best_of(annealed, state.descend(self.descent_sweeps))
+        start = problem.best_of(state.hardened(), round_sequentially(problem)[0])
+        state.start_from(start.integers)
+        return problem.best_of(state.descend(self.descent_sweeps))

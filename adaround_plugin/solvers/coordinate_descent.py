@@ -1,4 +1,4 @@
-"""Coordinate descent on the rounding problem (QuantEase, Behdin et al. 2023): from nearest downhill to a local optimum."""
+"""Coordinate descent on the rounding problem (QuantEase, Behdin et al. 2023): from nearest to a local optimum."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..problem import Rounding, RoundingProblem
-from ._sweep import sweep
+from adaround_plugin.problem import Rounding, RoundingProblem
+from adaround_plugin.solvers._sweep import sweep
 
 __all__ = ["CoordinateDescent", "State"]
 
@@ -26,26 +26,35 @@ class State:
 
     def start_from(self, q: Tensor) -> None:
         """Set the present point to `q`, `(G, R, D)`."""
-        self.error = q.transpose(1, 2).float() - self.target
+        self.error = (q.transpose(1, 2).float() - self.target).contiguous()
 
     def sweep(self, temperature: float = 0.0) -> None:
         """Visit every coordinate once."""
         sweep(self.error, self.target, self.lower, self.upper, self.matrix, temperature)
 
-    def harden(self) -> None:
-        """Round the present point to integers."""
-        q = (self.error + self.target).round_()
-        self.error = torch.clamp(q, self.lower, self.upper) - self.target
+    def hardened(self) -> Tensor:
+        """The present point rounded to integers inside the bounds: `(G, R, D)` int64."""
+        q = torch.clamp((self.error + self.target).round_(), self.lower, self.upper)
+        return q.transpose(1, 2).long()
 
     def descend(self, sweeps: int) -> Tensor:
-        """Hard sweeps until no coordinate of any row changes, or `sweeps` are spent; returns `(G, R, D)` int64."""
-        self.harden()
+        """Hard sweeps until no coordinate changes, or `sweeps` are spent; returns `(G, R, D)` int64.
+
+        A row that a whole sweep leaves unchanged is at its fixed point and takes part no longer.
+        """
+        self.start_from(self.hardened())
+        active = torch.arange(self.target.shape[2], device=self.target.device)
+        error, target, lower, upper = self.error.clone(), self.target, self.lower, self.upper
         for _ in range(sweeps):
-            before = self.error.clone()
-            self.sweep()
-            if torch.equal(before, self.error):
+            before = error.clone()
+            sweep(error, target, lower, upper, self.matrix)
+            self.error[..., active] = error
+            moving = (error != before).any(dim=1).any(dim=0)
+            if not moving.any():
                 break
-        return (self.error + self.target).round_().transpose(1, 2).long()
+            active = active[moving]
+            error, target, lower, upper = (x[..., moving].contiguous() for x in (error, target, lower, upper))
+        return self.hardened()
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..problem import Rounding, RoundingProblem
-from ._sweep import sweep
+from adaround_plugin.problem import Rounding, RoundingProblem
+from adaround_plugin.solvers._sweep import sweep
 
 __all__ = ["Sequential", "round_sequentially"]
 

@@ -50,7 +50,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     network = networks.resnet18()
     images = torch.randn(options.images, 3, options.size, options.size, generator=generator)
-    batches = list(images.split(options.batch))
+    batches = list(torch.split(images, options.batch))
     set_statistics(network, batches[:4])
     mapping = get_adaround_qconfig_mapping("x86", weight_bits=options.bits)
     prepared = prepare_fx(network, mapping, (batches[0],))

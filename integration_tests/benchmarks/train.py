@@ -103,9 +103,7 @@ def save(name: str, network: nn.Module) -> None:
 def main() -> None:
     """Train the networks named on the command line, and print their accuracy as reloaded."""
     parser = argparse.ArgumentParser(description="Train the glyph networks and write their checkpoints.")
-    parser.add_argument(
-        "names", nargs="+", choices=sorted(BUILDERS), metavar="NAME", help=", ".join(BUILDERS)
-    )
+    parser.add_argument("names", nargs="+", choices=sorted(BUILDERS), metavar="NAME", help=", ".join(BUILDERS))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, 1 unless told otherwise")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

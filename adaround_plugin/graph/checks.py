@@ -1,0 +1,61 @@
+"""What must hold of a prepared model before work starts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from adaround_plugin.errors import InvalidModelError, NonFiniteError
+from adaround_plugin.graph.compat import is_observed, is_observer
+
+__all__ = ["check_prepared"]
+
+
+def check_prepared(prepared: nn.Module) -> None:
+    """Raise unless `prepared` comes from `prepare_fx`, is in eval mode and float32, finite, and calibrated."""
+    if not is_observed(prepared):
+        raise InvalidModelError(
+            "prepared",
+            f"{type(prepared).__name__} does not come from prepare_fx",
+            "Call torch.ao.quantization.quantize_fx.prepare_fx and calibrate first.",
+        )
+    # fused containers are born in train mode, which changes nothing: only these modules behave differently
+    training = [
+        name
+        for name, module in prepared.named_modules()
+        if module.training
+        and (not name or isinstance(module, nn.modules.batchnorm._NormBase | nn.modules.dropout._DropoutNd))
+    ]
+    if training:
+        raise InvalidModelError(
+            f"module {training[0]!r}" if training[0] else "prepared", "is in train mode", "Call .eval() first."
+        )
+    for name, parameter in prepared.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise InvalidModelError(
+                f"parameter {name!r}", f"is {parameter.dtype}", "Convert the model with .float() before prepare_fx."
+            )
+        if not torch.isfinite(parameter).all():
+            raise NonFiniteError(f"parameter {name!r}", "holds NaN or infinity", "Repair the float model.")
+    for name, module in prepared.named_modules():
+        low, high = getattr(module, "min_val", None), getattr(module, "max_val", None)
+        if not is_observer(module) or not isinstance(low, Tensor) or not isinstance(high, Tensor):
+            continue
+        if low.numel() == 0 or bool((low > high).any()):
+            raise InvalidModelError(
+                f"observer {name!r}", "has seen no data", "Run calibration batches through the prepared model first."
+            )
+        if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+            source = _observed_node(prepared, name)
+            raise NonFiniteError(
+                f"activation of {source!r}", "NaN or infinity was observed", "Check the model and the calibration data."
+            )
+
+
+def _observed_node(prepared: nn.Module, observer: str) -> str:
+    """Name of the node whose output the observer sees."""
+    assert isinstance(prepared, fx.GraphModule)
+    for node in prepared.graph.nodes:
+        if node.op == "call_module" and node.target == observer:
+            return str(node.args[0])
+    return observer

@@ -1,0 +1,299 @@
+"""One pass over a host's graph: streams forward, moments, rounding, layer after layer."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from adaround_plugin.calibration import Sampling
+from adaround_plugin.errors import NonFiniteError
+from adaround_plugin.graph.prepared_fx import PreparedFX
+from adaround_plugin.graph.streams import Values, tensors
+from adaround_plugin.graph.weighted_node import CallSite, WeightedNode
+from adaround_plugin.layer import Layer, LayerRounding, Recipe
+from adaround_plugin.moments import Moments
+from adaround_plugin.problem import Solver
+from adaround_plugin.report import LayerReport
+
+__all__ = ["Learner", "Settings"]
+
+# the moments of layers that are ready together are gathered together, as many as fit in this many bytes
+_MOMENT_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How layers are learned.
+
+    Attributes:
+        solver: of the rounding problem.
+        recipe: what layers imitate.
+        scale: `"auto"`, `"observer"` or `"search"`.
+        up_or_down: restrict integers to floor and ceil.
+        frozen: names of weighted nodes that stay nearest.
+    """
+
+    solver: Solver
+    recipe: Recipe
+    scale: str
+    up_or_down: bool
+    frozen: frozenset[str]
+
+
+class Learner:
+    """One pass over a host's graph with one recipe.
+
+    Attributes:
+        roundings: what was decided, by name of the weighted node.
+        reports: one per learned layer, in the order solved.
+        output_error: of the network's output, relative to its variance.
+        seconds: by phase.
+    """
+
+    def __init__(
+        self,
+        host: PreparedFX,
+        bound: list[list[Any]],
+        sampling: Sampling,
+        settings: Settings,
+        on_layer: Callable[[LayerReport], None] | None = None,
+    ) -> None:
+        self.host, self.sampling, self.settings, self.on_layer = host, sampling, settings, on_layer
+        self.streams = (host.float_stream, host.quantized_stream)
+        self.values: list[tuple[Values, Values]] = [
+            (host.float_stream.bind(arguments), host.quantized_stream.bind(arguments)) for arguments in bound
+        ]
+        self.roundings: dict[str, LayerRounding] = {}
+        self.reports: list[LayerReport] = []
+        self.output_error = 0.0
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def run(self) -> None:
+        """Decide every layer, then compare the network's outputs."""
+        for stream in self.streams:
+            stream.restart()
+        for node in self.host.nodes:
+            baseline = self._baseline(node)
+            node.set_quantized(baseline)
+            if node.name in self.settings.frozen:
+                self.roundings[node.name] = baseline
+        pending = [node for node in self.host.nodes if node.name not in self.settings.frozen]
+        while pending:
+            pending = self._stage(pending)
+        self._advance(())
+        self._compare_outputs()
+
+    def _baseline(self, node: WeightedNode) -> LayerRounding:
+        return LayerRounding(node.grid, node.grid.nearest(node.weight), None, False, 0.0, 0.0, None, None)
+
+    def _stage(self, pending: list[WeightedNode]) -> list[WeightedNode]:
+        """Advance both streams to the next weighted nodes and decide these; returns what is left."""
+        plan = self._plan(pending)
+        ready = [node for node in pending if all(self._reached(site, plan) for site in node.sites)]
+        if not ready:
+            # a weight that feeds itself through another call site: look ahead with roundings as they are
+            first = pending[0]
+            self._decide(first, *self._look_ahead(first, pending))
+            return pending[1:]
+        ready = _fitting(ready)
+        gathered = {node.name: self._empty(node) for node in ready}
+        needed = tuple(stream.finish(nodes) for stream, nodes in zip(self.streams, plan, strict=True))
+        for batch, values in enumerate(self.values):
+            with self._clock("forward"):
+                for stream, nodes, of_batch in zip(self.streams, plan, values, strict=True):
+                    stream.run_nodes(of_batch, nodes)
+            for node in ready:
+                with self._clock("moments"):
+                    for site in node.sites:
+                        self._gather(node, site, batch, values, *gathered[node.name])
+            for of_batch, keep in zip(values, needed, strict=True):
+                for dead in of_batch.keys() - keep:
+                    del of_batch[dead]
+        for node in ready:
+            self._decide(node, *gathered.pop(node.name))
+        decided = {node.name for node in ready}
+        return [node for node in pending if node.name not in decided]
+
+    def _plan(self, pending: list[WeightedNode]) -> tuple[list[fx.Node], list[fx.Node]]:
+        sites = [site for node in pending for site in node.sites]
+        return (
+            self.streams[0].runnable({site.float_node for site in sites}),
+            self.streams[1].runnable({site.quantized_node for site in sites}),
+        )
+
+    def _reached(self, site: CallSite, plan: tuple[list[fx.Node], list[fx.Node]]) -> bool:
+        return self.streams[0].reaches(site.float_node, plan[0]) and self.streams[1].reaches(
+            site.quantized_node, plan[1]
+        )
+
+    def _advance(self, pending: Iterable[WeightedNode]) -> None:
+        """Run what can be run, for every batch."""
+        plan = self._plan(list(pending))
+        needed = tuple(stream.finish(nodes) for stream, nodes in zip(self.streams, plan, strict=True))
+        for values in self.values:
+            with self._clock("forward"):
+                for stream, nodes, of_batch, keep in zip(self.streams, plan, values, needed, strict=True):
+                    stream.run_nodes(of_batch, nodes)
+                    for dead in of_batch.keys() - keep:
+                        del of_batch[dead]
+
+    def _look_ahead(self, node: WeightedNode, pending: list[WeightedNode]) -> tuple[Moments, Moments]:
+        """Moments of a weight over call sites that depend on one another; what runs here is run again later."""
+        moments = self._empty(node)
+        plan = self._plan([])
+        for batch, values in enumerate(self.values):
+            copies: tuple[Values, Values] = (dict(values[0]), dict(values[1]))
+            with self._clock("forward"):
+                for stream, nodes, of_batch in zip(self.streams, plan, copies, strict=True):
+                    stream.run_nodes(of_batch, nodes)
+            with self._clock("moments"):
+                for site in node.sites:
+                    self._gather(node, site, batch, copies, *moments)
+        return moments
+
+    def _empty(self, node: WeightedNode) -> tuple[Moments, Moments]:
+        """Moments for the learning and for the held-out samples."""
+        size = node.op.rows(node.weight).shape
+        device = node.weight.device
+        groups, rows, columns = size
+        return Moments(groups, rows, columns, device), Moments(groups, rows, columns, device)
+
+    def _gather(
+        self,
+        node: WeightedNode,
+        site: CallSite,
+        batch: int,
+        values: tuple[Values, Values],
+        moments: Moments,
+        holdout: Moments,
+    ) -> None:
+        """Add one batch's columns at one call site."""
+        x_float = self.streams[0].value(_input(site.float_node), values[0])
+        x_quantized = self.streams[1].value(_input(site.quantized_node), values[1])
+        shape = node.weight.shape
+        patches = node.op.patches(x_quantized.float(), shape)
+        index, position = self.sampling.columns(batch, patches, len(node.sites))
+        quantized = patches.columns(index, position)
+        exact = node.op.patches(x_float, shape).columns(index, position)
+        rows = node.op.rows(node.weight)
+        deviation = (exact - quantized) @ rows.transpose(1, 2)
+        weight = _column_weight(exact, index, patches.samples, self.settings.recipe)
+        if not (torch.isfinite(deviation).all() and torch.isfinite(quantized.sum())):
+            raise NonFiniteError(
+                f"layer {node.name!r}", "its input holds NaN or infinity", "Check the model and the calibration data."
+            )
+        held = self.sampling.held_out(batch, patches.samples, index.device)[index]
+        for part, chosen in ((moments, ~held), (holdout, held)):
+            if chosen.all():
+                part.add(quantized, deviation, weight)
+            else:
+                part.add(quantized[:, chosen], deviation[:, chosen], weight[:, chosen])
+
+    def _decide(self, node: WeightedNode, moments: Moments, holdout: Moments) -> None:
+        """Learn one layer's rounding and put it into the quantized stream."""
+        start = time.perf_counter()
+        layer = Layer(node.op, node.weight, node.grid, moments.finish(), holdout.finish())
+        wanted, scale = self.settings.recipe, self.settings.scale
+        recipe = replace(wanted, correct_bias=wanted.correct_bias and node.has_bias)
+        search = scale == "search" or (scale == "auto" and not node.keeps_scale)
+        rounding = layer.learn(recipe, self.settings.solver, search, self.settings.up_or_down)
+        node.set_quantized(rounding)
+        self.roundings[node.name] = rounding
+        seconds = time.perf_counter() - start
+        self.seconds["solve"] += seconds
+        report = _layer_report(node, rounding, wanted, moments.count + holdout.count, seconds)
+        self.reports.append(report)
+        if self.on_layer is not None:
+            self.on_layer(report)
+
+    def _compare_outputs(self) -> None:
+        """Relative error of the network's outputs on held-out samples, or on all if none is held out."""
+        error = power = 0.0
+        for batch, values in enumerate(self.values):
+            outputs = [
+                tensors(stream.value(stream.output_node.args[0], of_batch))
+                for stream, of_batch in zip(self.streams, values, strict=True)
+            ]
+            for exact, quantized in zip(*outputs, strict=True):
+                if self.sampling.every and exact.dim():
+                    held = self.sampling.held_out(batch, exact.shape[0], exact.device)
+                    exact, quantized = exact[held], quantized[held]
+                error += float((exact - quantized).double().square().sum())
+                power += float((exact.double() - exact.double().mean()).square().sum()) if exact.numel() else 0.0
+        self.output_error = error / power if power > 0 else error
+
+    @contextmanager
+    def _clock(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+
+def _input(node: fx.Node) -> Any:
+    """The activation input of a weighted node."""
+    return node.args[0] if node.args else node.kwargs["input"]
+
+
+def _fitting(ready: list[WeightedNode]) -> list[WeightedNode]:
+    """As many of the ready nodes as have moments that fit in memory together; at least one."""
+    taken: list[WeightedNode] = []
+    used = 0
+    for node in ready:
+        groups, rows, columns = node.op.rows(node.weight).shape
+        used += 2 * Moments.bytes(groups, rows, columns)
+        if taken and used > _MOMENT_BYTES:
+            break
+        taken.append(node)
+    return taken
+
+
+def _column_weight(exact: Tensor, index: Tensor, length: int, recipe: Recipe) -> Tensor:
+    """`(G, n)` weights: 1, or `1 / |x|^2` with the norm floored at a hundredth of the mean in the same sample."""
+    if recipe.column_weighting == "none":
+        return torch.ones(exact.shape[:2], device=exact.device)
+    power = exact.square().sum(2)
+    total = power.new_zeros(power.shape[0], length).index_add_(1, index, power)
+    count = torch.bincount(index, minlength=length).clamp_min(1)
+    floor = 0.01 * (total / count)[:, index]
+    return torch.where(floor > 0, 1 / (power + floor), 0.0)
+
+
+def _layer_report(
+    node: WeightedNode, rounding: LayerRounding, recipe: Recipe, columns: int, seconds: float
+) -> LayerReport:
+    integers, grid = rounding.integers, rounding.grid
+    real = grid.coordinates(node.weight)
+    total = max(1, integers.numel())
+    notes = []
+    if not rounding.learned:
+        notes.append("nearest kept: it is better on held-out samples")
+    if recipe.correct_bias and not node.has_bias:
+        notes.append("no bias to correct")
+    bias = "kept"
+    if rounding.bias_correction is not None:
+        bias = "corrected"
+    return LayerReport(
+        name=node.name,
+        kind=node.kind,
+        tied=node.names[1:],
+        shape=tuple(node.weight.shape),
+        bits=grid.bits,
+        nearest_error=rounding.nearest_error,
+        learned_error=rounding.learned_error,
+        nearest_holdout=rounding.nearest_holdout,
+        learned_holdout=rounding.learned_holdout,
+        learned=rounding.learned,
+        flipped=float((integers != grid.nearest(node.weight)).sum()) / total,
+        clipped=float(((real < grid.quant_min - 0.5) | (real > grid.quant_max + 0.5)).sum()) / total,
+        bias=bias,
+        columns=columns,
+        seconds=seconds,
+        note="; ".join(notes),
+    )
