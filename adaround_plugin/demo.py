@@ -129,7 +129,8 @@ def _table(bits: Sequence[int], backend: str, layers: bool) -> Iterator[str]:
         f"Digits of scikit-learn: {len(digits.labels)} to train, {_CALIBRATION} of them (unlabelled) to calibrate, "
         f"{_TEST} to test; converted models run {backend} integer kernels with 8-bit activations."
     )
-    yield f"{'model':10s} {'weights':>8s} {'top-1 %':>8s} {'seconds':>8s} {'saved KB':>9s} {'weights at b bits, KB':>22s}"
+    head = ("model", "weights", "top-1 %", "seconds", "saved KB", "weights at b bits, KB")
+    yield "{:10s} {:>8s} {:>8s} {:>8s} {:>9s} {:>22s}".format(*head)
 
     def row(name: str, width: str, score: float, seconds: float, saved: float, packed: float) -> str:
         return f"{name:10s} {width:>8s} {score:8.2f} {seconds:8.1f} {saved:9.1f} {packed:22.1f}"

@@ -15,7 +15,6 @@ from torch import Tensor
 from adaround_plugin.grid import Grid, GridSpec
 from adaround_plugin.hessian import Hessian
 from adaround_plugin.problem import RoundingProblem
-
 from adaround_plugin.solvers.sequential import round_sequentially
 
 __all__ = ["min_max_grid", "min_mse_grid", "refit_scale", "search_grid"]

@@ -1,0 +1,90 @@
+"""Top-1 of the glyph networks at few bits: nearest, coordinate descent and annealing, by number of images.
+
+Every figure is of the model the host converted: `convert_to_reference_fx` with float activations (weight-only), and
+with 8-bit activations of the x86 backend (W/A8). All layers are quantized, first and last included, per channel.
+
+    python -m integration_tests.benchmarks.accuracy resnet20 mobilenet vit
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx, nn
+from torch.ao.quantization.quantize_fx import convert_to_reference_fx, prepare_fx
+
+from adaround_plugin import adaround, get_adaround_qconfig_mapping, get_report, get_weight_only_backend_config
+from integration_tests.benchmarks import glyphs, networks
+
+TEST_IMAGES = 10_000
+IMAGES = (1024, 256, 64)
+
+
+def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Top-1 in percent."""
+    batches = zip(torch.split(images, 500), torch.split(labels, 500), strict=True)
+    with torch.no_grad():
+        right = sum(int((network(x).argmax(1) == y).sum()) for x, y in batches)
+    return 100 * right / len(labels)
+
+
+def prepare(network: nn.Module, bits: int, weight_only: bool, batches: list[Tensor], affine: bool) -> fx.GraphModule:
+    """Prepare and calibrate."""
+    backend = get_weight_only_backend_config() if weight_only else None
+    mapping = get_adaround_qconfig_mapping(
+        "x86", weight_bits=bits, activation_bits=None if weight_only else 8, symmetric=not affine
+    )
+    prepared = prepare_fx(network, mapping, (batches[0],), backend_config=backend)
+    with torch.no_grad():
+        for batch in batches:
+            prepared(batch)
+    return prepared
+
+
+def rows(network: nn.Module, bits: int, weight_only: bool, solvers: list[str], affine: bool) -> Iterator[list[str]]:
+    """Table rows: mode, bits, solver, images, top-1, loss against float, CPU seconds, recipe."""
+    images, labels = glyphs.load("test", TEST_IMAGES)
+    exact = accuracy(network, images, labels)
+    calibration, _ = glyphs.load("train", max(IMAGES), seed=1)
+    for solver in solvers:
+        for count in IMAGES if solver == "annealing" else IMAGES[:1]:
+            batches = list(torch.split(calibration[:count], 64))
+            prepared = prepare(network, bits, weight_only, batches, affine)
+            start = time.process_time()
+            learned = adaround(prepared, batches, solver=solver, progress=False)
+            seconds = time.process_time() - start
+            recipe = get_report(learned).recipe
+            backend = get_weight_only_backend_config() if weight_only else None
+            score = accuracy(convert_to_reference_fx(learned, backend_config=backend), images, labels)
+            mode = f"W{bits}" + ("" if weight_only else "A8") + (" affine" if affine else "")
+            yield [mode, solver, str(count), f"{score:.2f}", f"{exact - score:+.2f}", f"{seconds:.0f}", recipe]
+
+
+def main() -> None:
+    """Run and print Markdown tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("networks", nargs="+", choices=["resnet20", "mobilenet", "vit"])
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--solvers", nargs="+", default=["nearest", "coordinate_descent", "annealing"])
+    parser.add_argument(
+        "--modes", nargs="+", choices=["weight-only", "activations"], default=["weight-only", "activations"]
+    )
+    parser.add_argument("--affine", action="store_true", help="affine weights, zero point searched with the scale")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    images, labels = glyphs.load("test", TEST_IMAGES)
+    for name in options.networks:
+        network = networks.load(name)
+        print(f"\n{name}: float {accuracy(network, images, labels):.2f} on {TEST_IMAGES} test images\n")
+        head = ["weights", "solver", "images", "top-1 %", "loss", "CPU s", "recipe"]
+        print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
+        for mode in options.modes:
+            for bits in options.bits:
+                for row in rows(network, bits, mode == "weight-only", options.solvers, options.affine):
+                    print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
