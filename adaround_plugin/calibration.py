@@ -106,7 +106,7 @@ class Sampling:
     Attributes:
         first, size: number of the first sample of each batch, and how many it has.
         every: every `every`-th sample is held out; 0 holds out none.
-        max_columns: at most about this many columns per layer.
+        max_columns: at most about this many columns per layer, or four per weight of a row where that is more.
         seed: shifts the output positions that are used where not all are.
     """
 
@@ -145,7 +145,8 @@ class Sampling:
         """
         length, positions, device = patches.samples, patches.positions, patches.view.device
         per_sample = length / self.size[batch]
-        rate = min(1.0, self.max_columns / (sites * positions * per_sample * self.total))
+        most = max(self.max_columns, 4 * patches.row_length)
+        rate = min(1.0, most / (sites * positions * per_sample * self.total))
         entry = self.first[batch] * per_sample + torch.arange(length, dtype=torch.float64, device=device)
         share = rate * positions
         count = (((entry + 1) * share + 1e-6).floor() - (entry * share + 1e-6).floor()).long()

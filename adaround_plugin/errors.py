@@ -34,7 +34,7 @@ class InvalidModelError(AdaRoundError, ValueError):
 
 
 class InvalidBatchError(AdaRoundError, ValueError):
-    """The calibration batches are empty, one-shot, or do not fit the model's signature."""
+    """The calibration batches are empty, not finite, or do not fit the model's signature."""
 
 
 class NonFiniteError(AdaRoundError, ArithmeticError):

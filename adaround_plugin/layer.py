@@ -6,6 +6,7 @@ No graph and no host: a layer is an operator, a weight, a grid and moments.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import nan
 from typing import Literal
 
 import torch
@@ -87,7 +88,9 @@ class Layer:
         error, held = self._errors(self.grid, integers, correct_bias=False)
         return LayerRounding(self.grid, integers, None, False, error, error, held, held)
 
-    def learn(self, recipe: Recipe, solver: Solver, search_scale: bool, up_or_down: bool) -> LayerRounding:
+    def learn(
+        self, recipe: Recipe, solver: Solver, search_scale: bool, up_or_down: bool, judge: bool = True
+    ) -> LayerRounding:
         """Learn the rounding; nearest is kept where it is better on held-out samples.
 
         Args:
@@ -95,36 +98,37 @@ class Layer:
             solver: solves the rounding problem.
             search_scale: choose the scale under the hessian, else keep the grid's.
             up_or_down: restrict to floor and ceil of the weight on its grid, as the paper does.
+            judge: compare with nearest. Without, for trials, whatever was learned is kept, its errors are NaN, and
+                fewer scales are tried.
         """
-        baseline = self.nearest()
         hessian, target = self._form(recipe)
         grid = self.grid
         searching = search_scale and self._scale_follows_rows()
         channel = self._channel()
         if searching:
-            grid = search_grid(grid, channel, lambda at: self._problem(at, hessian, target, up_or_down))
+            steps = 13 if judge else 5
+            grid = search_grid(grid, channel, lambda at: self._problem(at, hessian, target, up_or_down), steps)
         rounding = solver.solve(self._problem(grid, hessian, target, up_or_down))
         if searching and not up_or_down and not isinstance(solver, Nearest):
             grid = refit_scale(grid, channel, hessian, target, rounding.integers)
         integers = self.op.unrows(rounding.integers, self.weight.shape)
-        error, held = self._errors(grid, integers, recipe.correct_bias)
+        correction = None
+        if recipe.correct_bias:
+            correction = self.op.outputs(self.moments.bias(self._change(grid, integers))).float()
+        if not judge:
+            return LayerRounding(grid, integers, correction, True, nan, nan, None, None)
+        return self._judged(grid, integers, correction)
+
+    def _judged(self, grid: Grid, integers: Tensor, correction: Tensor | None) -> LayerRounding:
+        """The learned rounding, or nearest where that is better on held-out samples (on all without any)."""
+        baseline = self.nearest()
+        error, held = self._errors(grid, integers, correction is not None)
         if held is not None and baseline.nearest_holdout is not None:
             learned = held <= baseline.nearest_holdout
         else:
             learned = error <= baseline.nearest_error
-        correction = None
-        if recipe.correct_bias:
-            correction = self.op.outputs(self.moments.bias(self._change(grid, integers))).float()
-        return LayerRounding(
-            grid if learned else baseline.grid,
-            integers if learned else baseline.integers,
-            correction if learned else None,
-            learned,
-            baseline.nearest_error,
-            error,
-            baseline.nearest_holdout,
-            held,
-        )
+        kept = (grid, integers, correction) if learned else (baseline.grid, baseline.integers, None)
+        return LayerRounding(*kept, learned, baseline.nearest_error, error, baseline.nearest_holdout, held)
 
     def _form(self, recipe: Recipe) -> tuple[Hessian, Tensor]:
         """Damped hessian and target in weight units.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -20,6 +19,7 @@ from adaround_plugin.graph.prepared_fx import PreparedFX
 from adaround_plugin.graph.weighted_node import Skipped
 from adaround_plugin.layer import Recipe
 from adaround_plugin.learner import Learner, Settings
+from adaround_plugin.names import select
 from adaround_plugin.problem import Solver
 from adaround_plugin.report import KEY, LayerReport, RecipeTrial, Report
 from adaround_plugin.solvers import Nearest, Sequential, get_solver
@@ -30,7 +30,8 @@ Exclude = Iterable[str | type[nn.Module]]
 
 # "auto" tries its recipes on about this many samples, with at most so many columns a layer
 _TRIAL_SAMPLES = 128
-_TRIAL_COLUMNS = 8192
+_TRIAL_COLUMNS = 4096
+_MANY_SAMPLES = 512
 
 
 def adaround(
@@ -47,7 +48,7 @@ def adaround(
     damping: float | Literal["auto"] = "auto",
     rounding: Literal["grid", "up_or_down"] = "grid",
     holdout: float = 0.125,
-    max_columns: int = 32768,
+    max_columns: int = 16384,
     backend_config: BackendConfig | None = None,
     progress: bool = True,
     seed: int = 0,
@@ -68,7 +69,7 @@ def adaround(
         exclude: names (a parent's name covers its children), regular expressions on names, or module types. Excluded
             layers are rounded to nearest on their own grid.
         scale: `"observer"` keeps the observer's scale, `"search"` chooses scale and zero point under the layer's data;
-            `"auto"` searches for `AdaRoundObserver` and keeps the scale of others.
+            `"auto"` searches for `AdaRoundObserver`, and keeps the scale of other observers and for `"nearest"`.
         asymmetric: imitate the float output from the quantized input, else from the same input.
         correct_bias: let biases absorb the mean error; a module without a bias gets one.
         column_weighting: `"none"`, or `"inverse_norm"` for networks with massive activations.
@@ -77,7 +78,8 @@ def adaround(
             in trials on part of the data.
         rounding: `"grid"` lets an integer be any on the grid, `"up_or_down"` only floor or ceil, as in the paper.
         holdout: share of the samples kept out of learning; a layer that is worse there than nearest keeps nearest.
-        max_columns: at most about this many columns of a layer's design matrix enter its moments.
+        max_columns: at most about this many columns of a layer's design matrix enter its moments, or four per weight
+            of an output channel where that is more.
         backend_config: the one given to `prepare_fx`, if any (the weight-only one is recognized).
         progress: show a progress bar.
         seed: shifts the subsample of columns. The same seed, data and machine give the same integers.
@@ -95,27 +97,37 @@ def adaround(
     """
     start = time.perf_counter()
     chosen = get_solver(solver)
-    _check_options(scale, rounding, holdout, max_columns, damping, column_weighting)
+    _check_options(scale, rounding, holdout, max_columns, damping, column_weighting, asymmetric, correct_bias)
     host = PreparedFX(prepared, backend_config)
     frozen = _excluded(host, exclude)
     bound = bind_batches(host.prepared, batches, inputs)
-    recipes = _recipes(isinstance(chosen, Nearest), asymmetric, correct_bias, column_weighting, damping)
+    sampling = Sampling.of(bound, holdout, max_columns, seed)
+    options = {
+        "asymmetric": asymmetric,
+        "correct_bias": correct_bias,
+        "column_weighting": column_weighting,
+        "damping": damping,
+    }
+    recipes = _recipes(isinstance(chosen, Nearest), sampling.total, options)
+    if isinstance(chosen, Nearest) and scale == "auto":
+        scale = "observer"
     settings = Settings(chosen, recipes[0], scale, rounding == "up_or_down", frozen)
     with (
         torch.no_grad(),
         tqdm(total=len(host.nodes) - len(frozen), desc="AdaRound", unit="layer", disable=not progress) as bar,
     ):
         trials: list[RecipeTrial] = []
-        if len(recipes) > 1:
+        if len(recipes) > 1 and len(frozen) < len(host.nodes):
             bar.set_postfix_str("choosing a recipe")
-            settings, trials = _try(host, bound, recipes, settings, holdout, seed)
+            recipe, trials = _try(host, bound, recipes, settings, holdout, seed, options)
+            settings = replace(settings, recipe=recipe)
         tried = time.perf_counter() - start
 
         def show(layer: LayerReport) -> None:
             bar.set_postfix_str(f"{layer.name} {layer.nearest_error:.2e} -> {layer.learned_error:.2e}", refresh=False)
             bar.update()
 
-        learner = Learner(host, bound, Sampling.of(bound, holdout, max_columns, seed), settings, show)
+        learner = Learner(host, bound, sampling, settings, show)
         bound.clear()
         learner.run()
         model = host.prepared if inplace else copy.deepcopy(host.prepared)
@@ -134,19 +146,28 @@ def adaround(
 
 
 def _check_options(
-    scale: str, rounding: str, holdout: float, max_columns: int, damping: float | str, column_weighting: str
+    scale: str,
+    rounding: str,
+    holdout: float,
+    max_columns: int,
+    damping: float | str,
+    column_weighting: str,
+    asymmetric: bool | str,
+    correct_bias: bool | str,
 ) -> None:
     for name, value, allowed in (
         ("scale", scale, ("auto", "observer", "search")),
         ("rounding", rounding, ("grid", "up_or_down")),
         ("column_weighting", column_weighting, ("auto", "none", "inverse_norm")),
+        ("asymmetric", asymmetric, ("auto", True, False)),
+        ("correct_bias", correct_bias, ("auto", True, False)),
     ):
         if value not in allowed:
             raise InvalidOptionError(name, f"{value!r} is not known", f"Pass one of {list(allowed)}.")
-    if not 0 <= holdout <= 0.5:
+    if not (isinstance(holdout, int | float) and 0 <= holdout <= 0.5):
         raise InvalidOptionError("holdout", f"{holdout!r} is not a share", "Pass a number from 0 to 0.5.")
-    if max_columns < 1:
-        raise InvalidOptionError("max_columns", f"{max_columns!r} is not positive", "Pass at least 1.")
+    if not (isinstance(max_columns, int) and max_columns > 0):
+        raise InvalidOptionError("max_columns", f"{max_columns!r} is not a positive integer", "Pass at least 1.")
     if damping != "auto" and not (isinstance(damping, int | float) and damping > 0):
         raise InvalidOptionError("damping", f"{damping!r} is not positive", "Pass a positive number, or 'auto'.")
 
@@ -155,21 +176,14 @@ def _excluded(host: PreparedFX, exclude: Exclude) -> frozenset[str]:
     """Names of the weighted nodes that the caller excludes."""
     if isinstance(exclude, str | type):
         exclude = (exclude,)
+    node_of = {name: node.name for node in host.nodes for name in node.names}
+    skipped = [entry.name for entry in host.skipped]
     found: set[str] = set()
-    known = [(node.name, name) for node in host.nodes for name in node.names]
-    known += [("", entry.name) for entry in host.skipped]
     for entry in exclude:
         if isinstance(entry, str):
-            hits = [
-                n for n, name in known if name == entry or name.startswith(entry + ".") or re.fullmatch(entry, name)
-            ]
+            found.update(node_of.get(name, "") for name in select(entry, [*node_of, *skipped], "exclude"))
         else:
-            hits = [node.name for node in host.nodes if host.is_type(node, entry)]
-        if not hits and isinstance(entry, str):
-            raise InvalidOptionError(
-                "exclude", f"{entry!r} matches no weighted layer", f"Known: {[name for _, name in known]}."
-            )
-        found.update(hits)
+            found.update(node.name for node in host.nodes if host.is_type(node, entry))
     return frozenset(found - {""})
 
 
@@ -178,29 +192,22 @@ def _excluded_entries(host: PreparedFX, frozen: frozenset[str]) -> list[Skipped]
     return [Skipped(node.name, node.kind, reason) for node in host.nodes if node.name in frozen]
 
 
-def _recipes(nearest: bool, asymmetric: Any, correct_bias: Any, column_weighting: Any, damping: Any) -> list[Recipe]:
-    """The recipes that the caller's options leave open; the best known for convolutional networks first."""
+def _recipes(nearest: bool, samples: int, given: dict[str, Any]) -> list[Recipe]:
+    """The recipes that the caller's options leave open, for learning from so many samples.
+
+    The first two are the best measured on convolutional networks and on a transformer with massive activations
+    (docs/benchmarks.md). Fewer samples want more damping. Where samples are few the asymmetric target may overfit
+    them, and trials are cheap: then the symmetric target and an untouched bias are tried as well.
+    """
+    damping = 0.01 if samples >= _MANY_SAMPLES else 0.1
     if nearest:
         # the baseline: nothing is imitated, so only what the caller asks for by name is done
-        plain = Recipe(False, False, "none", 0.01)
-        candidates = [plain]
+        candidates = [Recipe(False, False, "none", damping)]
     else:
-        candidates = [
-            Recipe(True, True, "none", 0.01),
-            Recipe(True, True, "inverse_norm", 0.1),
-            Recipe(False, True, "inverse_norm", 0.01),
-            Recipe(False, False, "none", 0.01),
-        ]
-    given = {
-        name: value
-        for name, value in (
-            ("asymmetric", asymmetric),
-            ("correct_bias", correct_bias),
-            ("column_weighting", column_weighting),
-            ("damping", damping),
-        )
-        if value != "auto"
-    }
+        candidates = [Recipe(True, True, "none", damping), Recipe(True, True, "inverse_norm", damping)]
+        if samples < _TRIAL_SAMPLES:
+            candidates += [Recipe(False, True, "inverse_norm", damping), Recipe(False, False, "none", damping)]
+    given = {name: value for name, value in given.items() if value != "auto"}
     return list(dict.fromkeys(replace(candidate, **given) for candidate in candidates))
 
 
@@ -218,15 +225,18 @@ def _try(
     settings: Settings,
     holdout: float,
     seed: int,
-) -> tuple[Settings, list[RecipeTrial]]:
+    options: dict[str, Any],
+) -> tuple[Recipe, list[RecipeTrial]]:
     """Try recipes by sequential rounding on part of the data; the smallest error of the network's output wins."""
     total = Sampling.of(bound, 0, 1, 0).total
     part = bound[:: max(1, min(total // _TRIAL_SAMPLES, len(bound)))]
     sampling = Sampling.of(part, holdout, _TRIAL_COLUMNS, seed)
     trials = []
     for recipe in recipes:
-        learner = Learner(host, part, sampling, replace(settings, solver=Sequential(), recipe=recipe))
+        # damped as so few samples need it
+        tried = replace(recipe, damping=0.1) if options["damping"] == "auto" else recipe
+        learner = Learner(host, part, sampling, replace(settings, solver=Sequential(), recipe=tried, judge=False))
         learner.run()
-        trials.append(RecipeTrial(_describe(recipe), learner.output_error))
+        trials.append(RecipeTrial(_describe(tried), learner.output_error))
     best = min(range(len(recipes)), key=lambda i: trials[i].output_error)
-    return replace(settings, recipe=recipes[best]), trials
+    return recipes[best], trials

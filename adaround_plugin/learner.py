@@ -38,6 +38,7 @@ class Settings:
         scale: `"auto"`, `"observer"` or `"search"`.
         up_or_down: restrict integers to floor and ceil.
         frozen: names of weighted nodes that stay nearest.
+        judge: compare each layer with nearest on held-out samples, and report; off for trials.
     """
 
     solver: Solver
@@ -45,6 +46,7 @@ class Settings:
     scale: str
     up_or_down: bool
     frozen: frozenset[str]
+    judge: bool = True
 
 
 class Learner:
@@ -54,7 +56,7 @@ class Learner:
         roundings: what was decided, by name of the weighted node.
         reports: one per learned layer, in the order solved.
         output_error: of the network's output, relative to its variance.
-        seconds: by phase.
+        seconds: by phase; `layer_seconds` by weighted node.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Learner:
         self.reports: list[LayerReport] = []
         self.output_error = 0.0
         self.seconds: dict[str, float] = defaultdict(float)
+        self.layer_seconds: dict[str, float] = defaultdict(float)
 
     def run(self) -> None:
         """Decide every layer, then compare the network's outputs."""
@@ -110,7 +113,7 @@ class Learner:
                 for stream, nodes, of_batch in zip(self.streams, plan, values, strict=True):
                     stream.run_nodes(of_batch, nodes)
             for node in ready:
-                with self._clock("moments"):
+                with self._clock("moments", node):
                     for site in node.sites:
                         self._gather(node, site, batch, values, *gathered[node.name])
             for of_batch, keep in zip(values, needed, strict=True):
@@ -153,7 +156,7 @@ class Learner:
             with self._clock("forward"):
                 for stream, nodes, of_batch in zip(self.streams, plan, copies, strict=True):
                     stream.run_nodes(of_batch, nodes)
-            with self._clock("moments"):
+            with self._clock("moments", node):
                 for site in node.sites:
                     self._gather(node, site, batch, copies, *moments)
         return moments
@@ -190,7 +193,8 @@ class Learner:
                 f"layer {node.name!r}", "its input holds NaN or infinity", "Check the model and the calibration data."
             )
         held = self.sampling.held_out(batch, patches.samples, index.device)[index]
-        for part, chosen in ((moments, ~held), (holdout, held)):
+        parts = ((moments, ~held), (holdout, held)) if self.settings.judge else ((moments, ~held),)
+        for part, chosen in parts:
             if chosen.all():
                 part.add(quantized, deviation, weight)
             else:
@@ -198,17 +202,18 @@ class Learner:
 
     def _decide(self, node: WeightedNode, moments: Moments, holdout: Moments) -> None:
         """Learn one layer's rounding and put it into the quantized stream."""
-        start = time.perf_counter()
-        layer = Layer(node.op, node.weight, node.grid, moments.finish(), holdout.finish())
+        with self._clock("moments", node):
+            layer = Layer(node.op, node.weight, node.grid, moments.finish(), holdout.finish())
         wanted, scale = self.settings.recipe, self.settings.scale
-        recipe = replace(wanted, correct_bias=wanted.correct_bias and node.has_bias)
+        recipe = replace(wanted, correct_bias=wanted.correct_bias and node.bias != "fixed")
         search = scale == "search" or (scale == "auto" and not node.keeps_scale)
-        rounding = layer.learn(recipe, self.settings.solver, search, self.settings.up_or_down)
-        node.set_quantized(rounding)
+        with self._clock("solve", node):
+            rounding = layer.learn(recipe, self.settings.solver, search, self.settings.up_or_down, self.settings.judge)
+            node.set_quantized(rounding)
         self.roundings[node.name] = rounding
-        seconds = time.perf_counter() - start
-        self.seconds["solve"] += seconds
-        report = _layer_report(node, rounding, wanted, moments.count + holdout.count, seconds)
+        if not self.settings.judge:
+            return
+        report = _layer_report(node, rounding, wanted, moments.count + holdout.count, self.layer_seconds[node.name])
         self.reports.append(report)
         if self.on_layer is not None:
             self.on_layer(report)
@@ -230,10 +235,14 @@ class Learner:
         self.output_error = error / power if power > 0 else error
 
     @contextmanager
-    def _clock(self, phase: str) -> Iterator[None]:
+    def _clock(self, phase: str, node: WeightedNode | None = None) -> Iterator[None]:
+        """Add the time spent inside to a phase, and to a layer."""
         start = time.perf_counter()
         yield
-        self.seconds[phase] += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.seconds[phase] += seconds
+        if node is not None:
+            self.layer_seconds[node.name] += seconds
 
 
 def _input(node: fx.Node) -> Any:
@@ -273,12 +282,14 @@ def _layer_report(
     total = max(1, integers.numel())
     notes = []
     if not rounding.learned:
-        notes.append("nearest kept: it is better on held-out samples")
-    if recipe.correct_bias and not node.has_bias:
-        notes.append("no bias to correct")
-    bias = "kept"
-    if rounding.bias_correction is not None:
-        bias = "corrected"
+        judged_on = "learning" if rounding.learned_holdout is None else "held-out"
+        notes.append(f"nearest kept: it is better on the {judged_on} samples")
+    if recipe.correct_bias and node.bias == "fixed":
+        notes.append("no bias that could be corrected")
+    if rounding.bias_correction is None:
+        bias = "kept"
+    else:
+        bias = "corrected" if node.bias == "present" else "added"
     return LayerReport(
         name=node.name,
         kind=node.kind,

@@ -14,6 +14,7 @@ from torch.ao.quantization.observer import PlaceholderObserver
 
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.grid import check_bits
+from adaround_plugin.names import select
 from adaround_plugin.observers import AdaRoundObserver
 
 __all__ = ["get_adaround_qconfig_mapping", "get_weight_only_backend_config"]
@@ -79,28 +80,17 @@ def get_adaround_qconfig_mapping(
         mapping.set_object_type(kind, transposed_qconfig)
     for pattern, bits in (layer_bits or {}).items():
         check_bits(bits, f"layer_bits[{pattern!r}]")
-        names = _matching(model, pattern) if model is not None else None
-        if names is None:
-            exact = re.fullmatch(r"[\w.]*", pattern)
-            (mapping.set_module_name if exact else mapping.set_module_name_regex)(pattern, qconfig(bits, False))
-            continue
-        assert model is not None
-        for name in names:
-            transposed = isinstance(model.get_submodule(name), _TRANSPOSED_MODULES)
-            mapping.set_module_name(name, qconfig(bits, transposed))
+        argument = f"layer_bits[{pattern!r}]"
+        if model is not None:
+            known = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+            for name in select(pattern, known, argument):
+                transposed = isinstance(model.get_submodule(name), _TRANSPOSED_MODULES)
+                mapping.set_module_name(name, qconfig(bits, transposed))
+        elif re.fullmatch(r"[\w.]*", pattern):
+            mapping.set_module_name(pattern, qconfig(bits, transposed=False))
+        else:
+            mapping.set_module_name_regex(pattern, qconfig(bits, transposed=False))
     return mapping
-
-
-def _matching(model: nn.Module, pattern: str) -> list[str]:
-    """Names of the modules of `model` that a name or pattern selects, those below a named one included."""
-    names = [
-        name
-        for name, _ in model.named_modules(remove_duplicate=False)
-        if name and (name == pattern or name.startswith(pattern + ".") or re.fullmatch(pattern, name))
-    ]
-    if not names:
-        raise InvalidOptionError(f"layer_bits[{pattern!r}]", "matches no module of the model", "Check the name.")
-    return names
 
 
 def get_weight_only_backend_config() -> BackendConfig:

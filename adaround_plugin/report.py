@@ -22,9 +22,10 @@ class LayerReport:
         name, kind: qualified name; type of the operator. `tied` names share the weight.
         shape: of the weight.
         bits: bit width of the integer range.
-        nearest_error, learned_error: squared output error over the output's variance on the learning samples, of
-            round-to-nearest on the observer's scale and of the learned rounding. Float output against the output
-            with quantized weight and quantized input.
+        nearest_error, learned_error: squared error of the output on the learning samples, of round-to-nearest on the
+            observer's scale and of the learned rounding: the float output against that with quantized weight and
+            quantized input, over the variance of the float weight's output on the quantized input. Columns are
+            weighed as the recipe says, so errors of different recipes cannot be compared.
         nearest_holdout, learned_holdout: the same on held-out samples, None without any.
         learned: whether the learned rounding was kept; else the layer is nearest, because `note` says.
         flipped: share of the weights whose integer is not the nearest on the layer's own grid.

@@ -68,25 +68,26 @@ def _choose(spec: GridSpec, where: Tensor, grid: Grid, other: Grid) -> Grid:
     return spec.at(torch.where(where, grid.scale, other.scale), torch.where(where, grid.zero_point, other.zero_point))
 
 
-def _candidates(grid: Grid) -> Iterator[Grid]:
+def _candidates(grid: Grid, steps: int) -> Iterator[Grid]:
     """Grids around `grid`: 0.6 to 1.2 times its scale, and for affine schemes of few bits its zero point +-1."""
     shifts = [0] if grid.symmetric or grid.bits > 4 else [0, -1, 1]
     for shift in shifts:
         zero_point = (grid.zero_point + shift).clamp(grid.quant_min, grid.quant_max)
-        for i in range(13):
-            yield grid.at(grid.scale * (0.6 + 0.05 * i), zero_point)
+        for i in range(steps):
+            yield grid.at(grid.scale * (0.6 + 0.6 * i / (steps - 1)), zero_point)
 
 
-def search_grid(grid: Grid, channel: Tensor, problem_at: Callable[[Grid], RoundingProblem]) -> Grid:
+def search_grid(grid: Grid, channel: Tensor, problem_at: Callable[[Grid], RoundingProblem], steps: int = 13) -> Grid:
     """Choose scale and zero point, channel by channel, by the output error of sequential rounding.
 
     Args:
         grid: the grid to search around.
         channel: `(G, R)` int64, the channel of `grid` that each output row belongs to.
         problem_at: the rounding problem on another grid.
+        steps: number of scales to try, at least 2.
     """
     best, best_error = grid, torch.full_like(grid.scale, float("inf")).reshape(-1)
-    candidates = list(_candidates(grid))
+    candidates = list(_candidates(grid, steps))
     first = problem_at(grid).target
     together = max(1, _ELEMENTS // first.numel())
     for start in range(0, len(candidates), together):

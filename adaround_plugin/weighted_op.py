@@ -137,6 +137,11 @@ class Patches:
         """Output positions per entry of the leading axis."""
         return prod(self.view.shape[1 : 1 + self.position_dims])
 
+    @property
+    def row_length(self) -> int:
+        """Entries of one column in one group: weights of an output channel."""
+        return prod(self.view.shape[2 + self.position_dims :])
+
     def columns(self, sample: Tensor, position: Tensor) -> Tensor:
         """Materialize chosen columns.
 

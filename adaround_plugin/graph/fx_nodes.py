@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -169,7 +169,7 @@ class Finder:
                 weight.detach(),
                 grid,
                 sites,
-                all(self._has_bias(name) for name in names),
+                self._bias(names),
                 keeps_scale,
                 self._setter(group),
             )
@@ -178,10 +178,12 @@ class Finder:
     def _weight(self, name: str) -> Tensor:
         return owner(self.graph, name)[1]
 
-    def _has_bias(self, name: str) -> bool:
+    def _bias(self, names: tuple[str, ...]) -> Literal["present", "addable", "fixed"]:
         """Modules can be given a bias; functional calls have it as an argument that may be anything."""
-        module, _ = owner(self.graph, name)
-        return module is not None
+        modules = [owner(self.graph, name)[0] for name in names]
+        if any(module is None for module in modules):
+            return "fixed"
+        return "addable" if any(module.bias is None for module in modules) else "present"
 
     def _grid(self, name: str, site: CallSite) -> tuple[Grid, bool]:
         """The grid that the host's observer asks for, and whether its scale is the user's choice."""

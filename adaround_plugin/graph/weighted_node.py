@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, fx
 
@@ -33,7 +34,8 @@ class WeightedNode:
         weight: the float weight.
         grid: the grid that the host's observer chose.
         sites: call sites in graph order.
-        has_bias: whether a bias is there, or can be added, for a correction to go into.
+        bias: whether there is one for a correction to go into: `"present"`, `"addable"`, or `"fixed"` where the host
+            leaves no way to change or add one.
         keeps_scale: the observer is not ours: its scale is the user's choice.
         set_quantized: put a rounding into the quantized graph, for all sites at once.
     """
@@ -45,7 +47,7 @@ class WeightedNode:
     weight: Tensor
     grid: Grid
     sites: tuple[CallSite, ...]
-    has_bias: bool
+    bias: Literal["present", "addable", "fixed"]
     keeps_scale: bool
     set_quantized: Callable[[LayerRounding], None]
 

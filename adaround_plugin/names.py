@@ -1,0 +1,34 @@
+"""Choosing layers by name: one rule for every option that takes names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from adaround_plugin.errors import InvalidOptionError
+
+__all__ = ["select"]
+
+
+def select(pattern: str, names: Iterable[str], argument: str) -> list[str]:
+    """The names that `pattern` selects: itself, those below it (`"layer1"` has `"layer1.conv"`), or a full match.
+
+    Args:
+        pattern: a qualified name or a regular expression.
+        names: to choose from.
+        argument: what the caller calls the pattern, for errors.
+
+    Raises:
+        InvalidOptionError: `pattern` is no regular expression, or selects nothing.
+    """
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise InvalidOptionError(
+            argument, f"{pattern!r} is not a regular expression ({error})", "For any characters write '.*', not '*'."
+        ) from None
+    names = list(names)
+    found = [n for n in names if n == pattern or n.startswith(pattern + ".") or expression.fullmatch(n)]
+    if not found:
+        raise InvalidOptionError(argument, f"{pattern!r} matches none of {names}", "Check the name.")
+    return found
