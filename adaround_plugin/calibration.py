@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ def bind_batches(model: fx.GraphModule, batches: Iterable[Any], inputs: Callable
     Raises:
         InvalidBatchError: no batches, or a batch that does not fit the signature.
     """
-    if isinstance(batches, Tensor | dict):
+    if isinstance(batches, Tensor | Mapping | str):
         raise InvalidBatchError(
             "batches", f"is one {type(batches).__name__}, not a sequence of batches", "Pass [batch] instead."
         )
@@ -66,8 +66,8 @@ def _signature(model: fx.GraphModule) -> inspect.Signature:
 
 def _bind(signature: inspect.Signature, batch: Any, inputs: Callable[[Any], Any] | None, index: int) -> list[Any]:
     given = inputs(batch) if inputs is not None else batch
-    args = tuple(given) if isinstance(given, tuple | list) else () if isinstance(given, dict) else (given,)
-    kwargs = given if isinstance(given, dict) else {}
+    args = tuple(given) if isinstance(given, tuple | list) else () if isinstance(given, Mapping) else (given,)
+    kwargs = dict(given) if isinstance(given, Mapping) else {}
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -85,7 +85,8 @@ def _bind(signature: inspect.Signature, batch: Any, inputs: Callable[[Any], Any]
                 raise InvalidBatchError(f"batch {index}", f"input {name!r} is {value.dtype}", "Pass float32.")
             if not torch.isfinite(value).all():
                 raise InvalidBatchError(f"batch {index}", f"input {name!r} holds NaN or infinity", "Remove the sample.")
-    if not any(isinstance(value, Tensor) and value.numel() for value in values):
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not tensors or not tensors[0].numel():
         raise InvalidBatchError(f"batch {index}", "holds no data", "Pass batches of at least one sample.")
     return values
 
@@ -105,7 +106,7 @@ class Sampling:
 
     Attributes:
         first, size: number of the first sample of each batch, and how many it has.
-        every: every `every`-th sample is held out; 0 holds out none.
+        every: one of each run of `every` samples is held out; 0 holds out none.
         max_columns: at most about this many columns per layer, or four per weight of a row where that is more.
         seed: shifts the output positions that are used where not all are.
     """
@@ -135,7 +136,9 @@ class Sampling:
         if not self.every:
             return torch.zeros(length, dtype=torch.bool, device=device)
         sample = self.first[batch] + torch.arange(length, device=device) * self.size[batch] // max(1, length)
-        return sample % self.every == self.every - 1
+        # which one of each run moves with the golden ratio, so that it cannot fall in step with `columns`
+        chosen = ((sample // self.every + 1).double() * _GOLDEN).frac() * self.every
+        return sample % self.every == chosen.long()
 
     def columns(self, batch: int, patches: Patches, sites: int) -> tuple[Tensor, Tensor]:
         """Chosen columns of one call site out of `sites`: `(n,)` leading indices and `(n,)` output positions.

@@ -31,14 +31,18 @@ class Hessian:
         self.matrix = matrix
 
     @classmethod
-    def damped(cls, moment: Tensor, damping: float) -> Hessian:
+    def damped(cls, moment: Tensor, damping: float, power: Tensor | None = None) -> Hessian:
         """`moment + damping * mean(diagonal) * I`, per group; the identity where the data are constant.
+
+        Constant means that the mean diagonal is below float32's noise, 1e-12 of `power`, `(G,)`: the mean square of
+        the data that `moment` was centred from.
 
         The ridge makes the form definite with fewer samples than columns, and pulls rounding towards the target
         where the data say little.
         """
         mean = moment.diagonal(dim1=1, dim2=2).mean(1)
-        ridge = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
+        noise = torch.zeros_like(mean) if power is None else 1e-12 * power
+        ridge = torch.where(mean > noise, damping * mean, torch.ones_like(mean))
         matrix = moment.clone()
         matrix.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(1))
         return cls(matrix)

@@ -103,10 +103,10 @@ class Layer:
         """
         hessian, target = self._form(recipe)
         grid = self.grid
-        searching = search_scale and self._scale_follows_rows()
+        searching = search_scale and self.scale_follows_rows
         channel = self._channel()
         if searching:
-            steps = 13 if judge else 5
+            steps = 13 if judge else 7
             grid = search_grid(grid, channel, lambda at: self._problem(at, hessian, target, up_or_down), steps)
         rounding = solver.solve(self._problem(grid, hessian, target, up_or_down))
         if searching and not up_or_down and not isinstance(solver, Nearest):
@@ -139,7 +139,7 @@ class Layer:
         second, cross, _ = (
             (moments.hessian, moments.cross, moments.power) if recipe.correct_bias else moments.uncentred()
         )
-        hessian = Hessian.damped(second, recipe.damping)
+        hessian = Hessian.damped(second, recipe.damping, self._power(moments))
         target = self.op.rows(self.weight).double()
         if recipe.asymmetric:
             target = target + hessian.solve(cross)
@@ -150,7 +150,7 @@ class Layer:
         rows, shape = self.op.rows, self.weight.shape
         scale = rows(grid.expand(grid.scale, shape)).double()
         zero_point = rows(grid.expand(grid.zero_point, shape))
-        if not self._scale_follows_rows():
+        if not self.scale_follows_rows:
             # a scale that runs along the columns moves into the form; its size along the rows is free
             hessian = hessian.scaled(scale[:, 0])
         if up_or_down:
@@ -161,7 +161,9 @@ class Layer:
             lower, upper = torch.full_like(zero_point, grid.quant_min), torch.full_like(zero_point, grid.quant_max)
         return RoundingProblem(target / scale + zero_point, hessian, lower, upper, rows(grid.nearest(self.weight)))
 
-    def _scale_follows_rows(self) -> bool:
+    @property
+    def scale_follows_rows(self) -> bool:
+        """Whether one scale serves a whole row, so that it can be searched; else it runs along the columns."""
         return self.grid.ch_axis in (None, self.op.output_axis)
 
     def _channel(self) -> Tensor:
@@ -186,6 +188,14 @@ class Layer:
             if correct_bias:
                 offset = self.moments.bias(change)
                 error = (error - 2 * offset * moments.bias(change) + offset.square()).clamp_min(0)
-            power = ((rows @ moments.hessian) * rows).sum()
+            variance = ((rows @ moments.hessian) * rows).sum()
+            square = variance + (rows @ moments.mean.unsqueeze(2)).square().sum()
+            # an output that does not vary is measured against its mean square
+            power = variance if variance > 1e-9 * square else square
             found.append(float(error.sum() / power) if power > 0 else float(error.sum()))
         return found[0] or 0.0, found[1]
+
+    @staticmethod
+    def _power(moments: Moments) -> Tensor:
+        """`(G,)`: mean square of the columns' entries."""
+        return (moments.hessian.diagonal(dim1=1, dim2=2) + moments.mean.square()).mean(1)

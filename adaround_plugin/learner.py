@@ -208,12 +208,21 @@ class Learner:
         recipe = replace(wanted, correct_bias=wanted.correct_bias and node.bias != "fixed")
         search = scale == "search" or (scale == "auto" and not node.keeps_scale)
         with self._clock("solve", node):
-            rounding = layer.learn(recipe, self.settings.solver, search, self.settings.up_or_down, self.settings.judge)
+            rounding = (
+                layer.learn(recipe, self.settings.solver, search, self.settings.up_or_down, self.settings.judge)
+                if moments.count
+                else layer.nearest()
+            )
             node.set_quantized(rounding)
         self.roundings[node.name] = rounding
         if not self.settings.judge:
             return
-        report = _layer_report(node, rounding, wanted, moments.count + holdout.count, self.layer_seconds[node.name])
+        notes = [] if moments.count else ["no learning sample reached it"]
+        if search and not layer.scale_follows_rows:
+            notes.append("scale kept: it runs along the input channels")
+        report = _layer_report(
+            node, rounding, wanted, notes, moments.count + holdout.count, self.layer_seconds[node.name]
+        )
         self.reports.append(report)
         if self.on_layer is not None:
             self.on_layer(report)
@@ -275,21 +284,17 @@ def _column_weight(exact: Tensor, index: Tensor, length: int, recipe: Recipe) ->
 
 
 def _layer_report(
-    node: WeightedNode, rounding: LayerRounding, recipe: Recipe, columns: int, seconds: float
+    node: WeightedNode, rounding: LayerRounding, recipe: Recipe, notes: list[str], columns: int, seconds: float
 ) -> LayerReport:
     integers, grid = rounding.integers, rounding.grid
     real = grid.coordinates(node.weight)
     total = max(1, integers.numel())
-    notes = []
-    if not rounding.learned:
+    if not rounding.learned and columns:
         judged_on = "learning" if rounding.learned_holdout is None else "held-out"
         notes.append(f"nearest kept: it is better on the {judged_on} samples")
     if recipe.correct_bias and node.bias == "fixed":
         notes.append("no bias that could be corrected")
-    if rounding.bias_correction is None:
-        bias = "kept"
-    else:
-        bias = "corrected" if node.bias == "present" else "added"
+    touched = "corrected" if node.bias == "present" else "added"
     return LayerReport(
         name=node.name,
         kind=node.kind,
@@ -303,7 +308,7 @@ def _layer_report(
         learned=rounding.learned,
         flipped=float((integers != grid.nearest(node.weight)).sum()) / total,
         clipped=float(((real < grid.quant_min - 0.5) | (real > grid.quant_max + 0.5)).sum()) / total,
-        bias=bias,
+        bias="kept" if rounding.bias_correction is None else touched,
         columns=columns,
         seconds=seconds,
         note="; ".join(notes),

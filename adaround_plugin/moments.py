@@ -76,14 +76,17 @@ class Moments:
         share = (weight.double() / safe[:, None]).unsqueeze(1)  # (G, 1, n)
         mean_x = (share.to(x.dtype) @ x).squeeze(1)
         mean_d = (share.to(x.dtype) @ deviation).squeeze(1)
-        # the fp32 mean only shifts the data; its own rounding error is carried exactly by the merge below
+        x, deviation = x - mean_x.unsqueeze(1), deviation - mean_d.unsqueeze(1)
+        # centred a second time: the first mean carries float32's rounding error
+        rest_x = (share.to(x.dtype) @ x).squeeze(1)
+        rest_d = (share.to(x.dtype) @ deviation).squeeze(1)
         root = weight.sqrt().unsqueeze(-1)
-        x = (x - mean_x.unsqueeze(1)) * root
-        deviation = (deviation - mean_d.unsqueeze(1)) * root
+        x = x.sub_(rest_x.unsqueeze(1)).mul_(root)
+        deviation = deviation.sub_(rest_d.unsqueeze(1)).mul_(root)
         self._merge(
             total,
-            mean_x.double(),
-            mean_d.double(),
+            mean_x.double() + rest_x.double(),
+            mean_d.double() + rest_d.double(),
             (x.transpose(1, 2) @ x).double(),
             (deviation.transpose(1, 2) @ x).double(),
             deviation.double().square().sum(1),
@@ -116,10 +119,6 @@ class Moments:
             self.cross + self.deviation.unsqueeze(2) * self.mean.unsqueeze(1),
             self.power + self.deviation.square(),
         )
-
-    def is_finite(self) -> bool:
-        """Whether everything seen was finite."""
-        return bool(torch.isfinite(self.mean).all() and torch.isfinite(self.power).all())
 
     def error(self, change: Tensor, correct_bias: bool) -> Tensor:
         """`E (d + (w - w^) x^ - b)^2` per row, with the best `b` if `correct_bias`, else with `b = 0`.

@@ -7,7 +7,17 @@ from collections.abc import Iterable
 
 from adaround_plugin.errors import InvalidOptionError
 
-__all__ = ["select"]
+__all__ = ["compiled", "select"]
+
+
+def compiled(pattern: str, argument: str) -> re.Pattern[str]:
+    """`pattern` as a regular expression; `InvalidOptionError` naming `argument` if it is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InvalidOptionError(
+            argument, f"{pattern!r} is not a regular expression ({error})", "For any characters write '.*', not '*'."
+        ) from None
 
 
 def select(pattern: str, names: Iterable[str], argument: str) -> list[str]:
@@ -21,14 +31,10 @@ def select(pattern: str, names: Iterable[str], argument: str) -> list[str]:
     Raises:
         InvalidOptionError: `pattern` is no regular expression, or selects nothing.
     """
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise InvalidOptionError(
-            argument, f"{pattern!r} is not a regular expression ({error})", "For any characters write '.*', not '*'."
-        ) from None
     names = list(names)
-    found = [n for n in names if n == pattern or n.startswith(pattern + ".") or expression.fullmatch(n)]
+    found = [name for name in names if name == pattern or name.startswith(pattern + ".")]
+    # a name that exists is meant as a name, though its dots would match other characters
+    found = found or [name for name in names if compiled(pattern, argument).fullmatch(name)]
     if not found:
         raise InvalidOptionError(argument, f"{pattern!r} matches none of {names}", "Check the name.")
     return found

@@ -120,6 +120,8 @@ class AdaRoundObserver(AdaRoundWeightMixin, UniformQuantizationObserverBase):
             raise InvalidOptionError(
                 "quant_min, quant_max", f"[{low}, {high}] is not inside [-128, 127] around 0", "Pass a narrower range."
             )
+        if dtype != torch.qint8:
+            raise InvalidOptionError("dtype", f"{dtype} does not hold signed weights in FX", "Pass torch.qint8.")
         super().__init__(dtype=dtype, qscheme=qscheme, quant_min=low, quant_max=high, **kwargs)
         self._configure(ch_axis, scale)
 

@@ -14,7 +14,7 @@ from torch.ao.quantization.observer import PlaceholderObserver
 
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.grid import check_bits
-from adaround_plugin.names import select
+from adaround_plugin.names import compiled, select
 from adaround_plugin.observers import AdaRoundObserver
 
 __all__ = ["get_adaround_qconfig_mapping", "get_weight_only_backend_config"]
@@ -89,7 +89,9 @@ def get_adaround_qconfig_mapping(
         elif re.fullmatch(r"[\w.]*", pattern):
             mapping.set_module_name(pattern, qconfig(bits, transposed=False))
         else:
-            mapping.set_module_name_regex(pattern, qconfig(bits, transposed=False))
+            # torch matches a prefix; this is the whole name, or that of a parent
+            whole = rf"(?:{compiled(pattern, argument).pattern})(?:\..*)?$"
+            mapping.set_module_name_regex(whole, qconfig(bits, transposed=False))
     return mapping
 
 

@@ -31,7 +31,7 @@ def round_sequentially(problem: RoundingProblem) -> tuple[Tensor, Tensor]:
     error = torch.zeros_like(target)
     loss = sweep(error, target, lower, upper, matrix, curvature=curvature)
     assert loss is not None
-    q = (error + target).round_()
+    q = torch.clamp((error + target).round_(), lower, upper)
     return torch.zeros_like(q).scatter_(1, order, q).transpose(1, 2).long(), loss
 
 

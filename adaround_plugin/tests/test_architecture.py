@@ -1,0 +1,102 @@
+"""Imports go down, and the mathematics needs nothing but torch."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "adaround_plugin"
+ROOT = Path(__file__).parents[1]
+
+# a module imports from layers above its own line only; inside one layer, from what stands before it
+LAYERS: list[list[str]] = [
+    ["_version", "errors", "grid", "hessian", "moments", "names", "weighted_op"],
+    ["problem", "solvers._sweep", "solvers.nearest", "solvers.sequential", "solvers.coordinate_descent"],
+    ["solvers.annealing", "solvers", "scale", "observers", "qconfig"],
+    ["layer", "report", "calibration"],
+    ["graph", "graph.compat", "graph.fx_ops", "graph.streams", "graph.transforms", "graph.weighted_node"],
+    ["graph.checks", "graph.fx_nodes", "graph.prepared_fx"],
+    ["learner", "learn"],
+    ["demo", "cli", "__main__"],
+]
+MATHEMATICS = {*LAYERS[0], *LAYERS[1], "solvers.annealing", "solvers", "scale", "layer"}
+ALLOWED_OUTSIDE = {"torch", PACKAGE, *sys.stdlib_module_names}
+ORDER = [name for layer in LAYERS for name in layer]
+
+
+def modules() -> dict[str, Path]:
+    """Dotted names inside the package of every module of it, the tests and the package itself left out."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[0] != "tests" and parts != ("__init__",):
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str, path: Path) -> Iterator[str]:
+    """Absolute dotted names that a module imports, wherever in its text."""
+    package = [PACKAGE, *name.split(".")]
+    if path.name != "__init__.py":
+        package.pop()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{source}.{alias.name}"
+                yield full if full.removeprefix(PACKAGE + ".") in modules() else source
+
+
+MODULES = modules()
+
+
+def inside(name: str) -> set[str]:
+    """Modules of the package that `name` imports."""
+    found = {full for full in imports(name, MODULES[name]) if full.split(".")[0] == PACKAGE}
+    return {full.removeprefix(PACKAGE).removeprefix(".") for full in found}
+
+
+def test_every_module_has_its_layer():
+    assert sorted(MODULES) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_down(name):
+    position = ORDER.index(name)
+    above = {target for target in inside(name) if target not in ORDER[:position]}
+    assert not above, f"{name} imports {sorted(above)}"
+
+
+@pytest.mark.parametrize("name", sorted(MATHEMATICS & MODULES.keys()))
+def test_mathematics_imports_torch_alone(name):
+    outside = {full.split(".")[0] for full in imports(name, MODULES[name])} - ALLOWED_OUTSIDE
+    assert not outside
+    deep = {full for full in imports(name, MODULES[name]) if full.startswith(("torch.ao", "torch.fx", "torch.nn.mod"))}
+    assert not deep, "no host and no graph"
+    assert inside(name) <= MATHEMATICS
+
+
+def test_private_names_of_torch_are_in_one_place():
+    for name, path in MODULES.items():
+        private = [
+            alias.name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch")
+            for alias in node.names
+            if alias.name.startswith("_")
+        ]
+        assert not private or name == "graph.compat", f"{name} imports {private}"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"_version", "graph", "__main__", "cli", "demo"}))
+def test_every_module_says_what_is_public(name):
+    tree = ast.parse(MODULES[name].read_text())
+    assert ast.get_docstring(tree)
+    assert any(isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__" for node in tree.body)

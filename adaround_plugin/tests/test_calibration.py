@@ -1,0 +1,318 @@
+"""What a loader may yield, and which columns of it are used."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from adaround_plugin.calibration import Sampling, bind_batches
+from adaround_plugin.errors import InvalidBatchError
+from adaround_plugin.weighted_op import Patches, WeightedOp
+
+
+class One(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+class Two(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x * mask
+
+
+class Optional(nn.Module):
+    def forward(self, x: Tensor, scale: float = 2.0, mask: Tensor | None = None) -> Tensor:
+        return x * scale
+
+
+class KeywordOnly(nn.Module):
+    def forward(self, x: Tensor, *, bias: Tensor, gain: float = 3.0) -> Tensor:
+        return x * gain + bias
+
+
+X = torch.arange(6.0).reshape(2, 3)
+MASK = torch.tensor([[True, False, True], [False, True, True]])
+
+
+def bind(model: nn.Module, batches: Any, inputs: Any = None) -> list[list[Any]]:
+    return bind_batches(fx.symbolic_trace(model), batches, inputs)
+
+
+def assert_bound(found: list[list[Any]], *expected: Any) -> None:
+    assert len(found) == 1
+    assert len(found[0]) == len(expected)
+    for value, want in zip(found[0], expected, strict=True):
+        assert torch.equal(value, want) if isinstance(want, Tensor) else value == want
+
+
+def test_tensors_are_batches_of_one_argument():
+    found = bind(One(), [X, X + 1])
+    assert [len(arguments) for arguments in found] == [1, 1]
+    assert torch.equal(found[1][0], X + 1)
+
+
+@pytest.mark.parametrize("batch", [(X, MASK), [X, MASK], namedtuple("Batch", "a b")(X, MASK)])
+def test_tuples_are_positional(batch):
+    assert_bound(bind(Two(), [batch]), X, MASK)
+
+
+def test_dicts_are_keywords_in_any_order():
+    assert_bound(bind(Two(), [{"mask": MASK, "x": X}]), X, MASK)
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        (X, (X, 2.0, None)),
+        ((X, 4.0), (X, 4.0, None)),
+        ({"x": X, "mask": MASK}, (X, 2.0, MASK)),
+        ({"mask": MASK, "x": X, "scale": 1.0}, (X, 1.0, MASK)),
+    ],
+)
+def test_defaults_fill_what_is_missing(batch, expected):
+    assert_bound(bind(Optional(), [batch]), *expected)
+
+
+def test_keyword_only_inputs_come_from_dicts():
+    assert_bound(bind(KeywordOnly(), [{"x": X, "bias": X}]), X, X, 3.0)
+
+
+def test_inputs_maps_a_batch_to_the_model_s_inputs():
+    batch = (X, torch.tensor([0, 1]))
+    assert_bound(bind(One(), [batch], lambda batch: batch[0]), X)
+    assert_bound(bind(Two(), [batch], lambda batch: {"mask": MASK, "x": batch[0]}), X, MASK)
+    assert_bound(bind(Two(), [batch], lambda batch: (batch[0], MASK)), X, MASK)
+
+
+def test_loaders_and_iterators_are_read_once():
+    loader = DataLoader(TensorDataset(torch.arange(10.0).reshape(10, 1)), batch_size=4)
+    assert [len(arguments[0]) for arguments in bind(One(), loader)] == [4, 4, 2]
+    reads = []
+
+    def stream():
+        for i in range(3):
+            reads.append(i)
+            yield X + i
+
+    found = bind(One(), stream())
+    assert reads == [0, 1, 2]
+    assert torch.equal(found[2][0], X + 2)
+
+
+def test_integer_inputs_are_left_alone():
+    tokens = torch.tensor([[1, 2], [3, 4]])
+    assert_bound(bind(One(), [tokens]), tokens)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch"),
+    [
+        (One(), (X, torch.tensor([0, 1]))),
+        (One(), {"image": X}),
+        (One(), ()),
+        (Two(), X),
+        (Two(), {"x": X}),
+        (Two(), (X, MASK, X)),
+        (Optional(), {"mask": MASK}),
+        (KeywordOnly(), X),
+    ],
+)
+def test_a_batch_that_does_not_fit_the_signature_is_named_with_the_remedy(model, batch):
+    good = {"x": X, "mask": MASK, "bias": X}
+    names = [node.name for node in fx.symbolic_trace(model).graph.nodes if node.op == "placeholder"]
+    fitting = {name: good[name] for name in names if name in good}
+    with pytest.raises(InvalidBatchError, match=r"batch 1: .*does not fit the model's inputs.*inputs=") as caught:
+        bind(model, [fitting, batch])
+    assert all(name in str(caught.value) for name in names)
+    assert caught.value.subject == "batch 1"
+
+
+@pytest.mark.parametrize("batches", [[], (), iter([]), DataLoader(TensorDataset(torch.zeros(0, 1)))])
+def test_no_batches_are_refused(batches):
+    with pytest.raises(InvalidBatchError, match=r"batches: is empty.*Pass a list or a DataLoader"):
+        bind(One(), batches)
+
+
+def test_a_consumed_iterator_is_refused():
+    batches = iter([X])
+    bind(One(), batches)
+    with pytest.raises(InvalidBatchError, match="already consumed"):
+        bind(One(), batches)
+
+
+@pytest.mark.parametrize("batches", [X, {"x": X}])
+def test_one_batch_is_not_a_sequence_of_batches(batches):
+    with pytest.raises(InvalidBatchError, match=r"not a sequence of batches. Pass \[batch\] instead"):
+        bind(One(), batches)
+
+
+@pytest.mark.parametrize("batches", [3, None])
+def test_what_cannot_be_iterated_is_refused(batches):
+    with pytest.raises(InvalidBatchError, match=r"not iterable. Pass a DataLoader"):
+        bind(One(), batches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_inputs_of_another_precision_are_refused(dtype):
+    with pytest.raises(InvalidBatchError, match=rf"batch 1: input 'mask' is {dtype}. Pass float32"):
+        bind(Two(), [(X, X), (X, X.to(dtype))])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_inputs_that_are_not_finite_are_refused(value):
+    bad = X.clone()
+    bad[1, 2] = value
+    with pytest.raises(InvalidBatchError, match=r"batch 2: input .x. holds NaN or infinity\. Remove the sample"):
+        bind(One(), [X, X, bad])
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(0, 3), 3.0, None])
+def test_a_batch_without_data_is_refused(batch):
+    with pytest.raises(InvalidBatchError, match="batch 1: holds no data"):
+        bind(One(), [X, (batch,)])
+
+
+def sampling(sizes: list[int], holdout: float = 0.0, max_columns: int = 10**9, seed: int = 0) -> Sampling:
+    return Sampling.of([[torch.zeros(size, 1)] for size in sizes], holdout, max_columns, seed)
+
+
+def image(samples: int, height: int, width: int) -> Patches:
+    op = WeightedOp("conv", (1, 1), ((0, 0), (0, 0)), (1, 1))
+    return op.patches(torch.zeros(samples, 1, height, width), torch.Size((1, 1, 1, 1)))
+
+
+def tokens(leading: int, length: int) -> Patches:
+    return WeightedOp("linear").patches(torch.zeros(leading, length, 2), torch.Size((3, 2)))
+
+
+def chosen(found: Sampling, positions: int, sites: int = 1, fold: int = 1) -> list[tuple[int, int]]:
+    """`(entry, position)` of every chosen column, entries numbered through all batches."""
+    columns = []
+    for batch, size in enumerate(found.size):
+        index, position = found.columns(batch, tokens(size * fold, positions), sites)
+        columns += [(found.first[batch] * fold + int(i), int(p)) for i, p in zip(index, position, strict=True)]
+    return columns
+
+
+splits = st.lists(st.integers(1, 7), min_size=1, max_size=6)
+
+
+@given(splits, st.integers(1, 20), st.integers(0, 1000))
+def test_every_column_is_taken_once_when_all_fit(sizes, positions, seed):
+    found = chosen(sampling(sizes, seed=seed), positions)
+    assert sorted(found) == [(i, p) for i in range(sum(sizes)) for p in range(positions)]
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 6))
+def test_positions_of_images_are_numbered_through_rows(samples, height, width):
+    index, position = sampling([samples]).columns(0, image(samples, height, width), 1)
+    expected = [(i, p) for i in range(samples) for p in range(height * width)]
+    assert sorted(zip(index.tolist(), position.tolist(), strict=True)) == expected
+
+
+@given(splits, st.integers(1, 40), st.integers(1, 100), st.integers(1, 3), st.integers(1, 4), st.integers(0, 1000))
+def test_the_cap_is_kept_and_used(sizes, positions, cap, sites, fold, seed):
+    samples = sum(sizes)
+    found = chosen(sampling(sizes, max_columns=cap, seed=seed), positions, sites, fold)
+    assert len(found) == len(set(found))
+    assert all(0 <= position < positions for _, position in found)
+    # rows of two weights: four columns for each are taken whatever the cap
+    budget = min(max(cap, 4 * 2) / sites, samples * fold * positions)
+    assert abs(len(found) - budget) <= 1
+
+
+@given(splits, splits, st.integers(1, 40), st.integers(1, 100), st.integers(0, 1000), st.integers(1, 3))
+def test_how_samples_are_batched_does_not_matter(sizes, other, positions, cap, seed, fold):
+    total = sum(sizes)
+    regrouped = [size for size in other if size < total]
+    while sum(regrouped) > total:
+        regrouped.pop()
+    regrouped += [total - sum(regrouped)] * (sum(regrouped) < total)
+    first, second = (
+        chosen(sampling(split, max_columns=cap, seed=seed), positions, fold=fold) for split in (sizes, regrouped)
+    )
+    assert first == second
+
+
+@given(st.integers(4, 60), st.integers(1, 30), st.integers(0, 1000))
+def test_samples_share_the_columns_evenly(samples, positions, seed):
+    cap = max(samples, samples * positions // 2)
+    found = chosen(sampling([samples], max_columns=cap, seed=seed), positions)
+    counts = torch.tensor([entry for entry, _ in found]).bincount(minlength=samples)
+    assert counts.max() - counts.min() <= 1
+    assert counts.min() >= 1
+
+
+def test_positions_are_covered_evenly():
+    found = chosen(sampling([400], max_columns=1200), positions=64)
+    counts = torch.tensor([position for _, position in found]).bincount(minlength=64).double()
+    assert counts.min() >= 0.7 * 1200 / 64
+    assert counts.max() <= 1.3 * 1200 / 64
+
+
+def test_the_seed_moves_the_positions():
+    first, second = (chosen(sampling([20], max_columns=60, seed=seed), positions=64) for seed in (0, 1))
+    assert first != second
+    assert [entry for entry, _ in first] == [entry for entry, _ in second]
+
+
+@given(splits, st.floats(0.01, 0.5), st.integers(1, 5))
+def test_the_share_of_samples_held_out(sizes, holdout, fold):
+    found, total = sampling(sizes, holdout), sum(sizes)
+    held = torch.cat([found.held_out(batch, size * fold) for batch, size in enumerate(sizes)])
+    assert held.dtype == torch.bool
+    per_sample = held.reshape(total, fold)
+    assert (per_sample.all(1) == per_sample.any(1)).all()  # a sample is held out as a whole
+    share = per_sample[:, 0].double().mean()
+    if total == 1:
+        assert share == 0
+    else:
+        assert 0 < share < 1
+        assert abs(share - 1 / found.every) <= 1 / total
+        assert found.every == min(total, max(2, round(1 / holdout)))
+
+
+@given(splits, splits)
+def test_which_samples_are_held_out_does_not_depend_on_batches(sizes, other):
+    total = min(sum(sizes), sum(other))
+    masks = []
+    for split in (sizes, other):
+        found = Sampling.of([[torch.zeros(size, 1)] for size in split], 0.25, 100, 0)
+        masks.append(torch.cat([found.held_out(batch, size) for batch, size in enumerate(split)])[:total])
+    if sum(sizes) >= 4 and sum(other) >= 4:
+        assert torch.equal(*masks)
+
+
+def test_nothing_is_held_out_unless_asked():
+    assert not sampling([5, 3]).held_out(1, 3).any()
+
+
+@pytest.mark.parametrize("holdout", [0.125, 0.25])
+@pytest.mark.parametrize(
+    ("positions", "share"), [(1, 0.125), (4, 0.25), (1, 0.5), (1, 0.6), (4, 0.9), (1, 1.0), (4, 1.5), (16, 2.25)]
+)
+def test_held_out_samples_get_their_share_of_the_columns(positions, share, holdout):
+    # `share` columns per sample on average: which samples they fall on must not follow which are held out
+    samples = 960
+    found = sampling([samples], holdout, round(samples * share))
+    held = found.held_out(0, samples)
+    entries = torch.tensor([entry for entry, _ in chosen(found, positions)])
+    assert 0.7 * holdout < held[entries].double().mean() < 1.3 * holdout
+
+
+def test_samples_are_numbered_through_batches():
+    found = sampling([3, 1, 4])
+    assert found.first == (0, 3, 4)
+    assert found.total == 8
+
+
+def test_the_leading_axis_of_the_first_tensor_counts_the_samples():
+    bound = [[2.0, torch.zeros(5, 2), torch.zeros(7)], [1.0, torch.tensor(3.0), None]]
+    assert Sampling.of(bound, 0.0, 10, 0).size == (5, 1)

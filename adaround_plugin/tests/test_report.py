@@ -1,0 +1,85 @@
+"""A report as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+import torch
+from torch import fx, nn
+
+from adaround_plugin.errors import InvalidModelError
+from adaround_plugin.report import KEY, LayerReport, RecipeTrial, Report, get_report
+
+LAYER = LayerReport(
+    name="blocks.0.conv",
+    kind="Conv2d",
+    tied=(),
+    shape=(4, 3, 3, 3),
+    bits=3,
+    nearest_error=0.0123456,
+    learned_error=0.00234567,
+    nearest_holdout=None,
+    learned_holdout=None,
+    learned=True,
+    flipped=0.25,
+    clipped=0.015,
+    bias="corrected",
+    columns=1000,
+    seconds=1.25,
+    note="",
+)
+REPORT = Report(
+    solver="Annealing",
+    recipe="asymmetric",
+    layers=[LAYER, LayerReport(**{**vars(LAYER), "name": "head", "learned": False, "note": "kept nearest"})],
+    skipped=[("embedding", "Embedding", "not supported")],
+    trials=[RecipeTrial("symmetric", 0.5)],
+    output_error=0.04,
+    seconds={"total": 2.0},
+)
+
+
+def test_json_holds_everything():
+    back = json.loads(REPORT.to_json())
+    assert back["layers"][0] == {**vars(LAYER), "tied": [], "shape": [4, 3, 3, 3]}
+    assert back["skipped"] == [["embedding", "Embedding", "not supported"]]
+    assert back["trials"] == [{"recipe": "symmetric", "output_error": 0.5}]
+    assert set(back) == set(vars(REPORT))
+    assert "\n" not in REPORT.to_json(indent=None)
+
+
+def test_the_table_has_a_line_per_layer_and_says_what_was_left_out():
+    lines = str(REPORT).splitlines()
+    assert lines[0].split()[:5] == ["layer", "op", "weight", "bits", "nearest"]
+    assert lines[1].split()[:8] == ["blocks.0.conv", "Conv2d", "4x3x3x3", "3", "0.0123", "0.00235", "-", "-"]
+    assert lines[2].endswith("kept nearest")
+    assert "skipped embedding (Embedding): not supported" in lines
+    assert any("symmetric" in line and "0.5" in line for line in lines)
+    assert "1 of 2 layers learned with Annealing (asymmetric); output error 0.04; total 2.0 s" in lines[-1]
+
+
+def test_columns_of_the_table_are_aligned():
+    lines = str(REPORT).splitlines()[:3]
+    assert len({line.index(word) for line, word in zip(lines, ("op", "Conv2d", "Conv2d"), strict=True)}) == 1
+
+
+def test_an_empty_report_can_be_printed():
+    assert "0 of 0 layers" in str(Report("Nearest", "plain", [], []))
+
+
+def test_a_report_can_be_pickled():
+    assert pickle.loads(pickle.dumps(REPORT)) == REPORT
+
+
+def test_the_report_is_found_in_the_model_s_meta():
+    model = fx.symbolic_trace(nn.ReLU())
+    model.meta[KEY] = REPORT
+    assert get_report(model) is REPORT
+
+
+@pytest.mark.parametrize("model", [nn.Linear(1, 1), fx.symbolic_trace(nn.Sequential(nn.ReLU())), torch.relu])
+def test_a_model_without_a_report_is_refused(model):
+    with pytest.raises(InvalidModelError, match=r"carries no AdaRound report.*adaround\(\.\.\.\) returned"):
+        get_report(model)
