@@ -80,20 +80,29 @@ def _bind(signature: inspect.Signature, batch: Any, inputs: Callable[[Any], Any]
     bound.apply_defaults()
     values = list(bound.arguments.values())
     for name, value in bound.arguments.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            if value.dtype != torch.float32:
-                raise InvalidBatchError(f"batch {index}", f"input {name!r} is {value.dtype}", "Pass float32.")
-            if not torch.isfinite(value).all():
+        for tensor in filter(Tensor.is_floating_point, _tensors(value)):
+            if tensor.dtype != torch.float32:
+                raise InvalidBatchError(f"batch {index}", f"input {name!r} is {tensor.dtype}", "Pass float32.")
+            if not torch.isfinite(tensor).all():
                 raise InvalidBatchError(f"batch {index}", f"input {name!r} holds NaN or infinity", "Remove the sample.")
-    tensors = [value for value in values if isinstance(value, Tensor)]
+    tensors = _tensors(values)
     if not tensors or not tensors[0].numel():
         raise InvalidBatchError(f"batch {index}", "holds no data", "Pass batches of at least one sample.")
     return values
 
 
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in a nested input, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []
+
+
 def _samples(arguments: list[Any]) -> int:
     """Length of the leading axis of the first tensor."""
-    first = next(value for value in arguments if isinstance(value, Tensor))
+    first = _tensors(arguments)[0]
     return first.shape[0] if first.dim() else 1
 
 

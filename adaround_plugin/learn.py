@@ -97,7 +97,13 @@ def adaround(
     """
     start = time.perf_counter()
     chosen = get_solver(solver)
-    _check_options(scale, rounding, holdout, max_columns, damping, column_weighting, asymmetric, correct_bias)
+    choices = {"scale": scale, "rounding": rounding, "column_weighting": column_weighting}
+    _check_choices({**choices, "asymmetric": asymmetric, "correct_bias": correct_bias})
+    _check_numbers(holdout, max_columns, damping, seed)
+    if inputs is not None and not callable(inputs):
+        raise InvalidOptionError("inputs", f"{inputs!r} is not callable", "Pass a function of one batch.")
+    if backend_config is not None and not isinstance(backend_config, BackendConfig):
+        raise InvalidOptionError("backend_config", f"{backend_config!r} is none", "Pass a torch.ao BackendConfig.")
     host = PreparedFX(prepared, backend_config)
     frozen = _excluded(host, exclude)
     bound = bind_batches(host.prepared, batches, inputs)
@@ -145,37 +151,40 @@ def adaround(
     return model
 
 
-def _check_options(
-    scale: str,
-    rounding: str,
-    holdout: float,
-    max_columns: int,
-    damping: float | str,
-    column_weighting: str,
-    asymmetric: bool | str,
-    correct_bias: bool | str,
-) -> None:
-    for name, value, allowed in (
-        ("scale", scale, ("auto", "observer", "search")),
-        ("rounding", rounding, ("grid", "up_or_down")),
-        ("column_weighting", column_weighting, ("auto", "none", "inverse_norm")),
-        ("asymmetric", asymmetric, ("auto", True, False)),
-        ("correct_bias", correct_bias, ("auto", True, False)),
-    ):
-        if value not in allowed:
-            raise InvalidOptionError(name, f"{value!r} is not known", f"Pass one of {list(allowed)}.")
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "scale": ("auto", "observer", "search"),
+    "rounding": ("grid", "up_or_down"),
+    "column_weighting": ("auto", "none", "inverse_norm"),
+    "asymmetric": ("auto", True, False),
+    "correct_bias": ("auto", True, False),
+}
+
+
+def _check_choices(given: dict[str, Any]) -> None:
+    for name, value in given.items():
+        if value not in _CHOICES[name]:
+            raise InvalidOptionError(name, f"{value!r} is not known", f"Pass one of {list(_CHOICES[name])}.")
+
+
+def _check_numbers(holdout: Any, max_columns: Any, damping: Any, seed: Any) -> None:
     if not (isinstance(holdout, int | float) and 0 <= holdout <= 0.5):
         raise InvalidOptionError("holdout", f"{holdout!r} is not a share", "Pass a number from 0 to 0.5.")
     if not (isinstance(max_columns, int) and max_columns > 0):
         raise InvalidOptionError("max_columns", f"{max_columns!r} is not a positive integer", "Pass at least 1.")
     if damping != "auto" and not (isinstance(damping, int | float) and damping > 0):
         raise InvalidOptionError("damping", f"{damping!r} is not positive", "Pass a positive number, or 'auto'.")
+    if not isinstance(seed, int):
+        raise InvalidOptionError("seed", f"{seed!r} is not an integer", "Pass an integer.")
 
 
 def _excluded(host: PreparedFX, exclude: Exclude) -> frozenset[str]:
     """Names of the weighted nodes that the caller excludes."""
     if isinstance(exclude, str | type):
         exclude = (exclude,)
+    if not isinstance(exclude, Iterable) or not all(isinstance(entry, str | type) for entry in exclude):
+        raise InvalidOptionError(
+            "exclude", f"{exclude!r} has no names or types", "Pass a list of names and module types."
+        )
     node_of = {name: node.name for node in host.nodes for name in node.names}
     skipped = [entry.name for entry in host.skipped]
     found: set[str] = set()

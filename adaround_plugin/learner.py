@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from adaround_plugin.calibration import Sampling
-from adaround_plugin.errors import NonFiniteError
+from adaround_plugin.errors import InvalidBatchError, NonFiniteError
 from adaround_plugin.graph.prepared_fx import PreparedFX
 from adaround_plugin.graph.streams import Values, tensors
 from adaround_plugin.graph.weighted_node import CallSite, WeightedNode
@@ -181,6 +181,12 @@ class Learner:
         x_float = self.streams[0].value(_input(site.float_node), values[0])
         x_quantized = self.streams[1].value(_input(site.quantized_node), values[1])
         shape = node.weight.shape
+        if not node.op.accepts(x_float, shape):
+            raise InvalidBatchError(
+                f"layer {node.name!r}",
+                f"its input of shape {tuple(x_float.shape)} in batch {batch} does not fit its weight {tuple(shape)}",
+                "Check the shape of the batches.",
+            )
         patches = node.op.patches(x_quantized.float(), shape)
         index, position = self.sampling.columns(batch, patches, len(node.sites))
         quantized = patches.columns(index, position)

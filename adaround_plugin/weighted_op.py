@@ -64,6 +64,14 @@ class WeightedOp:
         """`(groups, rows)` values as one vector over the output channels, in the bias's order."""
         return per_row.reshape(-1)
 
+    def accepts(self, x: Tensor, weight_shape: torch.Size) -> bool:
+        """Whether an input's dimensions and channels fit a weight of this shape."""
+        if self.kind == "linear":
+            return x.dim() >= 1 and x.shape[-1] == weight_shape[1]
+        spatial = len(weight_shape) - 2
+        channels = weight_shape[0] if self.kind == "conv_transpose" else weight_shape[1] * self.groups
+        return x.dim() in (spatial + 1, spatial + 2) and x.shape[-spatial - 1] == channels
+
     def patches(self, x: Tensor, weight_shape: torch.Size) -> Patches:
         """The design matrix of input `x`, not yet materialized.
 
@@ -156,4 +164,4 @@ class Patches:
         picked = self.view[(sample, *index)]  # (n, groups, *patch)
         if self.flip:
             picked = picked.flip(self.flip)
-        return picked.reshape(picked.shape[0], picked.shape[1], -1).transpose(0, 1)
+        return picked.reshape(picked.shape[0], picked.shape[1], self.row_length).transpose(0, 1)

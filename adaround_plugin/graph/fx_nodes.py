@@ -94,7 +94,11 @@ class Finder:
         if counterpart is None or not is_quantized(unfused(self.reference.get_submodule(str(counterpart.target)))):
             return name, kind, None, "left in float by the host (qconfig None, or a dtype the backend does not take)"
         if op.kind == "conv_transpose" and (len(node.args) > 1 or "output_size" in node.kwargs):
-            return name, kind, None, "called with output_size"
+            raise InvalidModelError(
+                f"layer {name!r}",
+                "is called with output_size, which torch's reference conversion cannot run",
+                "Set output_padding in the module instead.",
+            )
         return name, kind, module.weight, op
 
     def _unsupported(self, name: str, kind: str, module: nn.Module) -> tuple[str, str, None, str] | None:

@@ -67,7 +67,7 @@ class PreparedFX:
         found = Finder(graph, flat_reference).find()
         self.nodes, self.skipped = found
         self.float_stream = Stream(functionalize(strip(graph, is_observer)))
-        self.quantized_stream = Stream(functionalize(flat_reference))
+        self.quantized_stream = Stream(functionalize(strip(flat_reference, is_observer)))
 
     def is_type(self, node: WeightedNode, kind: type[nn.Module]) -> bool:
         """Whether a node's module, or the weighted module fused into it, is of a type."""
@@ -98,7 +98,8 @@ def _observes_activations(graph: fx.GraphModule) -> bool:
 
 def _reference(prepared: fx.GraphModule, backend_config: BackendConfig | None) -> fx.GraphModule:
     """The host's reference conversion of a copy."""
-    with warnings.catch_warnings():
+    # reference modules are born with random weights, which must not cost the caller's generator a step
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # the host's advice on deprecated flows and unused ranges; the caller sees it at their own convert
         warnings.simplefilter("ignore")
         return convert_to_reference_fx(copy.deepcopy(prepared), backend_config=backend_config)

@@ -10,6 +10,8 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
+from adaround_plugin.errors import InvalidModelError
+
 __all__ = ["functionalize", "inline", "origin", "strip"]
 
 _INPLACE_OPERATORS = {
@@ -23,6 +25,25 @@ _INPLACE_OPERATORS = {
     operator.iand,
     operator.ior,
     operator.ixor,
+}
+
+
+_VIEWS = {
+    *(
+        "view",
+        "view_as",
+        "reshape",
+        "reshape_as",
+        "flatten",
+        "unflatten",
+        "ravel",
+        "contiguous",
+        "detach",
+        "to",
+        "float",
+    ),
+    *("squeeze", "unsqueeze", "transpose", "swapaxes", "permute", "movedim", "t", "expand", "expand_as", "unfold"),
+    *("narrow", "select", "diagonal", "unbind", "split", "chunk", "tensor_split", "getitem", "as_strided", "dropout"),
 }
 
 
@@ -83,9 +104,12 @@ def _bind(inner: fx.GraphModule, args: Any, kwargs: dict[str, Any], copied: dict
 
 
 def strip(module: fx.GraphModule, is_stripped: Callable[[nn.Module], bool]) -> fx.GraphModule:
-    """Take out, in place, every call of a submodule that passes its input on (observers)."""
+    """Take out, in place, every call of a submodule that passes its input on: what is named, identities, dropout."""
     for node in list(module.graph.nodes):
-        if node.op == "call_module" and is_stripped(module.get_submodule(node.target)):
+        if node.op != "call_module":
+            continue
+        submodule = module.get_submodule(node.target)
+        if isinstance(submodule, nn.Identity | nn.modules.dropout._DropoutNd) or is_stripped(submodule):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
     return module
@@ -96,6 +120,9 @@ def functionalize(module: fx.GraphModule) -> fx.GraphModule:
 
     Later users of the overwritten value read the operation's result instead, so that nodes may run in any order that
     respects their arguments, and kept activations (and the caller's batches) are never overwritten.
+
+    Raises:
+        InvalidModelError: a value is overwritten and read later under another name (a view).
     """
     position = {node: i for i, node in enumerate(module.graph.nodes)}
     for node in list(module.graph.nodes):
@@ -104,6 +131,13 @@ def functionalize(module: fx.GraphModule) -> fx.GraphModule:
         target = node.args[0]
         if not isinstance(target, fx.Node):
             continue
+        for alias in _aliases(module, target):
+            if any(position.get(user, -1) > position[node] for user in alias.users):
+                raise InvalidModelError(
+                    f"node {origin(node)!r}",
+                    f"overwrites {origin(target)!r}, which is read later under the name {origin(alias)!r}",
+                    "Write that operation out of place.",
+                )
         if node.op == "call_function" and node.target is operator.setitem:
             node.target = _setitem
         else:
@@ -115,6 +149,28 @@ def functionalize(module: fx.GraphModule) -> fx.GraphModule:
             if position.get(user, -1) > position[node]:
                 user.replace_input_with(target, node)
     return module
+
+
+def _aliases(module: fx.GraphModule, node: fx.Node) -> set[fx.Node]:
+    """The other nodes whose values may share memory with that of `node`: what it is a view of, and their views."""
+    found, pending = {node}, [node]
+    while pending:
+        one = pending.pop()
+        related = [user for user in one.users if _is_view(module, user) and user.args[0] is one]
+        if _is_view(module, one):
+            related += [source for source in one.args[:1] if isinstance(source, fx.Node)]
+        pending += [other for other in related if other not in found]
+        found.update(related)
+    return found - {node}
+
+
+def _is_view(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node's value may be a view of its first argument's."""
+    if node.op == "call_module":
+        return isinstance(module.get_submodule(str(node.target)), nn.Flatten | nn.Unflatten)
+    if node.op == "call_method":
+        return node.target in _VIEWS
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in _VIEWS
 
 
 def _setitem(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:

@@ -1,0 +1,39 @@
+"""Fixtures of the host tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+# torch.ao's own advice, given in its own code, about flows the user is free to use
+_TORCH_ADVICE = (
+    "ignore:Please use quant_min and quant_max to specify the range for observers:UserWarning",
+    "ignore:Using padding='same' with even kernel lengths:UserWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in _TORCH_ADVICE:
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_seed() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def engine() -> Iterator[Callable[[str], None]]:
+    """Sets torch's quantized engine, and restores it."""
+    before = torch.backends.quantized.engine
+
+    def select(name: str) -> None:
+        if name not in torch.backends.quantized.supported_engines:
+            pytest.skip(f"this torch has no {name}")
+        torch.backends.quantized.engine = name
+
+    yield select
+    torch.backends.quantized.engine = before
