@@ -9,6 +9,7 @@ with 8-bit activations of the x86 backend (W/A8). All layers are quantized, firs
 import argparse
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
@@ -42,23 +43,34 @@ def prepare(network: nn.Module, bits: int, weight_only: bool, batches: list[Tens
     return prepared
 
 
-def rows(network: nn.Module, bits: int, weight_only: bool, solvers: list[str], affine: bool) -> Iterator[list[str]]:
-    """Table rows: mode, bits, solver, images, top-1, loss against float, CPU seconds, recipe."""
+@dataclass(frozen=True)
+class Case:
+    """A network with its float accuracy, and how its weights are quantized."""
+
+    network: nn.Module
+    exact: float
+    bits: int
+    weight_only: bool
+    affine: bool
+    max_columns: int
+
+
+def rows(case: Case, solvers: list[str]) -> Iterator[list[str]]:
+    """Table rows: mode, solver, images, top-1, loss against float, CPU seconds of `adaround`, recipe."""
     images, labels = glyphs.load("test", TEST_IMAGES)
-    exact = accuracy(network, images, labels)
     calibration, _ = glyphs.load("train", max(IMAGES), seed=1)
     for solver in solvers:
         for count in IMAGES if solver == "annealing" else IMAGES[:1]:
             batches = list(torch.split(calibration[:count], 64))
-            prepared = prepare(network, bits, weight_only, batches, affine)
+            prepared = prepare(case.network, case.bits, case.weight_only, batches, case.affine)
             start = time.process_time()
-            learned = adaround(prepared, batches, solver=solver, progress=False)
+            learned = adaround(prepared, batches, solver=solver, max_columns=case.max_columns, progress=False)
             seconds = time.process_time() - start
             recipe = get_report(learned).recipe
-            backend = get_weight_only_backend_config() if weight_only else None
+            backend = get_weight_only_backend_config() if case.weight_only else None
             score = accuracy(convert_to_reference_fx(learned, backend_config=backend), images, labels)
-            mode = f"W{bits}" + ("" if weight_only else "A8") + (" affine" if affine else "")
-            yield [mode, solver, str(count), f"{score:.2f}", f"{exact - score:+.2f}", f"{seconds:.0f}", recipe]
+            mode = f"W{case.bits}" + ("" if case.weight_only else "A8") + (" affine" if case.affine else "")
+            yield [mode, solver, str(count), f"{score:.2f}", f"{case.exact - score:.2f}", f"{seconds:.0f}", recipe]
 
 
 def main() -> None:
@@ -71,18 +83,21 @@ def main() -> None:
         "--modes", nargs="+", choices=["weight-only", "activations"], default=["weight-only", "activations"]
     )
     parser.add_argument("--affine", action="store_true", help="affine weights, zero point searched with the scale")
+    parser.add_argument("--max-columns", type=int, default=16384)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     images, labels = glyphs.load("test", TEST_IMAGES)
     for name in options.networks:
         network = networks.load(name)
-        print(f"\n{name}: float {accuracy(network, images, labels):.2f} on {TEST_IMAGES} test images\n")
+        exact = accuracy(network, images, labels)
+        print(f"\n{name}: float {exact:.2f} on {TEST_IMAGES} test images\n")
         head = ["weights", "solver", "images", "top-1 %", "loss", "CPU s", "recipe"]
         print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
         for mode in options.modes:
             for bits in options.bits:
-                for row in rows(network, bits, mode == "weight-only", options.solvers, options.affine):
+                case = Case(network, exact, bits, mode == "weight-only", options.affine, options.max_columns)
+                for row in rows(case, options.solvers):
                     print(f"| {' | '.join(row)} |", flush=True)
 
 
