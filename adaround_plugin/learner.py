@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +23,9 @@ from adaround_plugin.problem import Solver
 from adaround_plugin.report import LayerReport
 
 __all__ = ["Learner", "Settings"]
+
+BothValues = tuple[Values, Values]
+Plan = tuple[list[fx.Node], list[fx.Node]]
 
 # the moments of layers that are ready together are gathered together, as many as fit in this many bytes
 _MOMENT_BYTES = 2 * 2**30
@@ -69,7 +72,7 @@ class Learner:
     ) -> None:
         self.host, self.sampling, self.settings, self.on_layer = host, sampling, settings, on_layer
         self.streams = (host.float_stream, host.quantized_stream)
-        self.values: list[tuple[Values, Values]] = [
+        self.values: list[BothValues] = [
             (host.float_stream.bind(arguments), host.quantized_stream.bind(arguments)) for arguments in bound
         ]
         self.roundings: dict[str, LayerRounding] = {}
@@ -90,8 +93,7 @@ class Learner:
         pending = [node for node in self.host.nodes if node.name not in self.settings.frozen]
         while pending:
             pending = self._stage(pending)
-        self._advance(())
-        self._compare_outputs()
+        self._finish()
 
     def _baseline(self, node: WeightedNode) -> LayerRounding:
         return LayerRounding(node.grid, node.grid.nearest(node.weight), None, False, 0.0, 0.0, None, None)
@@ -103,81 +105,81 @@ class Learner:
         if not ready:
             # a weight that feeds itself through another call site: look ahead with roundings as they are
             first = pending[0]
-            self._decide(first, *self._look_ahead(first, pending))
+            self._decide(first, *self._look_ahead(first))
             return pending[1:]
         ready = _fitting(ready)
-        gathered = {node.name: self._empty(node) for node in ready}
-        needed = tuple(stream.finish(nodes) for stream, nodes in zip(self.streams, plan, strict=True))
-        for batch, values in enumerate(self.values):
-            with self._clock("forward"):
-                for stream, nodes, of_batch in zip(self.streams, plan, values, strict=True):
-                    stream.run_nodes(of_batch, nodes)
+        gathered = {node.name: _no_moments(node) for node in ready}
+
+        def gather(batch: int, values: BothValues) -> None:
             for node in ready:
-                with self._clock("moments", node):
-                    for site in node.sites:
-                        self._gather(node, site, batch, values, *gathered[node.name])
-            for of_batch, keep in zip(values, needed, strict=True):
-                for dead in of_batch.keys() - keep:
-                    del of_batch[dead]
+                self._gather(node, batch, values, *gathered[node.name])
+
+        self._forward(plan, gather)
         for node in ready:
             self._decide(node, *gathered.pop(node.name))
         decided = {node.name for node in ready}
         return [node for node in pending if node.name not in decided]
 
-    def _plan(self, pending: list[WeightedNode]) -> tuple[list[fx.Node], list[fx.Node]]:
+    def _plan(self, pending: list[WeightedNode]) -> Plan:
+        """The nodes of both streams that depend on no pending weight."""
         sites = [site for node in pending for site in node.sites]
         return (
             self.streams[0].runnable({site.float_node for site in sites}),
             self.streams[1].runnable({site.quantized_node for site in sites}),
         )
 
-    def _reached(self, site: CallSite, plan: tuple[list[fx.Node], list[fx.Node]]) -> bool:
+    def _reached(self, site: CallSite, plan: Plan) -> bool:
         return self.streams[0].reaches(site.float_node, plan[0]) and self.streams[1].reaches(
             site.quantized_node, plan[1]
         )
 
-    def _advance(self, pending: Iterable[WeightedNode]) -> None:
-        """Run what can be run, for every batch."""
-        plan = self._plan(list(pending))
+    def _forward(self, plan: Plan, visit: Callable[[int, BothValues], None]) -> None:
+        """Run the planned nodes for every batch, visit it, and free what no later node needs."""
         needed = tuple(stream.finish(nodes) for stream, nodes in zip(self.streams, plan, strict=True))
-        for values in self.values:
-            with self._clock("forward"):
-                for stream, nodes, of_batch, keep in zip(self.streams, plan, values, needed, strict=True):
-                    stream.run_nodes(of_batch, nodes)
-                    for dead in of_batch.keys() - keep:
-                        del of_batch[dead]
-
-    def _look_ahead(self, node: WeightedNode, pending: list[WeightedNode]) -> tuple[Moments, Moments]:
-        """Moments of a weight over call sites that depend on one another; what runs here is run again later."""
-        moments = self._empty(node)
-        plan = self._plan([])
         for batch, values in enumerate(self.values):
-            copies: tuple[Values, Values] = (dict(values[0]), dict(values[1]))
-            with self._clock("forward"):
-                for stream, nodes, of_batch in zip(self.streams, plan, copies, strict=True):
-                    stream.run_nodes(of_batch, nodes)
-            with self._clock("moments", node):
-                for site in node.sites:
-                    self._gather(node, site, batch, copies, *moments)
-        return moments
+            self._run(plan, values)
+            visit(batch, values)
+            for of_batch, keep in zip(values, needed, strict=True):
+                for dead in of_batch.keys() - keep:
+                    del of_batch[dead]
 
-    def _empty(self, node: WeightedNode) -> tuple[Moments, Moments]:
-        """Moments for the learning and for the held-out samples."""
-        size = node.op.rows(node.weight).shape
-        device = node.weight.device
-        groups, rows, columns = size
-        return Moments(groups, rows, columns, device), Moments(groups, rows, columns, device)
+    def _run(self, plan: Plan, values: BothValues) -> None:
+        with self._clock("forward"):
+            for stream, nodes, of_batch in zip(self.streams, plan, values, strict=True):
+                stream.run_nodes(of_batch, nodes)
+
+    def _look_ahead(self, node: WeightedNode) -> tuple[Moments, Moments]:
+        """Moments of a weight over call sites that depend on one another; what runs here is run again later."""
+        moments = _no_moments(node)
+        plan = self._plan([])
+        for batch, (exact, quantized) in enumerate(self.values):
+            values = dict(exact), dict(quantized)
+            self._run(plan, values)
+            self._gather(node, batch, values, *moments)
+        return moments
 
     def _gather(
         self,
         node: WeightedNode,
-        site: CallSite,
         batch: int,
-        values: tuple[Values, Values],
+        values: BothValues,
         moments: Moments,
         holdout: Moments,
     ) -> None:
-        """Add one batch's columns at one call site."""
+        """Add one batch's columns at every call site."""
+        with self._clock("moments", node):
+            for site in node.sites:
+                self._gather_site(node, site, batch, values, moments, holdout)
+
+    def _gather_site(
+        self,
+        node: WeightedNode,
+        site: CallSite,
+        batch: int,
+        values: BothValues,
+        moments: Moments,
+        holdout: Moments,
+    ) -> None:
         x_float = self.streams[0].value(_input(site.float_node), values[0])
         x_quantized = self.streams[1].value(_input(site.quantized_node), values[1])
         shape = node.weight.shape
@@ -233,10 +235,12 @@ class Learner:
         if self.on_layer is not None:
             self.on_layer(report)
 
-    def _compare_outputs(self) -> None:
-        """Relative error of the network's outputs on held-out samples, or on all if none is held out."""
+    def _finish(self) -> None:
+        """Run to the end; relative error of the outputs on held-out samples, or on all if none is held out."""
         error = power = 0.0
-        for batch, values in enumerate(self.values):
+
+        def compare(batch: int, values: BothValues) -> None:
+            nonlocal error, power
             outputs = [
                 tensors(stream.value(stream.output_node.args[0], of_batch))
                 for stream, of_batch in zip(self.streams, values, strict=True)
@@ -247,6 +251,8 @@ class Learner:
                     exact, quantized = exact[held], quantized[held]
                 error += float((exact - quantized).double().square().sum())
                 power += float((exact.double() - exact.double().mean()).square().sum()) if exact.numel() else 0.0
+
+        self._forward(self._plan([]), compare)
         self.output_error = error / power if power > 0 else error
 
     @contextmanager
@@ -258,6 +264,13 @@ class Learner:
         self.seconds[phase] += seconds
         if node is not None:
             self.layer_seconds[node.name] += seconds
+
+
+def _no_moments(node: WeightedNode) -> tuple[Moments, Moments]:
+    """Empty moments for the learning and for the held-out samples."""
+    groups, rows, columns = node.op.rows(node.weight).shape
+    device = node.weight.device
+    return Moments(groups, rows, columns, device), Moments(groups, rows, columns, device)
 
 
 def _input(node: fx.Node) -> Any:
