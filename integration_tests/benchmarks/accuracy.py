@@ -55,12 +55,12 @@ class Case:
     max_columns: int
 
 
-def rows(case: Case, solvers: list[str]) -> Iterator[list[str]]:
+def rows(case: Case, solvers: list[str], counts: list[int]) -> Iterator[list[str]]:
     """Table rows: mode, solver, images, top-1, loss against float, CPU seconds of `adaround`, recipe."""
     images, labels = glyphs.load("test", TEST_IMAGES)
-    calibration, _ = glyphs.load("train", max(IMAGES), seed=1)
+    calibration, _ = glyphs.load("train", IMAGES[0], seed=1)
     for solver in solvers:
-        for count in IMAGES if solver == "annealing" else IMAGES[:1]:
+        for count in counts if solver == "annealing" else counts[:1]:
             batches = list(torch.split(calibration[:count], 64))
             prepared = prepare(case.network, case.bits, case.weight_only, batches, case.affine)
             start = time.process_time()
@@ -83,6 +83,7 @@ def main() -> None:
         "--modes", nargs="+", choices=["weight-only", "activations"], default=["weight-only", "activations"]
     )
     parser.add_argument("--affine", action="store_true", help="affine weights, zero point searched with the scale")
+    parser.add_argument("--images", type=int, nargs="+", default=IMAGES, help="calibration images, at most 1024")
     parser.add_argument("--max-columns", type=int, default=16384)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -97,7 +98,7 @@ def main() -> None:
         for mode in options.modes:
             for bits in options.bits:
                 case = Case(network, exact, bits, mode == "weight-only", options.affine, options.max_columns)
-                for row in rows(case, options.solvers):
+                for row in rows(case, options.solvers, options.images):
                     print(f"| {' | '.join(row)} |", flush=True)
 
 
