@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from adaround_plugin.errors import InvalidModelError, NonFiniteError
-from adaround_plugin.graph.compat import is_observed, is_observer
+from adaround_plugin.graph.compat import Dropout, Normalization, is_observed, is_observer
 
 __all__ = ["check_prepared"]
 
@@ -23,8 +23,7 @@ def check_prepared(prepared: nn.Module) -> None:
     training = [
         name
         for name, module in prepared.named_modules()
-        if module.training
-        and (not name or isinstance(module, nn.modules.batchnorm._NormBase | nn.modules.dropout._DropoutNd))
+        if module.training and (not name or isinstance(module, Dropout | Normalization))
     ]
     if training:
         raise InvalidModelError(

@@ -9,7 +9,11 @@ from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 from torch.ao.nn.quantized.reference.modules.utils import ReferenceQuantizedModule
 from torch.ao.quantization.observer import _is_activation_post_process
 
-__all__ = ["is_observed", "is_observer", "is_quantized", "unfused"]
+__all__ = ["Convolution", "Dropout", "Normalization", "is_observed", "is_observer", "is_quantized", "unfused"]
+
+Convolution = nn.modules.conv._ConvNd
+Dropout = nn.modules.dropout._DropoutNd
+Normalization = nn.modules.batchnorm._NormBase
 
 
 def is_observed(module: nn.Module) -> bool:

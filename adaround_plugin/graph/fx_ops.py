@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from adaround_plugin.graph.compat import Convolution
 from adaround_plugin.weighted_op import WeightedOp
 
 __all__ = ["function_op", "is_weighted_function", "module_op"]
@@ -27,7 +28,7 @@ def module_op(module: nn.Module) -> WeightedOp | None:
     """The operator of a linear or convolutional module, or None if it is neither."""
     if isinstance(module, nn.Linear):
         return WeightedOp("linear")
-    if not isinstance(module, nn.modules.conv._ConvNd):
+    if not isinstance(module, Convolution):
         return None
     if module.transposed:
         padding = _both_sides(module.padding, module.kernel_size, module.dilation)

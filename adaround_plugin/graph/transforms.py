@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from adaround_plugin.errors import InvalidModelError
+from adaround_plugin.graph.compat import Dropout
 
 __all__ = ["functionalize", "inline", "origin", "strip"]
 
@@ -109,7 +110,7 @@ def strip(module: fx.GraphModule, is_stripped: Callable[[nn.Module], bool]) -> f
         if node.op != "call_module":
             continue
         submodule = module.get_submodule(node.target)
-        if isinstance(submodule, nn.Identity | nn.modules.dropout._DropoutNd) or is_stripped(submodule):
+        if isinstance(submodule, nn.Identity | Dropout) or is_stripped(submodule):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
     return module
