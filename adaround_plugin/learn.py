@@ -118,6 +118,7 @@ def adaround(
     if isinstance(chosen, Nearest) and scale == "auto":
         scale = "observer"
     settings = Settings(chosen, recipes[0], scale, rounding == "up_or_down", frozen)
+    setup = time.perf_counter() - start
     with (
         torch.no_grad(),
         tqdm(total=len(host.nodes) - len(frozen), desc="AdaRound", unit="layer", disable=not progress) as bar,
@@ -127,7 +128,7 @@ def adaround(
             bar.set_postfix_str("choosing a recipe")
             recipe, trials = _try(host, bound, recipes, settings, holdout, seed, options)
             settings = replace(settings, recipe=recipe)
-        tried = time.perf_counter() - start
+        tried = time.perf_counter() - start - setup
 
         def show(layer: LayerReport) -> None:
             bar.set_postfix_str(f"{layer.name} {layer.nearest_error:.2e} -> {layer.learned_error:.2e}", refresh=False)
@@ -146,7 +147,7 @@ def adaround(
         skipped=[(entry.name, entry.kind, entry.reason) for entry in skipped],
         trials=trials,
         output_error=learner.output_error,
-        seconds={**learner.seconds, "trials": tried, "total": time.perf_counter() - start},
+        seconds={"setup": setup, **learner.seconds, "trials": tried, "total": time.perf_counter() - start},
     )
     return model
 

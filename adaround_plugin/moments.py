@@ -17,6 +17,8 @@ from torch import Tensor
 
 __all__ = ["Moments"]
 
+_GRAM_BLOCK = 512
+
 
 class Moments:
     """Weighted means and centred second moments of `x^` (`D` columns) and `d` (`R` rows), per group.
@@ -87,7 +89,7 @@ class Moments:
             total,
             mean_x.double() + rest_x.double(),
             mean_d.double() + rest_d.double(),
-            (x.transpose(1, 2) @ x).double(),
+            _gram(x),
             (deviation.transpose(1, 2) @ x).double(),
             deviation.double().square().sum(1),
         )
@@ -138,3 +140,18 @@ class Moments:
     def bias(self, change: Tensor) -> Tensor:
         """The bias correction `E[d] + (w - w^) mu^` that absorbs the mean error, `(G, R)` float64."""
         return self.deviation + (change.double() @ self.mean.unsqueeze(2)).squeeze(2)
+
+
+def _gram(x: Tensor) -> Tensor:
+    """`x^T x` of `(G, n, D)` in float64: blocks on and below the diagonal are computed, the rest is mirrored."""
+    columns = x.shape[2]
+    block = max(_GRAM_BLOCK, -(-columns // 8))
+    if columns <= block:
+        return (x.transpose(1, 2) @ x).double()
+    product = x.new_empty(x.shape[0], columns, columns, dtype=torch.float64)
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        rows = x[:, :, start:stop].transpose(1, 2) @ x[:, :, :stop]
+        product[:, start:stop, :stop] = rows
+        product[:, :start, start:stop] = rows[:, :, :start].transpose(1, 2)
+    return product

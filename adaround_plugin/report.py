@@ -72,7 +72,8 @@ class Report:
         skipped: `(name, kind, reason)` of weighted nodes that were not learned.
         trials: recipes tried by `"auto"`.
         output_error: squared error of the network's output over its variance on held-out samples (on all without any).
-        seconds: wall time by phase: `forward`, `moments`, `solve`, `trials`, `total`.
+        seconds: wall time by phase: `setup` (checks and the reference conversion), `forward`, `moments`, `solve`,
+            `trials`, `total`.
     """
 
     solver: str

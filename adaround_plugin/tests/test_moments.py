@@ -206,3 +206,13 @@ def test_constant_columns_have_no_spread_that_float32_can_tell(value):
     resolution = abs(value) * torch.finfo(torch.float32).eps
     assert moments.hessian.abs().max() <= (8 * resolution) ** 2
     torch.testing.assert_close(moments.mean, torch.full((1, 3), value).double(), rtol=1e-6, atol=0)
+
+
+def test_products_in_blocks_are_the_whole_product():
+    x, deviation, weight = columns(0, 50, groups=2, rows=3, size=1100)  # more than one block of columns
+    moments = gathered((x, deviation, weight))
+    share = weight.double() / weight.double().sum(1, keepdim=True)
+    centred = x.double() - (share.unsqueeze(2) * x.double()).sum(1, keepdim=True)
+    expected = (centred * share.unsqueeze(2)).transpose(1, 2) @ centred
+    torch.testing.assert_close(moments.hessian, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(moments.hessian, moments.hessian.transpose(1, 2))
