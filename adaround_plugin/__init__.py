@@ -6,6 +6,7 @@ from adaround_plugin.errors import (
     InvalidBatchError,
     InvalidModelError,
     InvalidOptionError,
+    MissingDependencyError,
     NonFiniteError,
 )
 from adaround_plugin.learn import adaround
@@ -19,6 +20,7 @@ __all__ = [
     "InvalidBatchError",
     "InvalidModelError",
     "InvalidOptionError",
+    "MissingDependencyError",
     "NonFiniteError",
     "__version__",
     "adaround",

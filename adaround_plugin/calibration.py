@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from adaround_plugin.errors import InvalidBatchError
 from adaround_plugin.weighted_op import Patches
@@ -20,10 +20,17 @@ _log = logging.getLogger(__name__)
 _GOLDEN = 0.6180339887498949
 
 
-def bind_batches(model: fx.GraphModule, batches: Iterable[Any], inputs: Callable[[Any], Any] | None) -> list[list[Any]]:
-    """The arguments of every batch, in the order of the model's placeholders.
+def bind_batches(
+    signature: inspect.Signature,
+    flatten: Callable[[inspect.BoundArguments], list[Any]],
+    batches: Iterable[Any],
+    inputs: Callable[[Any], Any] | None,
+) -> list[list[Any]]:
+    """The arguments of every batch, as the model's graph takes them.
 
     Args:
+        signature: the model's inputs.
+        flatten: from bound arguments to the values of the graph's placeholders; raises `ValueError` on a misfit.
         batches: a DataLoader, a list, any iterable; an iterator is read once and kept.
         inputs: maps a batch to the model's inputs, for example `lambda batch: batch[0]` to drop labels.
 
@@ -40,8 +47,7 @@ def bind_batches(model: fx.GraphModule, batches: Iterable[Any], inputs: Callable
         raise InvalidBatchError(
             "batches", f"{type(batches).__name__} is not iterable", "Pass a DataLoader or a list of batches."
         ) from None
-    signature = _signature(model)
-    bound = [_bind(signature, batch, inputs, i) for i, batch in enumerate(iterator)]
+    bound = [_bind(signature, flatten, batch, inputs, i) for i, batch in enumerate(iterator)]
     if not bound:
         raise InvalidBatchError(
             "batches", "is empty (an iterator that was already consumed is)", "Pass a list or a DataLoader."
@@ -50,21 +56,13 @@ def bind_batches(model: fx.GraphModule, batches: Iterable[Any], inputs: Callable
     return bound
 
 
-def _signature(model: fx.GraphModule) -> inspect.Signature:
-    parameters = [
-        inspect.Parameter(
-            str(node.target),
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            default=node.args[0] if node.args else inspect.Parameter.empty,
-        )
-        for node in model.graph.nodes
-        if node.op == "placeholder" and not str(node.target).startswith("*")
-    ]
-    # a placeholder without a default may follow one with (keyword-only arguments): order checks are torch's business
-    return inspect.Signature(parameters, __validate_parameters__=False)
-
-
-def _bind(signature: inspect.Signature, batch: Any, inputs: Callable[[Any], Any] | None, index: int) -> list[Any]:
+def _bind(
+    signature: inspect.Signature,
+    flatten: Callable[[inspect.BoundArguments], list[Any]],
+    batch: Any,
+    inputs: Callable[[Any], Any] | None,
+    index: int,
+) -> list[Any]:
     given = inputs(batch) if inputs is not None else batch
     args = tuple(given) if isinstance(given, tuple | list) else () if isinstance(given, Mapping) else (given,)
     kwargs = dict(given) if isinstance(given, Mapping) else {}
@@ -78,17 +76,21 @@ def _bind(signature: inspect.Signature, batch: Any, inputs: Callable[[Any], Any]
             "Pass inputs= to map a batch to the model's inputs, for example inputs=lambda batch: batch[0].",
         ) from None
     bound.apply_defaults()
-    values = list(bound.arguments.values())
     for name, value in bound.arguments.items():
         for tensor in filter(Tensor.is_floating_point, _tensors(value)):
             if tensor.dtype != torch.float32:
                 raise InvalidBatchError(f"batch {index}", f"input {name!r} is {tensor.dtype}", "Pass float32.")
             if not torch.isfinite(tensor).all():
                 raise InvalidBatchError(f"batch {index}", f"input {name!r} holds NaN or infinity", "Remove the sample.")
-    tensors = _tensors(values)
+    tensors = _tensors(list(bound.arguments.values()))
     if not tensors or not tensors[0].numel():
         raise InvalidBatchError(f"batch {index}", "holds no data", "Pass batches of at least one sample.")
-    return values
+    try:
+        return flatten(bound)
+    except ValueError as error:
+        raise InvalidBatchError(
+            f"batch {index}", f"does not fit the model ({error})", "Pass batches like the example inputs."
+        ) from None
 
 
 def _tensors(value: Any) -> list[Tensor]:

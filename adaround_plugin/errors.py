@@ -5,6 +5,7 @@ __all__ = [
     "InvalidBatchError",
     "InvalidModelError",
     "InvalidOptionError",
+    "MissingDependencyError",
     "NonFiniteError",
 ]
 
@@ -39,3 +40,7 @@ class InvalidBatchError(AdaRoundError, ValueError):
 
 class NonFiniteError(AdaRoundError, ArithmeticError):
     """A weight, an activation or an observed range holds NaN or infinity."""
+
+
+class MissingDependencyError(AdaRoundError, ImportError):
+    """An optional dependency of this package is not installed."""

@@ -63,6 +63,12 @@ class LayerRounding:
     nearest_holdout: float | None
     learned_holdout: float | None
 
+    def corrected(self, bias: Tensor | None) -> Tensor | None:
+        """A bias with the correction added; the correction where there is no bias."""
+        if self.bias_correction is None:
+            return bias
+        return self.bias_correction.clone() if bias is None else bias + self.bias_correction
+
 
 @dataclass(frozen=True)
 class Layer:

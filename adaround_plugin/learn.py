@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from adaround_plugin.calibration import Sampling, bind_batches
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.graph.prepared_fx import PreparedFX
-from adaround_plugin.graph.weighted_node import Skipped
+from adaround_plugin.graph.host import Host, Skipped
+from adaround_plugin.graph.hosts import open_host
 from adaround_plugin.layer import Recipe
 from adaround_plugin.learner import Learner, Settings
 from adaround_plugin.names import select
@@ -61,7 +61,8 @@ def adaround(
     result goes into the host's own convert, which reproduces the learned integers exactly.
 
     Args:
-        prepared: a calibrated model from `prepare_fx`, with `AdaRoundObserver` or torch's own weight observers.
+        prepared: a calibrated model from `prepare_fx` or `prepare_pt2e`, with AdaRound's or the host's own weight
+            observers.
         batches: unlabelled calibration data: a DataLoader, a list, any iterable of tensors, tuples (positional) or
             dicts (keyword arguments). A few hundred samples do. A one-shot iterator is read once and kept in memory.
         solver: `"annealing"`, `"coordinate_descent"`, `"sequential"`, `"nearest"`, or an object with `solve`.
@@ -104,9 +105,9 @@ def adaround(
         raise InvalidOptionError("inputs", f"{inputs!r} is not callable", "Pass a function of one batch.")
     if backend_config is not None and not isinstance(backend_config, BackendConfig):
         raise InvalidOptionError("backend_config", f"{backend_config!r} is none", "Pass a torch.ao BackendConfig.")
-    host = PreparedFX(prepared, backend_config)
+    host = open_host(prepared, backend_config)
     frozen = _excluded(host, exclude)
-    bound = bind_batches(host.prepared, batches, inputs)
+    bound = bind_batches(host.signature, host.flatten, batches, inputs)
     sampling = Sampling.of(bound, holdout, max_columns, seed)
     options = {
         "asymmetric": asymmetric,
@@ -178,7 +179,7 @@ def _check_numbers(holdout: Any, max_columns: Any, damping: Any, seed: Any) -> N
         raise InvalidOptionError("seed", f"{seed!r} is not an integer", "Pass an integer.")
 
 
-def _excluded(host: PreparedFX, exclude: Exclude) -> frozenset[str]:
+def _excluded(host: Host, exclude: Exclude) -> frozenset[str]:
     """Names of the weighted nodes that the caller excludes."""
     if isinstance(exclude, str | type):
         exclude = (exclude,)
@@ -197,7 +198,7 @@ def _excluded(host: PreparedFX, exclude: Exclude) -> frozenset[str]:
     return frozenset(found - {""})
 
 
-def _excluded_entries(host: PreparedFX, frozen: frozenset[str]) -> list[Skipped]:
+def _excluded_entries(host: Host, frozen: frozenset[str]) -> list[Skipped]:
     reason = "excluded by the caller: rounded to nearest on its grid"
     return [Skipped(node.name, node.kind, reason) for node in host.nodes if node.name in frozen]
 
@@ -205,18 +206,20 @@ def _excluded_entries(host: PreparedFX, frozen: frozenset[str]) -> list[Skipped]
 def _recipes(nearest: bool, samples: int, given: dict[str, Any]) -> list[Recipe]:
     """The recipes that the caller's options leave open, for learning from so many samples.
 
-    The first two are the best measured on convolutional networks and on a transformer with massive activations
-    (docs/benchmarks.md). Fewer samples want more damping. Where samples are few the asymmetric target may overfit
-    them, and trials are cheap: then the symmetric target and an untouched bias are tried as well.
+    The first two are the best measured on convolutional networks and on a transformer with massive activations; the
+    asymmetric target and the corrected bias may overfit what few samples show, and the last two do without
+    (docs/benchmarks.md). Fewer samples want more damping.
     """
     damping = 0.01 if samples >= _MANY_SAMPLES else 0.1
-    if nearest:
-        # the baseline: nothing is imitated, so only what the caller asks for by name is done
-        candidates = [Recipe(False, False, "none", damping)]
-    else:
-        candidates = [Recipe(True, True, "none", damping), Recipe(True, True, "inverse_norm", damping)]
-        if samples < _TRIAL_SAMPLES:
-            candidates += [Recipe(False, True, "inverse_norm", damping), Recipe(False, False, "none", damping)]
+    # solver="nearest" is the baseline: nothing is imitated, so only what the caller asks for by name is done
+    baseline = [Recipe(False, False, "none", damping)]
+    learned = [
+        Recipe(True, True, "none", damping),
+        Recipe(True, True, "inverse_norm", damping),
+        Recipe(False, True, "inverse_norm", damping),
+        Recipe(False, False, "none", damping),
+    ]
+    candidates = baseline if nearest else learned
     given = {name: value for name, value in given.items() if value != "auto"}
     return list(dict.fromkeys(replace(candidate, **given) for candidate in candidates))
 
@@ -229,7 +232,7 @@ def _describe(recipe: Recipe) -> str:
 
 
 def _try(
-    host: PreparedFX,
+    host: Host,
     bound: list[list[Any]],
     recipes: list[Recipe],
     settings: Settings,

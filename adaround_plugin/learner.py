@@ -14,9 +14,8 @@ from torch import Tensor, fx
 
 from adaround_plugin.calibration import Sampling
 from adaround_plugin.errors import InvalidBatchError, NonFiniteError
-from adaround_plugin.graph.prepared_fx import PreparedFX
+from adaround_plugin.graph.host import CallSite, Host, WeightedNode
 from adaround_plugin.graph.streams import Values, tensors
-from adaround_plugin.graph.weighted_node import CallSite, WeightedNode
 from adaround_plugin.layer import Layer, LayerRounding, Recipe
 from adaround_plugin.moments import Moments
 from adaround_plugin.problem import Solver
@@ -64,7 +63,7 @@ class Learner:
 
     def __init__(
         self,
-        host: PreparedFX,
+        host: Host,
         bound: list[list[Any]],
         sampling: Sampling,
         settings: Settings,

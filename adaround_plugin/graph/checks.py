@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, fx, nn
 
 from adaround_plugin.errors import InvalidModelError, NonFiniteError
 from adaround_plugin.graph.compat import Dropout, Normalization, is_observed, is_observer
 
-__all__ = ["check_prepared"]
+__all__ = ["check_prepared_fx", "check_values"]
 
 
-def check_prepared(prepared: nn.Module) -> None:
+def check_prepared_fx(prepared: nn.Module) -> None:
     """Raise unless `prepared` comes from `prepare_fx`, is in eval mode and float32, finite, and calibrated."""
     if not is_observed(prepared):
         raise InvalidModelError(
             "prepared",
-            f"{type(prepared).__name__} does not come from prepare_fx",
-            "Call torch.ao.quantization.quantize_fx.prepare_fx and calibrate first.",
+            f"{type(prepared).__name__} does not come from prepare_fx or prepare_pt2e",
+            "Call the host's prepare step and calibrate first.",
         )
     # fused containers are born in train mode, which changes nothing: only these modules behave differently
     training = [
@@ -29,10 +31,15 @@ def check_prepared(prepared: nn.Module) -> None:
         raise InvalidModelError(
             f"module {training[0]!r}" if training[0] else "prepared", "is in train mode", "Call .eval() first."
         )
+    check_values(prepared, is_observer)
+
+
+def check_values(prepared: nn.Module, is_observer: Callable[[nn.Module], bool]) -> None:
+    """Raise unless the parameters are float32 and finite, and every observer has seen finite data."""
     for name, parameter in prepared.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise InvalidModelError(
-                f"parameter {name!r}", f"is {parameter.dtype}", "Convert the model with .float() before prepare_fx."
+                f"parameter {name!r}", f"is {parameter.dtype}", "Convert the model with .float() before preparing it."
             )
         if not torch.isfinite(parameter).all():
             raise NonFiniteError(f"parameter {name!r}", "holds NaN or infinity", "Repair the float model.")

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 from torch.ao.nn.quantized.reference.modules.utils import ReferenceQuantizedModule
 from torch.ao.quantization.observer import _is_activation_post_process
+from torch.utils import _pytree as pytree
 
-__all__ = ["Convolution", "Dropout", "Normalization", "is_observed", "is_observer", "is_quantized", "unfused"]
+__all__ = [
+    "Convolution",
+    "Dropout",
+    "Normalization",
+    "export_inputs",
+    "flatten_inputs",
+    "is_observed",
+    "is_observer",
+    "is_quantized",
+    "operator_name",
+    "returns_view",
+    "unfused",
+]
 
 Convolution = nn.modules.conv._ConvNd
 Dropout = nn.modules.dropout._DropoutNd
@@ -17,12 +31,12 @@ Normalization = nn.modules.batchnorm._NormBase
 
 
 def is_observed(module: nn.Module) -> bool:
-    """Whether `module` is a graph that `prepare_fx` returned, or a standalone module inside one."""
+    """Whether `module` is a graph that a prepare step returned, or a standalone module inside one."""
     return isinstance(module, fx.GraphModule) and "_observed_graph_module_attrs" in module.meta
 
 
 def is_observer(module: nn.Module) -> bool:
-    """Whether `module` is an observer or fake-quantizer that a prepare step inserted."""
+    """Whether `module` is an observer or fake-quantizer of torch.ao."""
     return bool(_is_activation_post_process(module))  # type: ignore[no-untyped-call]
 
 
@@ -34,3 +48,33 @@ def is_quantized(module: nn.Module) -> bool:
 def unfused(module: Any) -> Any:
     """The weighted module inside a fused one (convolution + ReLU, ...), or `module` itself."""
     return module[0] if isinstance(module, _FusedModule) else module
+
+
+def operator_name(node: fx.Node) -> tuple[str, bool]:
+    """Name of the function that a node calls, without its overload, and whether it is an ATen-like operator."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.rpartition(":")[2], True
+    return getattr(node.target, "__name__", ""), False
+
+
+def returns_view(node: fx.Node) -> bool:
+    """Whether an operator's schema says that its result may be a view of an argument that it does not write to."""
+    aliases = [returned.alias_info for returned in node.target._schema.returns]  # type: ignore[union-attr]
+    return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def export_inputs(program: fx.GraphModule) -> tuple[list[str], int]:
+    """Names of the inputs of an exported program's module, and how many of them come first by position."""
+    names = list(program.graph._codegen.pytree_info.orig_args)  # type: ignore[attr-defined]
+    positional, _ = program._in_spec.children()
+    return names, positional.num_children
+
+
+def flatten_inputs(program: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Arguments as the placeholders of an exported program's module; `ValueError` if their structure differs."""
+    _, keywords = program._in_spec.children()
+    ordered = {name: kwargs[name] for name in keywords.context}
+    leaves, found = pytree.tree_flatten((args, ordered))
+    if found != program._in_spec:
+        raise ValueError(f"its structure is {found}, but the program was exported with {program._in_spec}")
+    return leaves

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, fx, nn
 
 from adaround_plugin.errors import InvalidModelError
 from adaround_plugin.graph.compat import is_observer, is_quantized, unfused
-from adaround_plugin.graph.fx_ops import function_op, is_weighted_function, module_op
+from adaround_plugin.graph.grids import observed_grid, same_grid
+from adaround_plugin.graph.host import CallSite, Skipped, WeightedNode
+from adaround_plugin.graph.operators import function_op, is_weighted_function, module_op
 from adaround_plugin.graph.transforms import origin
-from adaround_plugin.graph.weighted_node import CallSite, Skipped, WeightedNode
 from adaround_plugin.grid import Grid
 from adaround_plugin.layer import LayerRounding
-from adaround_plugin.observers import AdaRoundWeightMixin
 from adaround_plugin.weighted_op import WeightedOp
 
 __all__ = ["Finder", "attribute", "owner"]
@@ -154,7 +153,7 @@ class Finder:
         first = names[0]
         op, kind = self.ops[first]
         for other in names[1:]:
-            same = self.ops[other][0] == op and _same_grid(grids[first][0], grids[other][0])
+            same = self.ops[other][0] == op and same_grid(grids[first][0], grids[other][0])
             if not same:
                 reason = f"its weight is tied to {first!r}, which has another operator or another grid"
                 self.skipped += [Skipped(name, self.ops[name][1], reason) for name in names]
@@ -201,32 +200,7 @@ class Finder:
             observed = site.float_node.args[1] if len(site.float_node.args) > 1 else site.float_node.kwargs["weight"]
             assert isinstance(observed, fx.Node)
             observer = self.graph.get_submodule(str(observed.target))
-        per_channel = observer.qscheme in (torch.per_channel_symmetric, torch.per_channel_affine)
-        ch_axis = observer.ch_axis if per_channel else None
-        if isinstance(observer, AdaRoundWeightMixin):
-            op = self.ops[name][0]
-            if ch_axis is not None and ch_axis != op.output_axis and op.kind == "conv_transpose":
-                raise InvalidModelError(
-                    f"layer {name!r}",
-                    f"its AdaRoundObserver runs along axis {ch_axis}, the input channels of a transposed convolution",
-                    f"Use ch_axis={op.output_axis} or a per-tensor scheme "
-                    "(get_adaround_qconfig_mapping does, given model= beside layer_bits).",
-                )
-            return observer.grid(weight), False
-        scale, zero_point = observer.calculate_qparams()
-        shape = () if ch_axis is None else (-1,)
-        symmetric = observer.qscheme in (torch.per_channel_symmetric, torch.per_tensor_symmetric)
-        low, high = int(observer.quant_min), int(observer.quant_max)
-        grid = Grid(
-            low,
-            high,
-            ch_axis,
-            symmetric,
-            observer.dtype,
-            scale.float().reshape(shape),
-            zero_point.long().reshape(shape),
-        )
-        return grid, True
+        return observed_grid(name, observer, weight, self.ops[name][0])
 
     def _setter(self, group: dict[str, list[CallSite]]) -> Callable[[LayerRounding], None]:
         """Puts a rounding into the reference graph."""
@@ -243,9 +217,7 @@ class Finder:
                 parameter.data = weight
                 if module is not None:
                     module.weight_scale, module.weight_zero_point = grid.scale, grid.zero_point
-                    bias = original[name]
-                    correction = rounding.bias_correction
-                    corrected = bias if correction is None else correction if bias is None else bias + correction
+                    corrected = rounding.corrected(original[name])
                     module.bias = None if corrected is None else nn.Parameter(corrected, requires_grad=False)
                     continue
                 for site in sites:
@@ -256,12 +228,3 @@ class Finder:
                         setattr(reference, str(argument.target), value)
 
         return set_quantized
-
-
-def _same_grid(one: Grid, other: Grid) -> bool:
-    return (
-        (one.quant_min, one.quant_max, one.ch_axis, one.dtype)
-        == (other.quant_min, other.quant_max, other.ch_axis, other.dtype)
-        and torch.equal(one.scale, other.scale)
-        and torch.equal(one.zero_point, other.zero_point)
-    )

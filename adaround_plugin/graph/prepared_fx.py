@@ -7,6 +7,7 @@ The quantized stream is the host's own reference conversion of a copy of the pre
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from typing import Any
 
@@ -17,18 +18,18 @@ from torch.ao.quantization.backend_config import BackendConfig
 from torch.ao.quantization.observer import PlaceholderObserver
 from torch.ao.quantization.quantize_fx import convert_to_reference_fx
 
-from adaround_plugin.graph.checks import check_prepared
+from adaround_plugin.graph.checks import check_prepared_fx
 from adaround_plugin.graph.compat import is_observed, is_observer, unfused
 from adaround_plugin.graph.fx_nodes import Finder, attribute, owner
+from adaround_plugin.graph.host import WeightedNode
 from adaround_plugin.graph.streams import Stream
 from adaround_plugin.graph.transforms import functionalize, inline, strip
-from adaround_plugin.graph.weighted_node import WeightedNode
 from adaround_plugin.grid import Grid
 from adaround_plugin.layer import LayerRounding
 from adaround_plugin.observers import FrozenObserver
 from adaround_plugin.qconfig import get_weight_only_backend_config
 
-__all__ = ["PreparedFX"]
+__all__ = ["PreparedFX", "placeholder_signature"]
 
 
 class PreparedFX:
@@ -42,8 +43,7 @@ class PreparedFX:
     Attributes:
         float_stream: the model without observers.
         quantized_stream: the host's reference conversion.
-        nodes: the weighted nodes that the host quantizes and that can be learned.
-        skipped: the weighted nodes that are not, with reasons.
+        signature, nodes, skipped: as in `Host`.
 
     Raises:
         InvalidModelError: not prepared, in train mode, not calibrated, not in float32, or without a weighted node.
@@ -51,9 +51,10 @@ class PreparedFX:
     """
 
     def __init__(self, prepared: nn.Module, backend_config: BackendConfig | None = None) -> None:
-        check_prepared(prepared)
+        check_prepared_fx(prepared)
         assert isinstance(prepared, fx.GraphModule)
         self.prepared = prepared
+        self.signature = placeholder_signature(prepared)
         graph = inline(prepared, is_observed)
         if backend_config is None and not _observes_activations(graph):
             backend_config = get_weight_only_backend_config()
@@ -64,10 +65,13 @@ class PreparedFX:
             if path and is_observed(module)
         }
         flat_reference = inline(reference, lambda module: id(module) in inlined)
-        found = Finder(graph, flat_reference).find()
-        self.nodes, self.skipped = found
+        self.nodes, self.skipped = Finder(graph, flat_reference).find()
         self.float_stream = Stream(functionalize(strip(graph, is_observer)))
         self.quantized_stream = Stream(functionalize(strip(flat_reference, is_observer)))
+
+    def flatten(self, arguments: inspect.BoundArguments) -> list[Any]:
+        """Arguments in the order of the graph's placeholders."""
+        return list(arguments.arguments.values())
 
     def is_type(self, node: WeightedNode, kind: type[nn.Module]) -> bool:
         """Whether a node's module, or the weighted module fused into it, is of a type."""
@@ -83,6 +87,21 @@ class PreparedFX:
                 if key not in written:
                     _write(model, name, roundings[node.name])
                 written.add(key)
+
+
+def placeholder_signature(model: fx.GraphModule) -> inspect.Signature:
+    """The inputs of a graph whose placeholders are its arguments."""
+    parameters = [
+        inspect.Parameter(
+            str(node.target),
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=node.args[0] if node.args else inspect.Parameter.empty,
+        )
+        for node in model.graph.nodes
+        if node.op == "placeholder" and not str(node.target).startswith("*")
+    ]
+    # a placeholder without a default may follow one with (keyword-only arguments): order checks are torch's business
+    return inspect.Signature(parameters, __validate_parameters__=False)
 
 
 def _observes_activations(graph: fx.GraphModule) -> bool:
@@ -116,11 +135,9 @@ def _write(model: fx.GraphModule, name: str, rounding: LayerRounding) -> None:
         _replace_observer(model, name, rounding.grid)
         return
     module.weight = weight
-    if rounding.bias_correction is not None:
-        if module.bias is None:
-            module.bias = nn.Parameter(rounding.bias_correction.clone())
-        else:
-            module.bias = nn.Parameter(module.bias.detach() + rounding.bias_correction)
+    bias = rounding.corrected(None if module.bias is None else module.bias.detach())
+    if bias is not None:
+        module.bias = nn.Parameter(bias.clone())
     outer = model.get_submodule(name)
     qconfig = QConfig(activation=outer.qconfig.activation, weight=_Frozen(rounding.grid))  # type: ignore[union-attr,no-untyped-call]
     outer.qconfig = module.qconfig = qconfig  # type: ignore[assignment]

@@ -14,7 +14,9 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-__all__ = ["Stream"]
+from adaround_plugin.graph.compat import operator_name
+
+__all__ = ["Stream", "Values", "tensors"]
 
 Values = dict[fx.Node, Any]
 
@@ -38,7 +40,7 @@ class Stream(fx.Interpreter):
                 continue
             if not varying.isdisjoint(node.all_input_nodes):
                 varying.add(node)
-            if node not in varying or (node.op == "call_method" and node.target == "dequantize"):
+            if node not in varying or _unpacks(node):
                 self._remade.add(node)
         self._remade.discard(self.output_node)
         self.done: set[fx.Node] = set(self.placeholders)
@@ -106,6 +108,13 @@ class Stream(fx.Interpreter):
                 self._sources(source, found)
             else:
                 found.add(source)
+
+
+def _unpacks(node: fx.Node) -> bool:
+    """Whether a node turns integers into floats."""
+    if node.op == "call_function":
+        return operator_name(node)[0].startswith("dequantize")
+    return node.op == "call_method" and node.target == "dequantize"
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from adaround_plugin.errors import InvalidModelError
-from adaround_plugin.graph.compat import Dropout
+from adaround_plugin.graph.compat import Dropout, operator_name, returns_view
 
 __all__ = ["functionalize", "inline", "origin", "strip"]
 
@@ -171,7 +171,10 @@ def _is_view(module: fx.GraphModule, node: fx.Node) -> bool:
         return isinstance(module.get_submodule(str(node.target)), nn.Flatten | nn.Unflatten)
     if node.op == "call_method":
         return node.target in _VIEWS
-    return node.op == "call_function" and getattr(node.target, "__name__", "") in _VIEWS
+    if node.op != "call_function":
+        return False
+    name, is_operator = operator_name(node)
+    return name in _VIEWS or (is_operator and returns_view(node))
 
 
 def _setitem(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
@@ -188,7 +191,7 @@ def _is_inplace(module: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_method":
         return (str(node.target).endswith("_") and not str(node.target).startswith("__")) or node.target == "__iadd__"
     if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
+        name, _ = operator_name(node)
         return (
             node.target in _INPLACE_OPERATORS
             or node.target is operator.setitem

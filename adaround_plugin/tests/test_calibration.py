@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from adaround_plugin.calibration import Sampling, bind_batches
 from adaround_plugin.errors import InvalidBatchError
+from adaround_plugin.graph.prepared_fx import placeholder_signature
 from adaround_plugin.weighted_op import Patches, WeightedOp
 
 
@@ -42,7 +43,8 @@ MASK = torch.tensor([[True, False, True], [False, True, True]])
 
 
 def bind(model: nn.Module, batches: Any, inputs: Any = None) -> list[list[Any]]:
-    return bind_batches(fx.symbolic_trace(model), batches, inputs)
+    signature = placeholder_signature(fx.symbolic_trace(model))
+    return bind_batches(signature, lambda bound: list(bound.arguments.values()), batches, inputs)
 
 
 def assert_bound(found: list[list[Any]], *expected: Any) -> None:

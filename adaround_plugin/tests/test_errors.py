@@ -14,10 +14,18 @@ from adaround_plugin.errors import (
     InvalidBatchError,
     InvalidModelError,
     InvalidOptionError,
+    MissingDependencyError,
     NonFiniteError,
 )
 
-FAMILY = [AdaRoundError, InvalidBatchError, InvalidModelError, InvalidOptionError, NonFiniteError]
+FAMILY = [
+    AdaRoundError,
+    InvalidBatchError,
+    InvalidModelError,
+    InvalidOptionError,
+    MissingDependencyError,
+    NonFiniteError,
+]
 
 
 @pytest.mark.parametrize("kind", FAMILY)
@@ -50,6 +58,7 @@ def test_every_error_belongs_to_one_family():
         (InvalidBatchError, ValueError),
         (InvalidModelError, ValueError),
         (InvalidOptionError, ValueError),
+        (MissingDependencyError, ImportError),
         (NonFiniteError, ArithmeticError),
     ],
 )

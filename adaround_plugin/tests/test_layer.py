@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaround_plugin.graph.fx_ops import module_op
+from adaround_plugin.graph.operators import module_op
 from adaround_plugin.grid import GridSpec, integer_range
 from adaround_plugin.layer import Layer, LayerRounding, Recipe
 from adaround_plugin.moments import Moments

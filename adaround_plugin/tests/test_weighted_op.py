@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from adaround_plugin.graph.fx_ops import function_op, is_weighted_function, module_op
+from adaround_plugin.graph.operators import function_op, is_weighted_function, module_op
 from adaround_plugin.weighted_op import WeightedOp
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -19,6 +19,8 @@ from adaround_plugin import adaround, get_adaround_qconfig_mapping, get_report, 
 from integration_tests.benchmarks import glyphs, networks
 
 TEST_IMAGES = 10_000
+# no choice in the making of the method has seen the images of this seed
+TEST_SEED = 1
 IMAGES = (1024, 256, 64)
 
 
@@ -57,7 +59,7 @@ class Case:
 
 def rows(case: Case, solvers: list[str], counts: list[int]) -> Iterator[list[str]]:
     """Table rows: mode, solver, images, top-1, loss against float, CPU seconds of `adaround`, recipe."""
-    images, labels = glyphs.load("test", TEST_IMAGES)
+    images, labels = glyphs.load("test", TEST_IMAGES, seed=TEST_SEED)
     calibration, _ = glyphs.load("train", IMAGES[0], seed=1)
     for solver in solvers:
         for count in counts if solver == "annealing" else counts[:1]:
@@ -88,7 +90,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    images, labels = glyphs.load("test", TEST_IMAGES)
+    images, labels = glyphs.load("test", TEST_IMAGES, seed=TEST_SEED)
     for name in options.networks:
         network = networks.load(name)
         exact = accuracy(network, images, labels)

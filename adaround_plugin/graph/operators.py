@@ -14,9 +14,29 @@ from adaround_plugin.weighted_op import WeightedOp
 
 __all__ = ["function_op", "is_weighted_function", "module_op"]
 
-_CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
-_TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
-_FUNCTIONS = {F.linear, *_CONVOLUTIONS, *_TRANSPOSED}
+_aten = torch.ops.aten
+_LINEAR = {F.linear, _aten.linear.default}
+# spatial dimensions of each function and of each of its overloads in an exported program
+_CONVOLUTIONS: dict[Any, int] = {
+    torch.conv1d: 1,
+    torch.conv2d: 2,
+    torch.conv3d: 3,
+    _aten.conv1d.default: 1,
+    _aten.conv2d.default: 2,
+    _aten.conv3d.default: 3,
+    _aten.conv1d.padding: 1,
+    _aten.conv2d.padding: 2,
+    _aten.conv3d.padding: 3,
+}
+_TRANSPOSED: dict[Any, int] = {
+    torch.conv_transpose1d: 1,
+    torch.conv_transpose2d: 2,
+    torch.conv_transpose3d: 3,
+    _aten.conv_transpose1d.default: 1,
+    _aten.conv_transpose2d.input: 2,
+    _aten.conv_transpose3d.input: 3,
+}
+_FUNCTIONS = {*_LINEAR, *_CONVOLUTIONS, *_TRANSPOSED}
 
 
 def is_weighted_function(node: fx.Node) -> bool:
@@ -43,10 +63,10 @@ def module_op(module: nn.Module) -> WeightedOp | None:
 
 def function_op(node: fx.Node, weight_shape: torch.Size) -> WeightedOp | None:
     """The operator of a functional call, or None if an argument other than input, weight, bias is computed."""
-    if node.target is F.linear:
+    if node.target in _LINEAR:
         return WeightedOp("linear")
     transposed = node.target in _TRANSPOSED
-    spatial = (_TRANSPOSED if transposed else _CONVOLUTIONS)[node.target]  # type: ignore[index]
+    spatial = (_TRANSPOSED if transposed else _CONVOLUTIONS)[node.target]
     names = ("stride", "padding", *(["output_padding", "groups", "dilation"] if transposed else ["dilation", "groups"]))
     settings: dict[str, Any] = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
     settings.update(zip(names, node.args[3:], strict=False))

@@ -1,18 +1,20 @@
-"""What a host must tell about a weighted node: the contract between graphs and learning."""
+"""What a host must tell about a prepared model: the contract between graphs and learning."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from adaround_plugin.graph.streams import Stream
 from adaround_plugin.grid import Grid
 from adaround_plugin.layer import LayerRounding
 from adaround_plugin.weighted_op import WeightedOp
 
-__all__ = ["CallSite", "Skipped", "WeightedNode"]
+__all__ = ["CallSite", "Host", "Skipped", "WeightedNode"]
 
 
 @dataclass(frozen=True)
@@ -59,3 +61,32 @@ class Skipped:
     name: str
     kind: str
     reason: str
+
+
+class Host(Protocol):
+    """A calibrated model of one toolkit.
+
+    Attributes:
+        prepared: the model; it is read, and changed only by `write`.
+        signature: the model's inputs.
+        float_stream: its graph without observers.
+        quantized_stream: the host's own conversion of it, with the weights of `nodes` as they were last set.
+        nodes: the weighted nodes that the host quantizes and that can be learned, in graph order.
+        skipped: the weighted nodes that are not, with reasons.
+    """
+
+    prepared: fx.GraphModule
+    signature: inspect.Signature
+    float_stream: Stream
+    quantized_stream: Stream
+    nodes: list[WeightedNode]
+    skipped: list[Skipped]
+
+    def flatten(self, arguments: inspect.BoundArguments) -> list[Any]:
+        """Arguments as values of the graph's placeholders; raises `ValueError` where they do not fit."""
+
+    def is_type(self, node: WeightedNode, kind: type[nn.Module]) -> bool:
+        """Whether a weighted node is, or belongs to, a module of this type."""
+
+    def write(self, model: fx.GraphModule, roundings: dict[str, LayerRounding]) -> None:
+        """Write roundings, by name of the weighted node, into `prepared` or a deep copy of it."""

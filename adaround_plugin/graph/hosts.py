@@ -1,0 +1,39 @@
+"""Which host a prepared model belongs to."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+from torch.ao.quantization.backend_config import BackendConfig
+
+from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.graph.compat import operator_name
+from adaround_plugin.graph.host import Host
+from adaround_plugin.graph.prepared_fx import PreparedFX
+
+__all__ = ["open_host"]
+
+
+def open_host(prepared: nn.Module, backend_config: BackendConfig | None = None) -> Host:
+    """The host of a prepared model: PT2E for graphs of ATen operators, else FX.
+
+    Raises:
+        InvalidModelError: the model is not ready for the pass.
+        InvalidOptionError: a backend configuration for a PT2E model.
+        MissingDependencyError: torchao is not installed.
+        NonFiniteError: a weight holds NaN or infinity.
+    """
+    if not _is_exported(prepared):
+        return PreparedFX(prepared, backend_config)
+    if backend_config is not None:
+        raise InvalidOptionError("backend_config", "is for prepare_fx only", "Leave it out: PT2E has a quantizer.")
+    from adaround_plugin.graph.prepared_pt2e import PreparedPT2E
+
+    assert isinstance(prepared, fx.GraphModule)
+    return PreparedPT2E(prepared)
+
+
+def _is_exported(model: nn.Module) -> bool:
+    """Whether a model is a graph of ATen operators."""
+    return isinstance(model, fx.GraphModule) and any(
+        node.op == "call_function" and operator_name(node)[1] for node in model.graph.nodes
+    )

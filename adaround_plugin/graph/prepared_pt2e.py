@@ -1,0 +1,219 @@
+"""The PT2E host: a model from torchao's `prepare_pt2e`, its two graphs, and writing back into it.
+
+The quantized stream is the host's own `convert_pt2e` of a copy of the prepared model, so it equals the converted
+program bit for bit. Only the weights and biases of the nodes that are learned come from attributes of our own, which
+hold what the host's quantize and dequantize operators make of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torchao.quantization.pt2e import DerivedObserverOrFakeQuantize
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+from adaround_plugin.errors import InvalidModelError
+from adaround_plugin.graph.checks import check_values
+from adaround_plugin.graph.compat import export_inputs, flatten_inputs, is_observed, is_observer, operator_name
+from adaround_plugin.graph.host import WeightedNode
+from adaround_plugin.graph.pt2e_nodes import (
+    Finder,
+    argument,
+    innermost_module,
+    is_torchao_observer,
+    parameter_node,
+    set_argument,
+)
+from adaround_plugin.graph.streams import Stream
+from adaround_plugin.graph.transforms import functionalize, inline, origin, strip
+from adaround_plugin.layer import LayerRounding
+from adaround_plugin.pt2e import FrozenObserver
+
+__all__ = ["PreparedPT2E"]
+
+# the call that torch.export puts in front of a program, to check the shapes of its inputs
+_GUARDS = "_guards_fn"
+# position of the argument by which an operator behaves as in training: a flag, or a probability of dropping
+_TRAINING = {"dropout": 2, "feature_dropout": 2, "alpha_dropout": 2, "batch_norm": 5, "scaled_dot_product_attention": 4}
+
+
+class PreparedPT2E:
+    """A calibrated model from `prepare_pt2e`.
+
+    Args:
+        prepared: the model; it is read, and changed only by `write`.
+
+    Attributes are those of `Host`.
+
+    Raises:
+        InvalidModelError: not prepared, exported in train mode, not calibrated, with observers of torch.ao, not in
+            float32, or without a weighted node.
+        NonFiniteError: a weight holds NaN or infinity.
+    """
+
+    def __init__(self, prepared: fx.GraphModule) -> None:
+        _check(prepared)
+        self.prepared = prepared
+        names, self._positional = export_inputs(prepared)
+        self.signature = inspect.Signature(
+            [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        )
+        graph = _without_guards(inline(prepared, lambda module: False))
+        converted = _without_guards(inline(_converted(prepared), lambda module: False))
+        self.nodes, self.skipped, self._uses = Finder(graph, converted).find()
+        self.float_stream = Stream(functionalize(strip(graph, is_torchao_observer)))
+        self.quantized_stream = Stream(functionalize(strip(converted, is_torchao_observer)))
+
+    def flatten(self, arguments: inspect.BoundArguments) -> list[Any]:
+        """Arguments as leaves, checked against the shapes that the program was exported for."""
+        named = list(arguments.arguments.items())
+        values = tuple(value for _, value in named[: self._positional])
+        leaves = flatten_inputs(self.prepared, values, dict(named[self._positional :]))
+        guards = getattr(self.prepared, _GUARDS, None)
+        if guards is not None:
+            try:
+                guards(*leaves)
+            except AssertionError as error:
+                raise ValueError(f"{error}; export with dynamic_shapes for batches of several sizes") from None
+        return leaves
+
+    def is_type(self, node: WeightedNode, kind: type[nn.Module]) -> bool:
+        """Whether a node stands in the code of a module of exactly this type."""
+        return any(
+            innermost_module(site.float_node)[1] == f"{kind.__module__}.{kind.__qualname__}" for site in node.sites
+        )
+
+    def write(self, model: fx.GraphModule, roundings: dict[str, LayerRounding]) -> None:
+        """Write roundings (by name of the weighted node) into `model`, this prepared model or a deep copy of it."""
+        by_name = {node.name: node for node in model.graph.nodes}
+        for node in self.nodes:
+            if node.name in roundings:
+                calls = [by_name[origin(use.site.float_node)] for use in self._uses[node.name]]
+                _write(model, calls, roundings[node.name])
+        model.recompile()
+
+
+def _check(prepared: fx.GraphModule) -> None:
+    """What must hold before work starts."""
+    if not is_observed(prepared):
+        raise InvalidModelError(
+            "prepared", "is an exported program without observers", "Call prepare_pt2e on it and calibrate first."
+        )
+    foreign = [name for name, module in prepared.named_modules() if is_observer(module)]
+    if foreign:
+        raise InvalidModelError(
+            f"observer {foreign[0]!r}",
+            "is one of torch.ao.quantization, which torchao leaves in float",
+            "Use observers of torchao; AdaRound's are in adaround_plugin.pt2e.",
+        )
+    for node in prepared.graph.nodes:
+        position = _TRAINING.get(operator_name(node)[0]) if node.op == "call_function" else None
+        if position is not None and len(node.args) > position and node.args[position]:
+            raise InvalidModelError(f"node {node.name!r}", "is in train mode", "Call .eval() before torch.export.")
+    check_values(prepared, is_torchao_observer)
+
+
+def _converted(prepared: fx.GraphModule) -> fx.GraphModule:
+    """The host's conversion of a copy."""
+    with warnings.catch_warnings():
+        # the host's own advice; the caller sees it at their own convert
+        warnings.simplefilter("ignore")
+        converted = convert_pt2e(copy.deepcopy(prepared), fold_quantize=False)
+    assert isinstance(converted, fx.GraphModule)
+    return converted
+
+
+def _without_guards(module: fx.GraphModule) -> fx.GraphModule:
+    """Take out, in place, the check of the inputs' shapes, which is made once for each batch when it is bound."""
+    for node in module.graph.nodes:
+        if node.op == "call_module" and node.target == _GUARDS:
+            module.graph.erase_node(node)
+    return module
+
+
+def _write(model: fx.GraphModule, calls: list[fx.Node], rounding: LayerRounding) -> None:
+    """Write integers, grid and bias into a prepared model, so that its own convert quantizes back to exactly these."""
+    weight = rounding.grid.dequantize(rounding.integers)
+    for call in calls:
+        source, observers = parameter_node(model, argument(call, 1, "weight"))
+        assert source is not None
+        for observer in observers:
+            _freeze(model, str(observer.target), rounding)
+        # new parameters throughout: the old ones share memory with the model that was exported
+        _put(model, source, weight, [observers[-1]], 0, "x")
+    correction = rounding.bias_correction
+    if correction is None:
+        return
+    present: dict[fx.Node, list[fx.Node]] = {}
+    absent = []
+    for call in calls:
+        bias = argument(call, 2, "bias")
+        if bias is None:
+            absent.append(call)
+        else:
+            present.setdefault(bias, []).append(call)
+    for bias, users in present.items():
+        old = _owner(model, str(bias.target))
+        _put(model, bias, getattr(*old).detach() + correction, users, 2, "bias")
+    if absent:
+        source, _ = parameter_node(model, argument(absent[0], 1, "weight"))
+        assert source is not None
+        path = str(source.target).rpartition(".")[0]
+        _add(model, path, "bias", correction.clone(), source, absent, 2, "bias")
+
+
+def _freeze(model: fx.GraphModule, target: str, rounding: LayerRounding) -> None:
+    """Put a frozen observer in the place of a weight's, also where another observer derives its scale from it."""
+    old, new = model.get_submodule(target), FrozenObserver(rounding.grid)
+    model.set_submodule(target, new)
+    for module in model.modules():
+        if isinstance(module, DerivedObserverOrFakeQuantize):
+            module.obs_or_fqs = [new if observer is old else observer for observer in module.obs_or_fqs]
+
+
+def _put(
+    model: fx.GraphModule, source: fx.Node, value: Tensor, users: list[fx.Node], position: int, keyword: str
+) -> None:
+    """Give `users` a new value of the parameter that `source` reads; other readers of it keep the old one."""
+    target = str(source.target)
+    readers = [
+        user for node in model.graph.nodes if node.op == "get_attr" and node.target == target for user in node.users
+    ]
+    if set(readers) <= set(users):
+        setattr(*_owner(model, target), nn.Parameter(value, requires_grad=False))
+        return
+    path, _, leaf = target.rpartition(".")
+    _add(model, path, leaf, value, source, users, position, keyword)
+
+
+def _add(
+    model: fx.GraphModule,
+    path: str,
+    leaf: str,
+    value: Tensor,
+    like: fx.Node,
+    users: list[fx.Node],
+    position: int,
+    keyword: str,
+) -> None:
+    """Add a parameter beside others of a module, and let `users` read it."""
+    module = model.get_submodule(path)
+    while hasattr(module, leaf):
+        leaf += "_adaround"
+    setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+    with model.graph.inserting_before(like):
+        added = model.graph.get_attr(f"{path}.{leaf}" if path else leaf)
+    example = like.meta.get("val")
+    if isinstance(example, Tensor):
+        added.meta["val"] = example.detach().new_empty(value.shape)
+    for user in users:
+        set_argument(user, position, keyword, added)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
