@@ -7,9 +7,10 @@ zero point 0 this is equation 22 of the AdaRound paper (arXiv 2004.10568), whose
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adaround_plugin.errors import InvalidOptionError
@@ -39,6 +40,9 @@ class GridSpec:
         ch_axis: axis of the weight that the scale runs along; None when per tensor.
         symmetric: whether the zero point is pinned to 0.
         dtype: the dtype the host stores the integers in, for example `torch.qint8`.
+        group_size: entries of a row of a matrix `(out, in)` that share a scale; the last group of a row may be
+            smaller. None where a channel has one scale.
+        scale_dtype: every scale is rounded to a number of this dtype, for hosts that store scales so.
     """
 
     quant_min: int
@@ -46,6 +50,8 @@ class GridSpec:
     ch_axis: int | None
     symmetric: bool
     dtype: torch.dtype
+    group_size: int | None = field(default=None, kw_only=True)
+    scale_dtype: torch.dtype = field(default=torch.float32, kw_only=True)
 
     @property
     def bits(self) -> int:
@@ -61,12 +67,25 @@ class GridSpec:
 
     def at(self, scale: Tensor, zero_point: Tensor) -> Grid:
         """The grid with this scale and zero point, each `()` or `(channels,)`."""
+        # the smallest number of a narrow dtype is the least scale it can tell from 0
+        least = 0.0 if self.scale_dtype == torch.float32 else torch.finfo(self.scale_dtype).smallest_normal
+        scale = scale.clamp_min(least).to(self.scale_dtype).float()
         return Grid(
-            self.quant_min, self.quant_max, self.ch_axis, self.symmetric, self.dtype, scale.float(), zero_point.long()
+            self.quant_min,
+            self.quant_max,
+            self.ch_axis,
+            self.symmetric,
+            self.dtype,
+            scale,
+            zero_point.long(),
+            group_size=self.group_size,
+            scale_dtype=self.scale_dtype,
         )
 
     def expand(self, values: Tensor, shape: torch.Size) -> Tensor:
         """Broadcast per-channel `values` (`()` or `(channels,)`) to a weight of `shape`."""
+        if self.group_size is not None:
+            return values.reshape(shape[0], -1).repeat_interleave(self.group_size, 1)[:, : shape[1]]
         if self.ch_axis is not None:
             view = [1] * len(shape)
             view[self.ch_axis] = -1
@@ -74,7 +93,12 @@ class GridSpec:
         return values.expand(shape)
 
     def channels(self, weight: Tensor) -> Tensor:
-        """Lay a weight out as `(channels, elements)`; one channel when per tensor."""
+        """Lay a weight out as `(channels, elements)`; one channel when per tensor, one per group and row when grouped.
+
+        A group that is smaller than the others is filled up with zeros, which no grid rounds.
+        """
+        if self.group_size is not None:
+            return F.pad(weight, (0, -weight.shape[1] % self.group_size)).reshape(-1, self.group_size)
         if self.ch_axis is None:
             return weight.reshape(1, -1)
         return weight.movedim(self.ch_axis, 0).reshape(weight.shape[self.ch_axis], -1)
@@ -89,7 +113,7 @@ class Grid(GridSpec):
     """Scale, zero point and integer range of one weight.
 
     Attributes:
-        scale: float32, shape `()` (per tensor) or `(channels,)` (per channel), positive.
+        scale: float32, shape `()` (per tensor) or `(channels,)` (per channel; row by row, group by group), positive.
         zero_point: int64, the shape of `scale`; all zero for a symmetric scheme.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adaround_plugin.errors import InvalidOptionError, NonFiniteError
@@ -47,9 +48,18 @@ class Hessian:
         matrix.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(1))
         return cls(matrix)
 
-    def scaled(self, column_scale: Tensor) -> Hessian:
-        """`S H S` for `S = diag(column_scale)`, `(G, D)`: the form in units of a scale that varies along columns."""
-        return Hessian(self.matrix * column_scale.unsqueeze(1) * column_scale.unsqueeze(2))
+    def blocks(self, size: int) -> Hessian:
+        """The diagonal blocks of `size` columns, each a group of its own: `(G * n, size, size)`.
+
+        A smaller last block is filled up with the identity.
+        """
+        groups, columns, _ = self.matrix.shape
+        missing = -columns % size
+        filled = F.pad(self.matrix, (0, missing, 0, missing))
+        filled.diagonal(dim1=1, dim2=2)[:, columns:] = 1
+        count = (columns + missing) // size
+        tiles = filled.reshape(groups, count, size, count, size)
+        return Hessian(tiles.diagonal(dim1=1, dim2=3).movedim(3, 1).reshape(groups * count, size, size))
 
     @cached_property
     def order(self) -> Tensor:

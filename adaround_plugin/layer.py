@@ -16,7 +16,7 @@ from adaround_plugin.grid import Grid
 from adaround_plugin.hessian import Hessian
 from adaround_plugin.moments import Moments
 from adaround_plugin.problem import RoundingProblem, Solver
-from adaround_plugin.scale import refit_scale, search_grid
+from adaround_plugin.scale import refit_group_scale, refit_scale, search_grid
 from adaround_plugin.solvers import Nearest
 from adaround_plugin.weighted_op import WeightedOp
 
@@ -109,14 +109,11 @@ class Layer:
         """
         hessian, target = self._form(recipe)
         grid = self.grid
-        searching = search_scale and self.scale_follows_rows
-        channel = self._channel()
-        if searching:
-            steps = 13 if judge else 7
-            grid = search_grid(grid, channel, lambda at: self._problem(at, hessian, target, up_or_down), steps)
+        if search_scale and self.can_search_scale:
+            grid = self._search(hessian, target, up_or_down, steps=13 if judge else 7)
         rounding = solver.solve(self._problem(grid, hessian, target, up_or_down))
-        if searching and not up_or_down and not isinstance(solver, Nearest):
-            grid = refit_scale(grid, channel, hessian, target, rounding.integers)
+        if search_scale and self.can_search_scale and not up_or_down and not isinstance(solver, Nearest):
+            grid = self._refit(grid, hessian, target, rounding.integers)
         integers = self.op.unrows(rounding.integers, self.weight.shape)
         correction = None
         if recipe.correct_bias:
@@ -156,21 +153,47 @@ class Layer:
         rows, shape = self.op.rows, self.weight.shape
         scale = rows(grid.expand(grid.scale, shape)).double()
         zero_point = rows(grid.expand(grid.zero_point, shape))
-        if not self.scale_follows_rows:
-            # a scale that runs along the columns moves into the form; its size along the rows is free
-            hessian = hessian.scaled(scale[:, 0])
         if up_or_down:
             lower = rows(grid.coordinates(self.weight)).floor().long()
             upper = (lower + 1).clamp(grid.quant_min, grid.quant_max)
             lower = lower.clamp(grid.quant_min, grid.quant_max)
         else:
             lower, upper = torch.full_like(zero_point, grid.quant_min), torch.full_like(zero_point, grid.quant_max)
-        return RoundingProblem(target / scale + zero_point, hessian, lower, upper, rows(grid.nearest(self.weight)))
+        nearest, step = rows(grid.nearest(self.weight)), None if self._scale_follows_rows else scale
+        return RoundingProblem(target / scale + zero_point, hessian, lower, upper, nearest, step)
 
     @property
-    def scale_follows_rows(self) -> bool:
-        """Whether one scale serves a whole row, so that it can be searched; else it runs along the columns."""
-        return self.grid.ch_axis in (None, self.op.output_axis)
+    def can_search_scale(self) -> bool:
+        """Whether a scale can be judged by the rows that it serves: not where it runs along the columns of all."""
+        return self._scale_follows_rows or self.grid.group_size is not None
+
+    @property
+    def _scale_follows_rows(self) -> bool:
+        """Whether one scale serves a whole row."""
+        return self.grid.group_size is None and self.grid.ch_axis in (None, self.op.output_axis)
+
+    def _search(self, hessian: Hessian, target: Tensor, up_or_down: bool, steps: int) -> Grid:
+        """Choose the scale under the hessian: of each row, or of each group of its columns by the group's own share."""
+        size = self.grid.group_size
+        if size is None:
+            return search_grid(
+                self.grid, self._channel(), lambda at: self._problem(at, hessian, target, up_or_down), steps
+            )
+        share = hessian.blocks(size)
+        rows, groups = self.weight.shape[0], share.matrix.shape[0]
+        channel = torch.arange(rows * groups, device=self.weight.device).reshape(rows, groups).T
+        return search_grid(
+            self.grid,
+            channel,
+            lambda at: self._problem(at, hessian, target, up_or_down).blocks(share, size),
+            steps,
+        )
+
+    def _refit(self, grid: Grid, hessian: Hessian, target: Tensor, integers: Tensor) -> Grid:
+        """The best scale for the integers as they are."""
+        if grid.group_size is not None:
+            return refit_group_scale(grid, hessian, target, integers)
+        return refit_scale(grid, self._channel(), hessian, target, integers)
 
     def _channel(self) -> Tensor:
         """`(G, R)`: the grid's channel that each row belongs to."""

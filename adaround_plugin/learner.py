@@ -225,7 +225,7 @@ class Learner:
         if not self.settings.judge:
             return
         notes = [] if moments.count else ["no learning sample reached it"]
-        if search and not layer.scale_follows_rows:
+        if search and not layer.can_search_scale:
             notes.append("scale kept: it runs along the input channels")
         report = _layer_report(
             node, rounding, wanted, notes, moments.count + holdout.count, self.layer_seconds[node.name]

@@ -5,6 +5,7 @@ it is written in grid coordinates (`q = w / scale + zero_point`) and with as man
 
     minimise (q - t) H (q - t)^T   over integers   lower <= q <= upper,   for every row, all rows sharing H.
 
+Where the scale varies along a row (groups of columns with a scale each), `q - t` is taken times that scale, `step`.
 Nothing here knows of layers, hosts or data: tensor mathematics only.
 """
 
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adaround_plugin.errors import InvalidOptionError, NonFiniteError
@@ -32,6 +34,7 @@ class RoundingProblem:
         hessian: the quadratic form, `D` columns in each of `G` groups.
         lower, upper: `(G, R, D)` int64 bounds.
         nearest: `(G, R, D)` int64, round-to-nearest of the weight itself; no solver may return a worse row.
+        step: `(G, R, D)` float64, the size of a grid step, where it varies along the rows; None where it does not.
     """
 
     target: Tensor
@@ -39,6 +42,7 @@ class RoundingProblem:
     lower: Tensor
     upper: Tensor
     nearest: Tensor
+    step: Tensor | None = None
 
     def __post_init__(self) -> None:
         groups, _, columns = self.target.shape
@@ -52,12 +56,28 @@ class RoundingProblem:
             raise NonFiniteError("target", "holds NaN or infinity", "Check the weights and the calibration data.")
 
     def loss(self, q: Tensor) -> Tensor:
-        """`(q - t) H (q - t)^T` for each row: `(G, R)` float64."""
-        return self.hessian.quadratic(q - self.target)
+        """`(q - t) H (q - t)^T` for each row, `q - t` times `step` if there is one: `(G, R)` float64."""
+        error = q - self.target
+        return self.hessian.quadratic(error if self.step is None else error * self.step)
 
     def clamp(self, q: Tensor) -> Tensor:
         """Clip to the box."""
         return torch.minimum(torch.maximum(q, self.lower.to(q.dtype)), self.upper.to(q.dtype))
+
+    def blocks(self, hessian: Hessian, size: int) -> RoundingProblem:
+        """The problems of runs of `size` columns, the coupling between them left out; the step must not vary in a run.
+
+        Args:
+            hessian: `self.hessian.blocks(size)`, which many problems may share.
+            size: number of columns in a run; a smaller last one is filled up with columns that are already exact.
+        """
+        groups, rows, columns = self.target.shape
+
+        def split(values: Tensor) -> Tensor:
+            runs = F.pad(values, (0, -columns % size)).reshape(groups, rows, -1, size)
+            return runs.transpose(1, 2).reshape(-1, rows, size)
+
+        return RoundingProblem(split(self.target), hessian, split(self.lower), split(self.upper), split(self.nearest))
 
     @staticmethod
     def stack(problems: Sequence[RoundingProblem]) -> RoundingProblem:
@@ -69,6 +89,7 @@ class RoundingProblem:
             lower=torch.cat([problem.lower for problem in problems], 1),
             upper=torch.cat([problem.upper for problem in problems], 1),
             nearest=torch.cat([problem.nearest for problem in problems], 1),
+            step=None if first.step is None else torch.cat([p.step for p in problems if p.step is not None], 1),
         )
 
     def best_of(self, *candidates: Tensor) -> Rounding:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adaround_plugin.grid import Grid, GridSpec
@@ -17,7 +18,7 @@ from adaround_plugin.hessian import Hessian
 from adaround_plugin.problem import RoundingProblem
 from adaround_plugin.solvers.sequential import round_sequentially
 
-__all__ = ["min_max_grid", "min_mse_grid", "refit_scale", "search_grid"]
+__all__ = ["min_max_grid", "min_mse_grid", "refit_group_scale", "refit_scale", "search_grid"]
 
 _EPS = torch.finfo(torch.float32).tiny * 2**24  # well above subnormal scales, which no host reproduces exactly
 _ELEMENTS = 2**23  # grid candidates are rounded together, as many as make this many coordinates
@@ -132,3 +133,35 @@ def refit_scale(grid: Grid, channel: Tensor, hessian: Hessian, target: Tensor, i
     scale = (numerator / denominator.clamp_min(torch.finfo(torch.float64).tiny)).float()
     usable = (denominator > 0) & (scale > _EPS) & torch.isfinite(scale)
     return grid.at(torch.where(grid.per_channel(usable), grid.per_channel(scale), grid.scale), grid.zero_point)
+
+
+def refit_group_scale(grid: Grid, hessian: Hessian, target: Tensor, integers: Tensor) -> Grid:
+    """The best scales for given integers of a matrix with groups, all groups of a row together.
+
+    With `v_g = q - zero_point` on the columns of group g and 0 elsewhere, the scales of a row solve the equations
+    `sum_h (v_g H v_h^T) s_h = v_g H t^T`. Where they would move a scale by more than half, the row keeps its scales.
+
+    Args:
+        hessian: the quadratic form in weight units, one group of the operator.
+        target: `(1, R, D)` float64, in weight units.
+        integers: `(1, R, D)` int64.
+    """
+    size = grid.group_size
+    assert size is not None
+    rows, columns = integers.shape[1:]
+    v = (integers[0] - grid.expand(grid.zero_point, integers.shape[1:])).double()
+    count = -(-columns // size)
+    matrix = v.new_zeros(rows, count, count)
+    for g in range(count):
+        run = slice(g * size, min(columns, (g + 1) * size))
+        coupled = F.pad((v[:, run] @ hessian.matrix[0, run]) * v, (0, -columns % size))
+        matrix[:, g] = coupled.reshape(rows, count, size).sum(2)
+    pull = F.pad((target[0] @ hessian.matrix[0]) * v, (0, -columns % size)).reshape(rows, count, size).sum(2)
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    # groups whose integers are all the zero point have no say; a little ridge keeps the rest definite
+    silent = diagonal == 0
+    diagonal.add_(torch.where(silent, 1.0, 1e-9 * diagonal.amax(1, keepdim=True)))
+    old = grid.scale.reshape(rows, count)
+    scale = torch.where(silent, old, torch.linalg.solve(matrix, pull).float())
+    near = ((scale > 0.5 * old) & (scale < 1.5 * old)).all(1, keepdim=True)
+    return grid.at(torch.where(near, scale, old).reshape(-1), grid.zero_point)

@@ -2,7 +2,8 @@
 
 The conditional optimum of coordinate j, all others fixed, is `c_j = t_j - sum_{k != j} M_jk e_k` with `e = q - t`
 and `M` a coupling with rows scaled to a unit diagonal: `H_jk / H_jj` for coordinate descent, a triangular factor for
-sequential rounding. Columns go in blocks, so that all but the coupling inside a block is one matrix product, as in
+sequential rounding. Where the step of the grid varies along a row, `e` is `(q - t) step`, and the sum is divided by
+the step. Columns go in blocks, so that all but the coupling inside a block is one matrix product, as in
 GPTQ (Frantar et al. 2022).
 """
 
@@ -24,17 +25,19 @@ def sweep(
     matrix: Tensor,
     temperature: float = 0.0,
     curvature: Tensor | None = None,
+    step: Tensor | None = None,
 ) -> Tensor | None:
     """Visit every coordinate once and set it to its rounded conditional optimum, for all rows at the same time.
 
     Args:
-        error: `(G, D, R)` float32, `q - t`, updated in place.
+        error: `(G, D, R)` float32, `q - t`, times `step` if there is one, updated in place.
         target, lower, upper: `(G, D, R)` float32.
         matrix: `(G, D, D)` float32, zero diagonal.
         temperature: 0 rounds hard; above, rounding is softened to
             `floor(c) + sigmoid((2 (c - floor(c)) - 1) / temperature)`, mean-field annealing of the QUBO.
         curvature: `(G, D)`, given for a triangular factor: `matrix` is then zero above the diagonal, half of the
             products are left out, and the loss `sum_j curvature_j (q_j - c_j)^2` is returned.
+        step: `(G, D, R)` float32, the size of a grid step where it varies along a row.
 
     Returns:
         `(G, R)` float32 loss if `curvature` is given, else None.
@@ -44,6 +47,7 @@ def sweep(
     loss = None if curvature is None else torch.zeros_like(target[:, 0])
     # views of the coordinates, made in one call each: the loop below is bound by the cost of calls
     errors, targets, lowers, uppers = error.unbind(1), target.unbind(1), lower.unbind(1), upper.unbind(1)
+    steps = None if step is None else step.unbind(1)
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
         # the pull on the block of all coordinates as they are, the block's own included
@@ -52,13 +56,15 @@ def sweep(
         pulls = pull.unbind(1)
         inner = matrix[:, start:stop, start:stop]
         for j in range(start, stop):
-            new = targets[j] - pulls[j - start]
+            new = targets[j] - (pulls[j - start] if steps is None else pulls[j - start] / steps[j])
             if temperature:
                 base = new.floor()
                 new.sub_(base).mul_(2 / temperature).sub_(1 / temperature).sigmoid_().add_(base)
             else:
                 new.round_()
             torch.clamp(new, lowers[j], uppers[j], out=new).sub_(targets[j])
+            if steps is not None:
+                new.mul_(steps[j])
             k = j + 1 - start
             if j + 1 < stop:
                 change = new if triangular else new - errors[j]

@@ -22,19 +22,22 @@ class State:
 
         self.target, self.lower, self.upper = lay(problem.target), lay(problem.lower), lay(problem.upper)
         self.matrix = problem.hessian.coupling
+        self.step = None if problem.step is None else lay(problem.step)
         self.error = torch.zeros_like(self.target)
 
     def start_from(self, q: Tensor) -> None:
         """Set the present point to `q`, `(G, R, D)`."""
-        self.error = (q.transpose(1, 2).float() - self.target).contiguous()
+        error = q.transpose(1, 2).float() - self.target
+        self.error = (error if self.step is None else error * self.step).contiguous()
 
     def sweep(self, temperature: float = 0.0) -> None:
         """Visit every coordinate once."""
-        sweep(self.error, self.target, self.lower, self.upper, self.matrix, temperature)
+        sweep(self.error, self.target, self.lower, self.upper, self.matrix, temperature, step=self.step)
 
     def hardened(self) -> Tensor:
         """The present point rounded to integers inside the bounds: `(G, R, D)` int64."""
-        q = torch.clamp((self.error + self.target).round_(), self.lower, self.upper)
+        error = self.error if self.step is None else self.error / self.step
+        q = torch.clamp((error + self.target).round_(), self.lower, self.upper)
         return q.transpose(1, 2).long()
 
     def descend(self, sweeps: int) -> Tensor:
@@ -44,16 +47,17 @@ class State:
         """
         self.start_from(self.hardened())
         active = torch.arange(self.target.shape[2], device=self.target.device)
-        error, target, lower, upper = self.error.clone(), self.target, self.lower, self.upper
+        error, target, lower, upper, step = self.error.clone(), self.target, self.lower, self.upper, self.step
         for _ in range(sweeps):
             before = error.clone()
-            sweep(error, target, lower, upper, self.matrix)
+            sweep(error, target, lower, upper, self.matrix, step=step)
             self.error[..., active] = error
             moving = (error != before).any(dim=1).any(dim=0)
             if not moving.any():
                 break
             active = active[moving]
             error, target, lower, upper = (x[..., moving].contiguous() for x in (error, target, lower, upper))
+            step = None if step is None else step[..., moving].contiguous()
         return self.hardened()
 
 

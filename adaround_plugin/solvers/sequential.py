@@ -28,9 +28,12 @@ def round_sequentially(problem: RoundingProblem) -> tuple[Tensor, Tensor]:
 
     target, lower, upper = arrange(problem.target), arrange(problem.lower), arrange(problem.upper)
     matrix, curvature = problem.hessian.sequential
+    step = None if problem.step is None else arrange(problem.step)
     error = torch.zeros_like(target)
-    loss = sweep(error, target, lower, upper, matrix, curvature=curvature)
+    loss = sweep(error, target, lower, upper, matrix, curvature=curvature, step=step)
     assert loss is not None
+    if step is not None:
+        error = error / step
     q = torch.clamp((error + target).round_(), lower, upper)
     return torch.zeros_like(q).scatter_(1, order, q).transpose(1, 2).long(), loss
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -56,6 +57,14 @@ def _degenerate() -> RoundingProblem:
     return RoundingProblem(problem.target, problem.hessian, lower, upper, problem.nearest)
 
 
+def _with_step(problem: RoundingProblem, size: int, seed: int) -> RoundingProblem:
+    """The same problem with a grid step that differs from row to row and from group to group of `size` columns."""
+    groups, rows, columns = problem.target.shape
+    generator = torch.Generator().manual_seed(seed)
+    step = 0.3 + torch.rand(groups, rows, -(-columns // size), generator=generator, dtype=torch.float64)
+    return replace(problem, step=step.repeat_interleave(size, 2)[..., :columns])
+
+
 def _diagonal() -> Tensor:
     return torch.diag_embed(torch.tensor([[1.0, 10.0, 0.1, 3.0, 0.5, 2.0]], dtype=torch.float64))
 
@@ -79,13 +88,15 @@ CATALOGUE: dict[str, RoundingProblem] = {
     "targets_far_outside_the_range": make(correlated(1, 14, 100, 9), 6, 9, spread=1e4, shift=1e3),
     "targets_float32_cannot_hold": make(correlated(1, 14, 100, 9), 6, 9, spread=5e7, shift=1e6),
     "small_curvature": make(1e-12 * correlated(1, 14, 100, 9), 6, 9),
+    "step_varies": _with_step(make(correlated(1, 60, 200, 10), 7, 10), 16, 10),
+    "step_varies_in_groups": _with_step(make(correlated(2, 12, 100, 11), 4, 11), 5, 11),
     "large_curvature": make(1e12 * correlated(1, 14, 100, 9), 6, 9),
 }
 
 
 def definition(problem: RoundingProblem, q: Tensor) -> Tensor:
     """`(q - t) H (q - t)^T` term by term in float64, `(G, R)`."""
-    error = q.double() - problem.target
+    error = (q.double() - problem.target) * (1.0 if problem.step is None else problem.step)
     return torch.einsum("grj,gjk,grk->gr", error, problem.hessian.matrix, error)
 
 
@@ -96,12 +107,14 @@ def optimum(problem: RoundingProblem) -> Tensor:
     for g, r in product(range(groups), range(rows)):
         levels = [range(int(a), int(b) + 1) for a, b in zip(problem.lower[g, r], problem.upper[g, r], strict=True)]
         error = torch.tensor(list(product(*levels)), dtype=torch.float64) - problem.target[g, r]
+        error = error if problem.step is None else error * problem.step[g, r]
         best[g, r] = ((error @ problem.hessian.matrix[g]) * error).sum(1).min()
     return best
 
 
 def small_problem(seed: int) -> RoundingProblem:
-    """Four rows of up to 7 columns and 2 or 3 levels, strongly correlated."""
+    """Four rows of up to 7 columns and 2 or 3 levels, strongly correlated; every fifth has a step that varies."""
     columns, high = 4 + seed % 4, 1 + seed % 2
     moment = correlated(1, columns, 3 * columns, 100 + seed)
-    return make(moment, 4, seed, low=0, high=high, spread=0.8, shift=0.5)
+    problem = make(moment, 4, seed, low=0, high=high, spread=0.8, shift=0.5)
+    return _with_step(problem, 2, seed) if seed % 5 == 0 else problem

@@ -138,3 +138,31 @@ def test_bits_out_of_range_are_refused(bits):
         check_bits(bits, "weight_bits")
     with pytest.raises(InvalidOptionError, match="bits"):
         integer_range(bits)
+
+
+@pytest.mark.parametrize("columns", [8, 10, 3, 4])
+def test_groups_of_a_row_have_a_scale_each(columns):
+    weight = torch.randn(5, columns, generator=torch.Generator().manual_seed(0))
+    spec = GridSpec(-8, 7, 0, True, torch.int8, group_size=4)
+    laid = spec.channels(weight)
+    count = -(-columns // 4)
+    assert laid.shape == (5 * count, 4)
+    scale = 0.05 + torch.rand(5 * count, generator=torch.Generator().manual_seed(1))
+    grid = spec.at(scale, torch.zeros(5 * count))
+    q = grid.nearest(weight)
+    for r in range(5):
+        for j in range(columns):
+            step = scale[r * count + j // 4]
+            assert q[r, j] == (weight[r, j].double() / step.double()).round().clamp(-8, 7)
+            assert laid[r * count + j // 4, j % 4] == weight[r, j]
+    assert torch.equal(grid.nearest(grid.dequantize(q)), q)
+
+
+def test_scales_are_rounded_to_the_dtype_that_the_host_stores():
+    spec = GridSpec(-8, 7, 0, True, torch.int8, scale_dtype=torch.float16)
+    scale = torch.tensor([0.1, 1e-12, 3.3333])
+    grid = spec.at(scale, torch.zeros(3))
+    assert grid.scale.dtype == torch.float32
+    assert torch.equal(grid.scale, grid.scale.half().float())
+    assert (grid.scale > 0).all()
+    torch.testing.assert_close(grid.scale[[0, 2]], scale[[0, 2]], rtol=5e-4, atol=0)

@@ -57,10 +57,22 @@ def test_damping_makes_rank_deficient_and_dead_columns_definite():
     assert torch.isfinite(hessian.solve(rows(1, 2, 20))).all()
 
 
-def test_scaled_is_the_form_in_other_units():
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 9])
+def test_blocks_are_the_form_on_runs_of_columns(size):
     hessian, r = Hessian.damped(correlated(2, 6, 30, 0), 0.01), rows(2, 3, 6)
-    scale = torch.rand(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
-    torch.testing.assert_close(hessian.scaled(scale).quadratic(r), hessian.quadratic(r * scale.unsqueeze(1)))
+    blocks = hessian.blocks(size)
+    count = -(-6 // size)
+    assert blocks.matrix.shape == (2 * count, size, size)
+    assert torch.isfinite(blocks.cholesky).all()
+    for group in range(2):
+        for i in range(count):
+            only = torch.zeros_like(r)
+            run = slice(i * size, min(6, (i + 1) * size))
+            only[group, :, run] = r[group, :, run]
+            padded = torch.zeros(1, 3, size, dtype=torch.float64)
+            padded[0, :, : run.stop - run.start] = r[group, :, run]
+            found = Hessian(blocks.matrix[group * count + i][None]).quadratic(padded)
+            torch.testing.assert_close(found[0], hessian.quadratic(only)[group])
 
 
 def test_order_visits_the_largest_diagonal_first_and_ties_in_place():

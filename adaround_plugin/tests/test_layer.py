@@ -318,3 +318,41 @@ def test_a_weight_of_zeros_stays_zero(axis):
     found = Layer(layer.op, weight, grid, moments.finish(), layer.holdout).learn(Recipe(), Annealing(), True, False)
     assert (found.integers == 0).all()
     assert found.learned_error == 0
+
+
+def grouped_layer(columns: int, size: int, symmetric: bool, bits: int = 3) -> Layer:
+    torch.manual_seed(0)
+    module = nn.Linear(columns, 6)
+    exact, quantized = streams(module, 200, 1)
+    low, high = integer_range(bits)
+    spec = GridSpec(low, high, 0, symmetric, torch.int8, group_size=size, scale_dtype=torch.float16)
+    op, weight = WeightedOp("linear"), module.weight.detach()
+    moments, held = (moments_of(op, weight, exact[part], quantized[part]) for part in (slice(40, 200), slice(40)))
+    return Layer(op, weight, min_mse_grid(weight, spec), moments, held)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("columns", "size"), [(12, 4), (10, 4), (12, 12), (7, 16)])
+def test_groups_are_learned_and_never_worse_than_nearest(columns, size, symmetric):
+    layer = grouped_layer(columns, size, symmetric)
+    found = layer.learn(Recipe(), Annealing(), search_scale=True, up_or_down=False)
+    assert found.learned
+    assert found.learned_error < 0.85 * found.nearest_error
+    assert found.grid.scale.shape == (6 * -(-columns // size),)
+    assert torch.equal(found.grid.scale, found.grid.scale.half().float())
+    assert found.integers.min() >= found.grid.quant_min
+    assert found.integers.max() <= found.grid.quant_max
+
+
+def test_one_group_per_row_is_what_a_channel_is():
+    grouped = grouped_layer(12, 12, True)
+    plain = replace(grouped, grid=replace(grouped.grid, group_size=None))
+    # without refitting, which groups do without
+    one, other = (layer.learn(Recipe(), Sequential(), True, up_or_down=True) for layer in (grouped, plain))
+    assert torch.equal(one.integers, other.integers)
+    assert torch.equal(one.grid.scale, other.grid.scale)
+
+
+def test_smaller_groups_leave_smaller_errors():
+    errors = [grouped_layer(12, size, True).learn(Recipe(), Annealing(), True, False).learned_error for size in (12, 4)]
+    assert errors[1] < errors[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from adaround_plugin.grid import Grid, GridSpec, integer_range
 from adaround_plugin.hessian import Hessian
 from adaround_plugin.problem import RoundingProblem
-from adaround_plugin.scale import min_max_grid, min_mse_grid, refit_scale, search_grid
+from adaround_plugin.scale import min_max_grid, min_mse_grid, refit_group_scale, refit_scale, search_grid
 from adaround_plugin.solvers import Sequential
 from adaround_plugin.solvers.sequential import round_sequentially
 from adaround_plugin.tests.problems import correlated
@@ -222,3 +222,35 @@ def test_the_search_is_the_same_when_candidates_do_not_fit_together(monkeypatch)
     parts = search_grid(grid, channel, lambda at: problem_on(at, target, hessian))
     assert torch.equal(whole.scale, parts.scale)
     assert torch.equal(whole.zero_point, parts.zero_point)
+
+
+@pytest.mark.parametrize("size", [4, 5, 6, 12])
+def test_no_other_scales_of_the_groups_fit_the_integers_better(size):
+    generator = torch.Generator().manual_seed(size)
+    weight = torch.randn(8, 12, generator=generator)
+    grid = min_mse_grid(weight, GridSpec(-4, 3, 0, True, torch.int8, group_size=size))
+    hessian = Hessian.damped(correlated(1, 12, 60, 0), 0.01)
+    integers = grid.nearest(weight)
+
+    def loss(at):
+        return hessian.quadratic((at.dequantize(integers).double() - weight.double())[None])[0]
+
+    fitted = refit_group_scale(grid, hessian, weight.double()[None], integers[None])
+    refitted = (fitted.scale != grid.scale).reshape(8, -1).all(1)
+    assert refitted.sum() >= 4
+    assert (loss(fitted)[refitted] < loss(grid)[refitted]).all()
+    assert torch.equal(loss(fitted)[~refitted], loss(grid)[~refitted])
+    for i in range(grid.scale.numel()):
+        for factor in (0.99, 1.01):
+            moved = fitted.scale.clone()
+            moved[i] *= factor
+            assert (loss(fitted.at(moved, fitted.zero_point)) >= loss(fitted) * (1 - 1e-6))[refitted].all()
+
+
+def test_a_group_without_any_step_keeps_its_scale():
+    weight = torch.tensor([[0.0, 0.0, 1.0, -2.0]])
+    grid = GridSpec(-4, 3, 0, True, torch.int8, group_size=2).at(torch.tensor([0.7, 0.7]), torch.zeros(2))
+    hessian = Hessian.damped(correlated(1, 4, 60, 0), 0.01)
+    fitted = refit_group_scale(grid, hessian, weight.double()[None], grid.nearest(weight)[None])
+    assert fitted.scale[0] == grid.scale[0]
+    assert fitted.scale[1] != grid.scale[1]
