@@ -30,8 +30,9 @@ class AdaRoundWeightMixin:
     qscheme: torch.qscheme
     dtype: torch.dtype
     ch_axis: int
+    group_size: int | None = None
 
-    def _configure(self, ch_axis: int, scale: str) -> None:
+    def _configure(self, ch_axis: int, scale: str, scale_dtype: torch.dtype = torch.float32) -> None:
         if scale not in _GRID_OF:
             raise InvalidOptionError("scale", f"{scale!r} is not known", f"Pass one of {sorted(_GRID_OF)}.")
         if self.qscheme not in (*_PER_CHANNEL, torch.per_tensor_symmetric, torch.per_tensor_affine):
@@ -40,13 +41,22 @@ class AdaRoundWeightMixin:
             )
         self.ch_axis = ch_axis
         self.scale_method = scale
+        self.scale_dtype = scale_dtype
         self._weight: Tensor | None = None
 
     @property
     def spec(self) -> GridSpec:
         """The grid this observer asks for, without its scale."""
         ch_axis = self.ch_axis if self.qscheme in _PER_CHANNEL else None
-        return GridSpec(self.quant_min, self.quant_max, ch_axis, self.qscheme in _SYMMETRIC, self.dtype)
+        return GridSpec(
+            self.quant_min,
+            self.quant_max,
+            ch_axis,
+            self.qscheme in _SYMMETRIC,
+            self.dtype,
+            group_size=self.group_size,
+            scale_dtype=self.scale_dtype,
+        )
 
     def grid(self, weight: Tensor) -> Grid:
         """The grid chosen from `weight` alone."""
@@ -57,11 +67,15 @@ class AdaRoundWeightMixin:
         self._weight = x.detach()
         return x
 
-    def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """`(scale, zero_point)` of the weight seen last: `(channels,)`, or `(1,)` per tensor."""
+    def chosen(self) -> Grid:
+        """The grid chosen from the weight seen last."""
         if self._weight is None:
             raise InvalidModelError(type(self).__name__, "has seen no weight", "Run it on a weight first.")
-        grid = self.grid(self._weight)
+        return self.grid(self._weight)
+
+    def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """`(scale, zero_point)` of the weight seen last: `(channels,)`, or `(1,)` per tensor."""
+        grid = self.chosen()
         return grid.scale.reshape(-1), grid.zero_point.reshape(-1)
 
 
@@ -77,6 +91,10 @@ class FrozenMixin:
     def forward(self, x: Tensor) -> Tensor:
         """Pass `x` on."""
         return x
+
+    def chosen(self) -> Grid:
+        """The frozen grid."""
+        return self._grid
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The frozen `(scale, zero_point)`: `(channels,)`, or `(1,)` per tensor."""

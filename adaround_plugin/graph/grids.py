@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaround_plugin.errors import InvalidModelError
 from adaround_plugin.grid import Grid
-from adaround_plugin.observers import AdaRoundWeightMixin
+from adaround_plugin.observers import AdaRoundWeightMixin, FrozenMixin
 from adaround_plugin.weighted_op import WeightedOp
 
 __all__ = ["observed_grid", "same_grid"]
@@ -24,6 +24,8 @@ def observed_grid(name: str, observer: Any, weight: Tensor, op: WeightedOp) -> t
     Raises:
         InvalidModelError: an `AdaRoundObserver` runs along the input channels of a transposed convolution.
     """
+    if isinstance(observer, FrozenMixin):
+        return observer.chosen(), True
     ch_axis = observer.ch_axis if observer.qscheme in _PER_CHANNEL else None
     if isinstance(observer, AdaRoundWeightMixin):
         if ch_axis is not None and ch_axis != op.output_axis and op.kind == "conv_transpose":

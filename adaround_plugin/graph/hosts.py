@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.ao.quantization.backend_config import BackendConfig
 
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.graph.compat import operator_name
 from adaround_plugin.graph.host import Host
 from adaround_plugin.graph.prepared_fx import PreparedFX
+from adaround_plugin.grid import Grid
 
-__all__ = ["open_host"]
+__all__ = ["learned_weights", "open_host"]
 
 
 def open_host(prepared: nn.Module, backend_config: BackendConfig | None = None) -> Host:
@@ -30,6 +31,12 @@ def open_host(prepared: nn.Module, backend_config: BackendConfig | None = None) 
 
     assert isinstance(prepared, fx.GraphModule)
     return PreparedPT2E(prepared)
+
+
+def learned_weights(prepared: nn.Module) -> dict[str, tuple[Tensor, Grid]]:
+    """Integers (int64, of the weight's shape) and grid of every weight that `adaround` wrote, by layer name."""
+    nodes = open_host(prepared).nodes
+    return {name: (node.grid.nearest(node.weight), node.grid) for node in nodes for name in node.names}
 
 
 def _is_exported(model: nn.Module) -> bool:

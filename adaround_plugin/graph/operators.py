@@ -12,7 +12,7 @@ from torch import fx, nn
 from adaround_plugin.graph.compat import Convolution
 from adaround_plugin.weighted_op import WeightedOp
 
-__all__ = ["function_op", "is_weighted_function", "module_op"]
+__all__ = ["function_op", "is_transposed", "is_weighted_function", "module_op"]
 
 _aten = torch.ops.aten
 _LINEAR = {F.linear, _aten.linear.default}
@@ -44,6 +44,11 @@ def is_weighted_function(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _FUNCTIONS
 
 
+def is_transposed(node: fx.Node) -> bool:
+    """Whether `node` calls a functional transposed convolution."""
+    return node.op == "call_function" and node.target in _TRANSPOSED
+
+
 def module_op(module: nn.Module) -> WeightedOp | None:
     """The operator of a linear or convolutional module, or None if it is neither."""
     if isinstance(module, nn.Linear):
@@ -65,7 +70,7 @@ def function_op(node: fx.Node, weight_shape: torch.Size) -> WeightedOp | None:
     """The operator of a functional call, or None if an argument other than input, weight, bias is computed."""
     if node.target in _LINEAR:
         return WeightedOp("linear")
-    transposed = node.target in _TRANSPOSED
+    transposed = is_transposed(node)
     spatial = (_TRANSPOSED if transposed else _CONVOLUTIONS)[node.target]
     names = ("stride", "padding", *(["output_padding", "groups", "dilation"] if transposed else ["dilation", "groups"]))
     settings: dict[str, Any] = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}

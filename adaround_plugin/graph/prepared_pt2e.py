@@ -31,7 +31,7 @@ from adaround_plugin.graph.pt2e_nodes import (
 from adaround_plugin.graph.streams import Stream
 from adaround_plugin.graph.transforms import functionalize, inline, origin, strip
 from adaround_plugin.layer import LayerRounding
-from adaround_plugin.pt2e import FrozenObserver
+from adaround_plugin.pt2e.observers import frozen_observer
 
 __all__ = ["PreparedPT2E"]
 
@@ -168,7 +168,7 @@ def _write(model: fx.GraphModule, calls: list[fx.Node], rounding: LayerRounding)
 
 def _freeze(model: fx.GraphModule, target: str, rounding: LayerRounding) -> None:
     """Put a frozen observer in the place of a weight's, also where another observer derives its scale from it."""
-    old, new = model.get_submodule(target), FrozenObserver(rounding.grid)
+    old, new = model.get_submodule(target), frozen_observer(rounding.grid)
     model.set_submodule(target, new)
     for module in model.modules():
         if isinstance(module, DerivedObserverOrFakeQuantize):

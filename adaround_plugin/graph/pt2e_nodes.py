@@ -201,7 +201,7 @@ class Finder:
         sources = [argument(call, 2, "bias") for call in calls]
         fixed = any(not (source is None or source.op == "get_attr") for source in sources)
         weight_name = f"_adaround_weight_{number}"
-        setattr(module, weight_name, None)
+        module.register_buffer(weight_name, None)
         originals: dict[str, Tensor | None] = {}
         for call, source in zip(calls, sources, strict=True):
             with module.graph.inserting_before(call):
@@ -211,7 +211,7 @@ class Finder:
                 bias_name = f"{weight_name}_bias_{0 if source is None else source.name}"
                 if bias_name not in originals:
                     originals[bias_name] = None if source is None else _attribute(module, str(source.target)).detach()
-                    setattr(module, bias_name, originals[bias_name])
+                    module.register_buffer(bias_name, originals[bias_name])
                 set_argument(call, 2, "bias", module.graph.get_attr(bias_name))
 
         def set_quantized(rounding: LayerRounding) -> None:
@@ -229,8 +229,9 @@ class Finder:
 
 
 def _is_unpacked(node: Any) -> bool:
-    """Whether a value was quantized per tensor or per channel."""
-    return isinstance(node, fx.Node) and operator_name(node)[0] in ("dequantize_per_tensor", "dequantize_per_channel")
+    """Whether a value was quantized per tensor, per channel or per group."""
+    kinds = ("dequantize_per_tensor", "dequantize_per_channel", "dequantize_affine")
+    return isinstance(node, fx.Node) and operator_name(node)[0] in kinds
 
 
 def _attribute(model: nn.Module, name: str) -> Any:

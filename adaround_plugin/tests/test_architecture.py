@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[1]
 LAYERS: list[list[str]] = [
     ["_version", "errors", "grid", "hessian", "moments", "names", "weighted_op"],
     ["problem", "solvers._sweep", "solvers.nearest", "solvers.sequential", "solvers.coordinate_descent"],
-    ["solvers.annealing", "solvers", "scale", "observers", "qconfig", "pt2e"],
+    ["solvers.annealing", "solvers", "scale", "observers", "qconfig"],
     ["layer", "report", "calibration"],
     ["graph", "graph.compat", "graph.operators", "graph.streams", "graph.transforms", "graph.host"],
     ["graph.checks", "graph.grids", "graph.fx_nodes", "graph.prepared_fx"],
-    ["graph.pt2e_nodes", "graph.prepared_pt2e", "graph.hosts"],
+    ["pt2e.observers", "pt2e.quantizers", "pt2e", "graph.pt2e_nodes", "graph.prepared_pt2e", "graph.hosts"],
     ["learner", "learn"],
     ["demo", "cli", "__main__"],
 ]
