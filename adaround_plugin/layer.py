@@ -114,7 +114,8 @@ class Layer:
         rounding = solver.solve(self._problem(grid, hessian, target, up_or_down))
         if search_scale and self.can_search_scale and not up_or_down and not isinstance(solver, Nearest):
             grid = self._refit(grid, hessian, target, rounding.integers)
-        integers = self.op.unrows(rounding.integers, self.weight.shape)
+        # solvers work column by column; the model wants rows
+        integers = self.op.unrows(rounding.integers, self.weight.shape).contiguous()
         correction = None
         if recipe.correct_bias:
             correction = self.op.outputs(self.moments.bias(self._change(grid, integers))).float()

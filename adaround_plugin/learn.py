@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -138,7 +137,7 @@ def adaround(
         learner = Learner(host, bound, sampling, settings, show)
         bound.clear()
         learner.run()
-        model = host.prepared if inplace else copy.deepcopy(host.prepared)
+        model = host.prepared if inplace else host.copy()
         host.write(model, learner.roundings)
     skipped = [*host.skipped, *_excluded_entries(host, frozen)]
     model.meta[KEY] = Report(

@@ -11,6 +11,12 @@ import torch
 _TORCH_ADVICE = (
     "ignore:Please use quant_min and quant_max to specify the range for observers:UserWarning",
     "ignore:Using padding='same' with even kernel lengths:UserWarning",
+    # torch.utils.mkldnn, which torchao's quantizer for x86 imports
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    # X86InductorQuantizer, of a pooling whose input is not quantized
+    "ignore:The input of maxpool2d is not quantized:UserWarning",
+    # a deep copy of any exported program, by torch's own pytree
+    "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning",
 )
 
 

@@ -85,6 +85,9 @@ class Host(Protocol):
     def flatten(self, arguments: inspect.BoundArguments) -> list[Any]:
         """Arguments as values of the graph's placeholders; raises `ValueError` where they do not fit."""
 
+    def copy(self) -> fx.GraphModule:
+        """A deep copy of `prepared` that the host converts like `prepared` itself."""
+
     def is_type(self, node: WeightedNode, kind: type[nn.Module]) -> bool:
         """Whether a weighted node is, or belongs to, a module of this type."""
 

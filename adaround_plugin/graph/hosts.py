@@ -11,7 +11,7 @@ from adaround_plugin.graph.host import Host
 from adaround_plugin.graph.prepared_fx import PreparedFX
 from adaround_plugin.grid import Grid
 
-__all__ = ["learned_weights", "open_host"]
+__all__ = ["is_exported", "learned_weights", "open_host"]
 
 
 def open_host(prepared: nn.Module, backend_config: BackendConfig | None = None) -> Host:
@@ -23,7 +23,7 @@ def open_host(prepared: nn.Module, backend_config: BackendConfig | None = None) 
         MissingDependencyError: torchao is not installed.
         NonFiniteError: a weight holds NaN or infinity.
     """
-    if not _is_exported(prepared):
+    if not is_exported(prepared):
         return PreparedFX(prepared, backend_config)
     if backend_config is not None:
         raise InvalidOptionError("backend_config", "is for prepare_fx only", "Leave it out: PT2E has a quantizer.")
@@ -39,7 +39,7 @@ def learned_weights(prepared: nn.Module) -> dict[str, tuple[Tensor, Grid]]:
     return {name: (node.grid.nearest(node.weight), node.grid) for node in nodes for name in node.names}
 
 
-def _is_exported(model: nn.Module) -> bool:
+def is_exported(model: nn.Module) -> bool:
     """Whether a model is a graph of ATen operators."""
     return isinstance(model, fx.GraphModule) and any(
         node.op == "call_function" and operator_name(node)[1] for node in model.graph.nodes

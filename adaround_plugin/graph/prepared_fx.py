@@ -73,6 +73,10 @@ class PreparedFX:
         """Arguments in the order of the graph's placeholders."""
         return list(arguments.arguments.values())
 
+    def copy(self) -> fx.GraphModule:
+        """A deep copy of the prepared model."""
+        return copy.deepcopy(self.prepared)
+
     def is_type(self, node: WeightedNode, kind: type[nn.Module]) -> bool:
         """Whether a node's module, or the weighted module fused into it, is of a type."""
         found = attribute(self.prepared, node.name)

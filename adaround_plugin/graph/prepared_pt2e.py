@@ -10,11 +10,13 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torchao.quantization.pt2e import DerivedObserverOrFakeQuantize
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+from torchao.quantization.pt2e.quantizer import DerivedQuantizationSpec, SharedQuantizationSpec
 
 from adaround_plugin.errors import InvalidModelError
 from adaround_plugin.graph.checks import check_values
@@ -63,9 +65,9 @@ class PreparedPT2E:
             [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
         )
         graph = _without_guards(inline(prepared, lambda module: False))
-        converted = _without_guards(inline(_converted(prepared), lambda module: False))
+        converted = _without_guards(inline(_converted(self.copy()), lambda module: False))
         self.nodes, self.skipped, self._uses = Finder(graph, converted).find()
-        self.float_stream = Stream(functionalize(strip(graph, is_torchao_observer)))
+        self.float_stream = Stream(functionalize(_without_observers(graph)))
         self.quantized_stream = Stream(functionalize(strip(converted, is_torchao_observer)))
 
     def flatten(self, arguments: inspect.BoundArguments) -> list[Any]:
@@ -73,6 +75,9 @@ class PreparedPT2E:
         named = list(arguments.arguments.items())
         values = tuple(value for _, value in named[: self._positional])
         leaves = flatten_inputs(self.prepared, values, dict(named[self._positional :]))
+        placeholders = [node for node in self.prepared.graph.nodes if node.op == "placeholder"]
+        for node, leaf in zip(placeholders, leaves, strict=True):
+            _check_leaf(node, leaf)
         guards = getattr(self.prepared, _GUARDS, None)
         if guards is not None:
             try:
@@ -80,6 +85,29 @@ class PreparedPT2E:
             except AssertionError as error:
                 raise ValueError(f"{error}; export with dynamic_shapes for batches of several sizes") from None
         return leaves
+
+    def copy(self) -> fx.GraphModule:
+        """A deep copy whose quantization annotations name nodes of the copy, as torchao's passes over it expect."""
+        result = copy.deepcopy(self.prepared)
+        by_name = {node.name: node for node in result.graph.nodes}
+
+        def edge(value: Any) -> Any:
+            return tuple(map(edge, value)) if isinstance(value, tuple) else by_name.get(value.name, value)
+
+        def moved(spec: Any) -> Any:
+            if isinstance(spec, SharedQuantizationSpec):
+                return replace(spec, edge_or_node=edge(spec.edge_or_node))
+            if isinstance(spec, DerivedQuantizationSpec):
+                return replace(spec, derived_from=[edge(source) for source in spec.derived_from])
+            return spec
+
+        for node in result.graph.nodes:
+            annotation = node.meta.get("quantization_annotation")
+            if annotation is not None:
+                inputs = annotation.input_qspec_map.items()
+                annotation.input_qspec_map = {edge(source): moved(spec) for source, spec in inputs}
+                annotation.output_qspec = moved(annotation.output_qspec)
+        return result
 
     def is_type(self, node: WeightedNode, kind: type[nn.Module]) -> bool:
         """Whether a node stands in the code of a module of exactly this type."""
@@ -103,6 +131,10 @@ def _check(prepared: fx.GraphModule) -> None:
         raise InvalidModelError(
             "prepared", "is an exported program without observers", "Call prepare_pt2e on it and calibrate first."
         )
+    if any(operator_name(node)[0].startswith("dequantize") for node in prepared.graph.nodes):
+        raise InvalidModelError(
+            "prepared", "is already converted", "Call adaround after prepare_pt2e and calibration, before convert_pt2e."
+        )
     foreign = [name for name, module in prepared.named_modules() if is_observer(module)]
     if foreign:
         raise InvalidModelError(
@@ -118,13 +150,39 @@ def _check(prepared: fx.GraphModule) -> None:
 
 
 def _converted(prepared: fx.GraphModule) -> fx.GraphModule:
-    """The host's conversion of a copy."""
+    """The host's conversion, which uses the prepared model up."""
     with warnings.catch_warnings():
         # the host's own advice; the caller sees it at their own convert
         warnings.simplefilter("ignore")
-        converted = convert_pt2e(copy.deepcopy(prepared), fold_quantize=False)
+        converted = convert_pt2e(prepared, fold_quantize=False)
     assert isinstance(converted, fx.GraphModule)
     return converted
+
+
+def _without_observers(module: fx.GraphModule) -> fx.GraphModule:
+    """Take observers out of a graph, in place, and out of copies of the bodies of its higher-order operators."""
+    for node in module.graph.nodes:
+        body = getattr(*_owner(module, str(node.target))) if node.op == "get_attr" else None
+        if isinstance(body, fx.GraphModule):
+            stripped = _without_observers(copy.deepcopy(body))
+            stripped.recompile()
+            node.target = f"_adaround_{str(node.target).replace('.', '_')}"
+            setattr(module, node.target, stripped)
+    return strip(module, is_torchao_observer)
+
+
+def _check_leaf(node: fx.Node, leaf: Any) -> None:
+    """Raise `ValueError` unless an input is of the kind that the program was exported for."""
+    example = node.meta.get("val")
+    if not isinstance(example, Tensor):
+        return
+    if not isinstance(leaf, Tensor):
+        raise ValueError(f"input {node.name!r} is {type(leaf).__name__}, but the program was exported for a tensor")
+    if leaf.dim() != example.dim() or leaf.is_floating_point() != example.is_floating_point():
+        raise ValueError(
+            f"input {node.name!r} is {leaf.dtype} of shape {tuple(leaf.shape)}, "
+            f"but the program was exported for {example.dtype} of shape {tuple(example.shape)}"
+        )
 
 
 def _without_guards(module: fx.GraphModule) -> fx.GraphModule:

@@ -1,0 +1,350 @@
+"""After `adaround`, `convert_pt2e` reproduces the learned integers exactly, for whatever a quantizer annotates."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+from torchao.quantization.pt2e.quantizer import QuantizationSpec, Quantizer
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+    X86InductorQuantizer,
+    get_default_x86_inductor_quantization_config,
+)
+
+from adaround_plugin import get_report
+from adaround_plugin.pt2e import AdaRoundObserver
+from integration_tests.models import Functional, Quantized, assert_same, batches, call, learn
+from integration_tests.pt2e_models import (
+    EveryOperator,
+    all_converted,
+    all_learned,
+    calibrated,
+    convert,
+    copied,
+    exported,
+    prepared_pt2e,
+    value_of,
+    weighted_calls,
+    x86,
+    xnnpack,
+)
+
+SPATIAL = {1: (7,), 2: (6, 6), 3: (3, 4, 4)}
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+SIZES = (6, 6)
+
+Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
+
+
+def _norm(dims: int, channels: int) -> nn.Module:
+    norm = NORM[dims](channels)
+    norm.running_mean = torch.randn(channels) * 0.2
+    norm.running_var = torch.rand(channels) + 0.5
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+def _cases() -> dict[str, Case]:
+    cases: dict[str, Case] = {}
+
+    def add(name: str, shape: tuple[int, ...], *make: Callable[[], nn.Module]) -> None:
+        cases[name] = (lambda: nn.Sequential(*(part() for part in make)), shape)
+
+    def add_function(name: str, shape: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        cases[name] = (lambda: Functional(*arguments, **options), shape)
+
+    for d, space in SPATIAL.items():
+        conv, transposed, shape = CONV[d], TRANSPOSED[d], (4, *space)
+        add(f"conv{d}d", shape, lambda conv=conv: conv(4, 3, 3, padding=1))
+        add(f"conv{d}d-nobias-relu", shape, lambda conv=conv: conv(4, 3, 2, bias=False), nn.ReLU)
+        add(f"conv{d}d-bn", shape, lambda conv=conv: conv(4, 3, 3), lambda d=d: _norm(d, 3))
+        add(f"conv{d}d-nobias-bn-relu", shape, lambda c=conv: c(4, 3, 2, bias=False), lambda d=d: _norm(d, 3), nn.ReLU)
+        add(f"conv{d}d-depthwise", shape, lambda conv=conv: conv(4, 8, 2, groups=4))
+        add(f"conv{d}d-grouped-strided", shape, lambda conv=conv: conv(4, 6, 3, stride=2, padding=1, groups=2))
+        add(f"conv{d}d-dilated", shape, lambda conv=conv: conv(4, 3, 2, dilation=2, padding=1))
+        add(f"conv{d}d-same", shape, lambda conv=conv: conv(4, 3, 2, padding="same"))
+        add(f"transposed{d}d", shape, lambda t=transposed: t(4, 6, 3, stride=2, padding=1))
+        add(f"transposed{d}d-nobias-relu", shape, lambda t=transposed: t(4, 4, 2, bias=False), nn.ReLU)
+        add(
+            f"transposed{d}d-grouped",
+            shape,
+            lambda t=transposed: t(4, 6, 3, stride=2, output_padding=1, groups=2, dilation=2),
+        )
+        one, two, f = (1,) * d, (2,) * d, getattr(F, f"conv{d}d")
+        add_function(f"F.conv{d}d", shape, f, (6, 2, *two), two, one, two, 2, bias=6)
+    for mode in ("reflect", "replicate", "circular"):
+        add(f"conv2d-{mode}", (4, 6, 6), lambda mode=mode: nn.Conv2d(4, 3, 3, padding=1, padding_mode=mode))
+    add("transposed2d-bn", (4, 6, 6), lambda: nn.ConvTranspose2d(4, 6, 2), lambda: _norm(2, 6))
+    add("linear", (5,), lambda: nn.Linear(5, 4))
+    add("linear-nobias", (5,), lambda: nn.Linear(5, 4, bias=False))
+    add("linear-relu", (5,), lambda: nn.Linear(5, 4), nn.ReLU)
+    add("linear-bn", (5,), lambda: nn.Linear(5, 4), lambda: _norm(1, 4))
+    add("linear-3d", (3, 5), lambda: nn.Linear(5, 4))
+    add("linear-3d-nobias", (3, 5), lambda: nn.Linear(5, 4, bias=False))
+    add_function("F.linear", (5,), F.linear, (4, 5), bias=4)
+    add_function("F.linear-nobias", (3, 5), F.linear, (4, 5), bias=None)
+    add_function("F.conv2d-plain", (4, 6, 6), F.conv2d, (3, 4, 3, 3), bias=None)
+    add_function("F.conv_transpose2d", (4, 6, 6), F.conv_transpose2d, (4, 2, 2, 2), 2, 1, 1, 2, 1, bias=4)
+    return cases
+
+
+CASES = _cases()
+
+
+@functools.cache
+def _program(name: str) -> fx.GraphModule:
+    make, shape = CASES[name]
+    torch.manual_seed(0)
+    return exported(make(), batches(*shape, sizes=SIZES)[0])
+
+
+def _prepared(name: str, quantizer: Quantizer) -> tuple[fx.GraphModule, list[Any]]:
+    data = batches(*CASES[name][1], sizes=SIZES)
+    return calibrated(_program(name), data, quantizer), data
+
+
+def assert_exact(
+    result: fx.GraphModule, data: list[Any], *, bits: int | None = 4
+) -> tuple[dict[str, Quantized], fx.GraphModule]:
+    """Both conversions hold what was learned, for every weighted operator of the graph.
+
+    Returns what was learned, and the conversion of `result` itself, which it consumes.
+    """
+    expected = all_learned(result)
+    # nothing stayed float
+    assert list(expected) == [node.name for node in weighted_calls(result)]
+    report = get_report(result)
+    assert report.skipped == []
+    assert bits is None or {layer.bits for layer in report.layers} == {bits}
+    unfolded, folded = convert(result, fold_quantize=False), convert_pt2e(result)
+    for model in (unfolded, folded):
+        found = all_converted(model)
+        assert found.keys() == expected.keys()
+        for name, one in found.items():
+            assert_same(one, expected[name])
+    outputs = [call(model, data[0]) for model in (unfolded, folded)]
+    assert torch.equal(*outputs)
+    assert torch.isfinite(outputs[0]).all()
+    return expected, folded
+
+
+def only(found: dict[str, Quantized]) -> Quantized:
+    """The weight of a graph that has one."""
+    (one,) = found.values()
+    return one
+
+
+# --- every operator, by a quantizer that annotates them all
+
+_GRIDS = [
+    (bits, per_channel, symmetric, activation)
+    for bits in (2, 4, 8)
+    for per_channel, symmetric in ((True, True), (False, False), (True, False), (False, True))
+    for activation in ("static", None, "dynamic")
+]
+_FULL = {"conv2d-bn": _GRIDS[::2], "transposed2d": _GRIDS[1::2]}
+
+
+def _settings() -> list[tuple[str, int, bool, bool, str | None]]:
+    """Many grids for the main operators, one in turn for the others."""
+    return [(name, *grid) for i, name in enumerate(CASES) for grid in _FULL.get(name, [_GRIDS[(7 * i) % len(_GRIDS)]])]
+
+
+@pytest.mark.parametrize(("name", "bits", "per_channel", "symmetric", "activation"), _settings())
+def test_converted_integers_are_the_learned_ones(name, bits, per_channel, symmetric, activation):
+    prepared, data = _prepared(name, EveryOperator(bits, per_channel, symmetric, activation))
+    result = learn(prepared, data)
+    expected, model = assert_exact(result, data, bits=bits)
+    found = only(expected)
+    if symmetric:
+        assert not found.zero_point.any()
+    assert found.axis == (None if not per_channel else 1 if "transpose" in name else 0)
+    assert found.scale.numel() == (1 if found.axis is None else found.integers.shape[found.axis])
+    if "bn" in name:  # folded, or the test would not be about folding
+        assert not [node for node in model.graph.nodes if "batch_norm" in str(node.target)] or "linear" in name
+
+
+# --- torchao's own quantizers
+
+
+def _quantizers() -> dict[str, Callable[[int], Quantizer]]:
+    found: dict[str, Callable[[int], Quantizer]] = {}
+    for per_channel in (True, False):
+        scheme = "channel" if per_channel else "tensor"
+        found[f"x86-{scheme}"] = lambda bits, p=per_channel: x86(weight_bits=bits, per_channel=p)
+        found[f"x86-w-{scheme}"] = lambda bits, p=per_channel: x86(
+            weight_bits=bits, activation_bits=None, per_channel=p
+        )
+        found[f"x86-dynamic-{scheme}"] = lambda bits, p=per_channel: x86(
+            weight_bits=bits, per_channel=p, is_dynamic=True
+        )
+        found[f"xnnpack-{scheme}"] = lambda bits, p=per_channel: xnnpack(bits, p)
+        found[f"xnnpack-dynamic-{scheme}"] = lambda bits, p=per_channel: xnnpack(bits, p, is_dynamic=True)
+    return found
+
+
+QUANTIZERS = _quantizers()
+
+
+def _supported(quantizer: str) -> list[str]:
+    """What torchao's quantizers annotate."""
+    if "dynamic" in quantizer:
+        return ["linear", "linear-nobias", "linear-3d", "F.linear", "linear-relu"]
+    if "x86" in quantizer:
+        return ["conv2d", "conv2d-nobias-bn-relu", "conv2d-grouped-strided", "F.conv2d", "linear-3d-nobias"]
+    return ["conv1d", "conv2d-bn", "conv2d-nobias-relu", "conv2d-depthwise", "F.conv2d", "linear", "F.linear-nobias"]
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "name"), [(quantizer, name) for quantizer in QUANTIZERS for name in _supported(quantizer)]
+)
+def test_torchaos_quantizers(quantizer, name):
+    names = _supported(quantizer)
+    bits = (2, 3, 4, 8)[(names.index(name) + list(QUANTIZERS).index(quantizer)) % 4]
+    prepared, data = _prepared(name, QUANTIZERS[quantizer](bits))
+    result = learn(prepared, data)
+    expected, model = assert_exact(result, data, bits=bits)
+    assert (only(expected).axis is None) == quantizer.endswith("tensor")
+    # activations are as asked for, or the test would be about weights only
+    activation = weighted_calls(model)[0].args[0]
+    assert (activation.op == "placeholder") == ("-w-" in quantizer)
+    if "-w-" not in quantizer:
+        overload = "tensor" if "dynamic" in quantizer else "default"
+        assert str(activation.target) == f"quantized_decomposed.dequantize_per_tensor.{overload}"
+
+
+@pytest.mark.parametrize(
+    ("name", "is_dynamic"),
+    [("conv2d-bn", False), ("F.linear-nobias", False), ("linear-3d", True), ("linear-relu", True)],
+)
+def test_stock_observers_keep_their_scale(name, is_dynamic):
+    config = get_default_x86_inductor_quantization_config(is_dynamic=is_dynamic)
+    prepared, data = _prepared(name, X86InductorQuantizer().set_global(config))
+    stock = only(all_converted(convert(prepared)))
+    kept, searched = (learn(prepared, data, scale=scale, holdout=0.0) for scale in ("auto", "search"))
+    found = only(assert_exact(kept, data, bits=8)[0])
+    assert torch.equal(found.scale, stock.scale)
+    assert torch.equal(found.zero_point, stock.zero_point)
+    assert not torch.equal(found.integers, stock.integers)
+    assert not torch.equal(only(assert_exact(searched, data, bits=8)[0]).scale, stock.scale)
+
+
+# --- options, ranges, magnitudes
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.up, self.b = nn.Conv2d(4, 6, 3), nn.ConvTranspose2d(6, 4, 2), nn.Linear(100, 3)
+
+    def forward(self, x):
+        return self.b(self.up(torch.relu(self.a(x))).flatten(1))
+
+
+@functools.cache
+def _mixed() -> fx.GraphModule:
+    torch.manual_seed(0)
+    return exported(Mixed(), batches(4, 6, 6, sizes=SIZES)[0])
+
+
+@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "sequential", "nearest"])
+@pytest.mark.parametrize("rounding", ["grid", "up_or_down"])
+@pytest.mark.parametrize("scale", ["observer", "search"])
+def test_every_solver_and_option_stays_exact_and_in_range(solver, rounding, scale):
+    data = batches(4, 6, 6, sizes=SIZES)
+    prepared = calibrated(_mixed(), data, EveryOperator(3))
+    result = learn(prepared, data, solver=solver, rounding=rounding, scale=scale)
+    assert len(assert_exact(result, data, bits=3)[0]) == 3
+
+
+@pytest.mark.parametrize("low_high", [(-7, 7), (-1, 1), (-3, 1), (-127, 127)])
+def test_own_integer_ranges_are_kept(low_high):
+    low, high = low_high
+    spec = QuantizationSpec(
+        dtype=torch.int8,
+        quant_min=low,
+        quant_max=high,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+        observer_or_fake_quant_ctr=AdaRoundObserver.with_args(),
+    )
+    prepared, data = _prepared("conv2d", EveryOperator(weight=spec))
+    found = only(assert_exact(learn(prepared, data), data, bits=None)[0])
+    assert low <= int(found.integers.min())
+    assert int(found.integers.max()) <= high
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("magnitude", [1e-20, 1e-6, 1e6, 1e18])
+def test_tiny_and_huge_weights_stay_exact(magnitude, per_channel):
+    model = nn.Sequential(nn.Linear(6, 5))
+    with torch.no_grad():
+        model[0].weight.mul_(magnitude)
+        model[0].bias.mul_(magnitude)
+    data = batches(6, sizes=SIZES)
+    result = learn(prepared_pt2e(model, data, EveryOperator(activation=None, per_channel=per_channel)), data)
+    assert get_report(result).layers[0].learned_error < 0.1
+    assert_exact(result, data)
+
+
+@pytest.mark.parametrize("name", ["conv2d", "linear", "transposed2d"])
+def test_a_derived_bias_follows_the_learned_scale(name):
+    """An int32 bias whose scale is that of the input by that of the weight, as accelerators want it."""
+    prepared, data = _prepared(name, EveryOperator(derived_bias=True))
+    before = only(all_converted(convert(prepared)))
+    result = learn(prepared, data, holdout=0.0)
+    (layer,) = get_report(result).layers
+    assert layer.learned
+    found = only(all_learned(result))
+    assert not torch.equal(found.scale, before.scale)
+    (original,) = (value for key, value in prepared.state_dict().items() if key.endswith("bias"))
+    assert (layer.bias == "kept") == torch.equal(found.bias, original)
+    for model in (convert(result, fold_quantize=False), convert(result)):
+        one = only(all_converted(model))
+        assert_same(replace(one, bias=None), replace(found, bias=None))
+        (node,) = weighted_calls(model)
+        assert "dequantize_per_channel" in str(node.args[2].target)
+        scale = value_of(model, node.args[2].args[1])
+        torch.testing.assert_close(scale, found.scale * node.args[0].args[1], rtol=1e-6, atol=0)
+        # the integers stand for the bias that was learned, within half a step
+        integers = value_of(model, node.args[2].args[0])
+        assert integers.dtype == torch.int32
+        assert ((integers * scale - found.bias).abs() <= 0.5001 * scale).all()
+
+
+def test_converting_keeps_integers_through_copies():
+    data = batches(4, 6, 6, sizes=SIZES)
+    result = learn(calibrated(_mixed(), data, EveryOperator()), data)
+    expected = all_learned(result)
+    for variant in (copied(result), copied(copied(result)), copied(result).to("cpu")):
+        found = all_converted(convert(variant))
+        for name, one in expected.items():
+            assert_same(found[name], one)
+
+
+def test_a_result_still_runs_as_a_float_model_on_the_learned_weights():
+    data = batches(4, 6, 6, sizes=SIZES)
+    result = learn(calibrated(_mixed(), data, EveryOperator(activation=None)), data)
+    assert torch.equal(result(data[0]), convert(result)(data[0]))
+
+
+def test_writing_back_unchanged_leaves_the_converted_model_unchanged():
+    """A model that is already on the grid and is rounded to nearest converts to the same model again."""
+    data = batches(4, 6, 6, sizes=SIZES)
+    once = learn(calibrated(_mixed(), data, EveryOperator()), data)
+    twice = learn(once, data, solver="nearest", correct_bias=False, asymmetric=False)
+    before, after = all_learned(once), all_learned(twice)
+    assert before.keys() == after.keys()
+    for name, one in before.items():
+        assert_same(after[name], one)
+    assert torch.equal(convert(once)(data[0]), convert(twice)(data[0]))
