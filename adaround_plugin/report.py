@@ -138,7 +138,7 @@ def get_report(model: nn.Module) -> Report:
     Raises:
         InvalidModelError: the model has none.
     """
-    report = model.meta.get(KEY) if isinstance(model, fx.GraphModule) else None
+    report = (model.meta if isinstance(model, fx.GraphModule) else getattr(model, "__dict__", {})).get(KEY)
     if not isinstance(report, Report):
         raise InvalidModelError("model", "carries no AdaRound report", "Pass the model that adaround(...) returned.")
     return report

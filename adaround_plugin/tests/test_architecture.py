@@ -22,6 +22,9 @@ LAYERS: list[list[str]] = [
     ["graph.checks", "graph.grids", "graph.fx_nodes", "graph.prepared_fx"],
     ["pt2e.observers", "pt2e.quantizers", "pt2e", "graph.pt2e_nodes", "graph.prepared_pt2e", "graph.hosts"],
     ["learner", "learn"],
+    ["inc.compat", "inc.recording", "inc.layers", "inc.parts", "inc.config"],
+    ["inc.packing", "inc.programs", "inc.observed", "inc.saving", "inc.native", "inc.exported", "inc.weight_only"],
+    ["inc.algorithm", "inc"],
     ["demo", "cli", "__main__"],
 ]
 MATHEMATICS = {*LAYERS[0], *LAYERS[1], "solvers.annealing", "solvers", "scale", "layer"}
@@ -94,6 +97,12 @@ def test_private_names_of_torch_are_in_one_place():
             if alias.name.startswith("_")
         ]
         assert not private or name == "graph.compat", f"{name} imports {private}"
+
+
+def test_neural_compressor_is_named_in_one_place():
+    for name, path in MODULES.items():
+        named = [full for full in imports(name, path) if full.split(".")[0] == "neural_compressor"]
+        assert not named or name == "inc.compat", f"{name} imports {named}"
 
 
 @pytest.mark.parametrize("name", sorted(MODULES.keys() - {"_version", "graph", "__main__", "cli", "demo"}))

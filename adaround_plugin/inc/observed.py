@@ -1,0 +1,59 @@
+"""An eager model with the observers that a configuration asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.ao.quantization import QConfig, QConfigMapping
+from torch.ao.quantization.quantize_fx import prepare_fx
+
+from adaround_plugin.errors import InvalidModelError
+from adaround_plugin.inc.compat import TorchBaseConfig
+from adaround_plugin.inc.parts import LAYER_SETTINGS, ROOT, Parts
+from adaround_plugin.qconfig import get_adaround_qconfig_mapping
+
+__all__ = ["observed"]
+
+
+def observed(model: nn.Module, parts: Parts) -> fx.GraphModule:
+    """`prepare_fx` with the observers that the parts of a configuration ask for, for torch's quantized engine.
+
+    Raises:
+        InvalidModelError: `model` is in train mode.
+    """
+    if model.training:
+        raise InvalidModelError("model", "is in train mode", "Call .eval() first.")
+    return prepare_fx(model, _mapping(model, parts), ())
+
+
+def _mapping(model: nn.Module, parts: Parts) -> QConfigMapping:
+    whole = parts.get(ROOT)
+    quantized = whole is not None and whole.dtype != "fp32"
+    mapping = _whole_mapping(whole) if quantized else QConfigMapping()
+    for layer, part in parts.items():
+        # one qconfig object for all that share one: prepare_fx fuses a convolution and its ReLU only then
+        if layer != ROOT and not (quantized and _settings(part) == _settings(whole)):
+            mapping.set_module_name(layer[0], _qconfig(model.get_submodule(layer[0]), part))
+    return mapping
+
+
+def _settings(part: TorchBaseConfig) -> tuple[Any, ...]:
+    return tuple(getattr(part, name) for name in LAYER_SETTINGS)
+
+
+def _whole_mapping(part: TorchBaseConfig) -> QConfigMapping:
+    return get_adaround_qconfig_mapping(
+        torch.backends.quantized.engine,
+        weight_bits=part.bits,
+        per_channel=part.w_granularity == "per_channel",
+        symmetric=part.use_sym,
+    )
+
+
+def _qconfig(module: nn.Module, part: TorchBaseConfig) -> QConfig | None:
+    if part.dtype == "fp32":
+        return None
+    mapping = _whole_mapping(part)
+    return mapping.object_type_qconfigs.get(type(module), mapping.global_qconfig)

@@ -1,0 +1,90 @@
+"""Which part of a configuration applies to which layer."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.inc.compat import TorchBaseConfig
+from adaround_plugin.inc.layers import Layer, is_type, selected
+
+__all__ = [
+    "LAYER_SETTINGS",
+    "META",
+    "PASS_SETTINGS",
+    "ROOT",
+    "Parts",
+    "float_activations",
+    "pass_options",
+    "resolve",
+]
+
+# a configuration for each layer, in INC's own form
+Parts = Mapping[Layer, TorchBaseConfig]
+
+# the entry that stands for what has no name of its own: functional calls
+ROOT: Layer = ("", "")
+
+# where a quantized model keeps its parts: meta survives a deep copy, attributes of a GraphModule do not
+META = "adaround_parts"
+
+# settings that a layer may have for itself; all others hold for the whole pass
+LAYER_SETTINGS = ("dtype", "bits", "use_sym", "w_granularity", "group_size")
+PASS_OPTIONS = (
+    *("solver", "scale", "asymmetric", "correct_bias", "column_weighting", "damping", "rounding"),
+    *("holdout", "max_columns", "seed"),
+)
+PASS_SETTINGS = ("act_dtype", *PASS_OPTIONS)
+
+
+def resolve(configs: Sequence[TorchBaseConfig], layers: Sequence[Layer]) -> OrderedDict[Layer, TorchBaseConfig]:
+    """The part that applies to each layer: the last local one that selects it by name, else by type, else the global.
+
+    Args:
+        configs: their parts apply in turn; the first says what holds for the whole pass.
+        layers: to choose from.
+
+    Raises:
+        InvalidOptionError: a local part selects no layer, nothing selects any, a parameter is still a list, or a
+            local part differs in what holds for the whole pass.
+    """
+    chosen: OrderedDict[Layer, TorchBaseConfig] = OrderedDict()
+    for config in configs:
+        if config.global_config is not None:
+            chosen.update(dict.fromkeys([ROOT, *layers], config.global_config))
+        for by_type in (True, False):
+            for key, part in config.local_config.items():
+                if is_type(key, layers) == by_type:
+                    chosen.update(dict.fromkeys(selected(key, layers), part))
+    if not chosen:
+        raise InvalidOptionError("white_list", "selects no layer, and no local part does", "Name some layers.")
+    return OrderedDict((layer, _completed(part, configs[0])) for layer, part in chosen.items())
+
+
+def _completed(part: TorchBaseConfig, whole: TorchBaseConfig) -> TorchBaseConfig:
+    """`part` with the settings that hold for the whole pass, ready for it."""
+    default = type(part)(white_list=None)
+    for name in PASS_SETTINGS:
+        if getattr(part, name) not in (getattr(whole, name), getattr(default, name)):
+            raise InvalidOptionError(name, "holds for the whole pass", "Set it in the global part only.")
+    shared = {name: getattr(whole, name) for name in PASS_SETTINGS}
+    completed = type(part)(**{**part.get_params_dict(), **shared}, white_list=None)
+    for name, value in completed.get_params_dict().items():
+        if isinstance(value, list):
+            raise InvalidOptionError(name, f"is the list {value}", "Pass one value; lists are for autotune.")
+    if completed.group_size != -1 and completed.act_dtype != "fp32":
+        raise InvalidOptionError("group_size", "integer kernels know no groups", "Pass act_dtype='fp32', or -1.")
+    return completed
+
+
+def pass_options(parts: Parts) -> dict[str, Any]:
+    """The options of `adaround` that all parts share."""
+    first = next(iter(parts.values()))
+    return {name: getattr(first, name) for name in PASS_OPTIONS}
+
+
+def float_activations(parts: Parts) -> bool:
+    """Whether parts ask for quantized weights alone."""
+    return bool(next(iter(parts.values())).act_dtype == "fp32")

@@ -1,0 +1,161 @@
+"""An exported program through Neural Compressor's own PT2E flow, with learned integers."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from neural_compressor.torch.export import export
+from neural_compressor.torch.quantization import (
+    StaticQuantConfig,
+    TuningConfig,
+    autotune,
+    convert,
+    prepare,
+    quantize,
+)
+from torch import Tensor, fx, nn
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
+
+from adaround_plugin import get_report
+from adaround_plugin.errors import InvalidBatchError, InvalidModelError, InvalidOptionError
+from adaround_plugin.inc import AdaRoundConfig
+from adaround_plugin.pt2e import get_adaround_x86_inductor_config
+from integration_tests.inc_models import RECIPE, calibrate, data, network
+from integration_tests.models import assert_unchanged, learn, snapshot
+
+NAMES = ["0.0", "3", "5"]
+
+
+def program(model: nn.Module | None = None) -> fx.GraphModule:
+    """The exported `network`, as INC exports it; its transposed convolution stays float in torchao."""
+    return export(network() if model is None else model, (data()[0],))
+
+
+def weights(model: nn.Module) -> dict[str, tuple[Tensor, int, int]]:
+    """Integers and range of each quantized weight of a converted program, by the parameter's name."""
+    found = {}
+    for node in model.graph.nodes:
+        if "quantize_per_channel" in str(node.target) and "dequantize" not in str(node.target):
+            values = [_attribute(model, arg.target) if isinstance(arg, fx.Node) else arg for arg in node.args]
+            found[str(node.args[0].target)] = (node.target(*values), values[4], values[5])
+    return found
+
+
+def _attribute(model: nn.Module, target: str) -> Tensor:
+    path, _, leaf = target.rpartition(".")
+    return getattr(model.get_submodule(path), leaf).detach()
+
+
+@pytest.mark.parametrize("entry", ["quantize", "prepare and convert"])
+def test_it_is_what_the_pt2e_flow_gives(entry: str) -> None:
+    model, batches = network(), data()
+    before = snapshot(model)
+    config = AdaRoundConfig(bits=3, **RECIPE)
+    if entry == "quantize":
+        quantized = quantize(program(model), config, run_fn=calibrate(batches))
+    else:
+        prepared = prepare(program(model), config)
+        calibrate(batches)(prepared)
+        quantized = convert(prepared, inplace=False)
+    by_hand = prepare_pt2e(
+        torch.export.export(network(), (batches[0],), strict=True).module(),
+        X86InductorQuantizer().set_global(get_adaround_x86_inductor_config(3)),
+    )
+    calibrate(batches)(by_hand)
+    expected = convert_pt2e(learn(by_hand, batches), fold_quantize=False)
+    assert torch.equal(quantized(batches[0]), expected(batches[0]))
+    assert [layer.name for layer in get_report(quantized).layers] == NAMES
+    for integers, low, high in weights(quantized).values():
+        assert (low, high) == (-4, 3)
+        assert low <= int(integers.min())
+        assert int(integers.max()) <= high
+    assert_unchanged(before, model)
+
+
+def test_parts_reach_their_layers() -> None:
+    config = AdaRoundConfig(bits=3, **RECIPE).set_local("0", AdaRoundConfig(bits=8))
+    config.set_local("3", AdaRoundConfig(dtype="fp32"))
+    quantized = quantize(program(), config, run_fn=calibrate(data()))
+    assert {layer.name: layer.bits for layer in get_report(quantized).layers} == {"0.0": 8, "5": 3}
+    assert {name: high for name, (_, _, high) in weights(quantized).items()} == {"0.0.weight": 127, "5.weight": 3}
+
+
+def test_a_white_list_of_types_leaves_the_rest_in_float() -> None:
+    config = AdaRoundConfig(bits=2, white_list=[nn.Linear], **RECIPE)
+    quantized = quantize(program(), config, run_fn=calibrate(data()))
+    assert [layer.name for layer in get_report(quantized).layers] == ["3", "5"]
+    with pytest.raises(InvalidOptionError, match="no layer is a Conv3d"):
+        quantize(program(), AdaRoundConfig(white_list=[nn.Conv3d]), run_fn=calibrate(data()))
+
+
+def test_adaround_by_hand_between_prepare_and_convert_of_inc() -> None:
+    batches = data()
+    prepared = prepare(program(), StaticQuantConfig())
+    calibrate(batches)(prepared)
+    # in place: a copy of a prepared model lacks the attributes that INC's convert reads
+    quantized = convert(learn(prepared, batches, inplace=True))
+    report = get_report(quantized)
+    assert [(layer.name, layer.bits) for layer in report.layers] == [(name, 8) for name in NAMES]
+    assert all(layer.learned_error <= layer.nearest_error for layer in report.layers if layer.learned)
+
+
+def test_the_stock_load_returns_the_same_program_in_a_fresh_process(tmp_path: Path) -> None:
+    """Exported for batches of any size, which a copy of the prepared model must not forget."""
+    shapes = {"input": {0: torch.export.Dim("batch", min=2, max=64)}}
+    prepared = prepare(export(network(), (data()[0],), shapes), AdaRoundConfig(bits=3, **RECIPE))
+    calibrate(data())(prepared)
+    quantized = convert(prepared, inplace=False)
+    x = torch.cat(data())
+    quantized.save(example_inputs=(data()[0],), output_dir=str(tmp_path))
+    torch.save({"x": x, "expected": quantized(x)}, tmp_path / "case.pt")
+    code = (
+        "import sys, torch\n"
+        "from neural_compressor.torch.quantization import load\n"
+        "torch.set_num_threads(1)\n"
+        "case = torch.load(f'{sys.argv[1]}/case.pt')\n"
+        "assert torch.equal(load(sys.argv[1])(case['x']), case['expected'])\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_autotune_tries_it_beside_configurations_of_inc() -> None:
+    expected = network()(data()[0])
+
+    def score(model: nn.Module) -> float:
+        with torch.no_grad():
+            return 1 - float((model(data()[0]) - expected).norm() / expected.norm())
+
+    configs = [AdaRoundConfig(bits=[2, 8], **RECIPE), StaticQuantConfig()]
+    quantized = autotune(program(), TuningConfig(configs, tolerable_loss=0.02), eval_fn=score, run_fn=calibrate(data()))
+    assert {layer.bits for layer in get_report(quantized).layers} == {8}
+
+
+def test_a_program_of_torch_export_will_do() -> None:
+    """Without the mark that INC's export puts on a program, INC's own configurations fail."""
+    exported = torch.export.export(network(), (data()[0],), strict=True).module()
+    quantized = quantize(copy.deepcopy(exported), AdaRoundConfig(**RECIPE), run_fn=calibrate(data()))
+    assert torch.equal(
+        quantized(data()[0]), quantize(program(), AdaRoundConfig(**RECIPE), run_fn=calibrate(data()))(data()[0])
+    )
+
+
+def test_what_the_flow_does_not_take_is_refused() -> None:
+    with pytest.raises(InvalidOptionError, match="use_sym"):
+        quantize(program(), AdaRoundConfig(use_sym=False), run_fn=calibrate(data()))
+    with pytest.raises(InvalidBatchError, match="run_fn"):
+        quantize(program(), AdaRoundConfig())
+    with pytest.raises(InvalidModelError, match="Call prepare first"):
+        convert(program(), AdaRoundConfig())
+
+
+def test_an_exported_program_object_is_refused() -> None:
+    exported = torch.export.export(network(), (data()[0],), strict=True)
+    with pytest.raises(InvalidModelError, match=r"\.module\(\)"):
+        quantize(exported, AdaRoundConfig(), run_fn=calibrate(data()))

@@ -1,0 +1,247 @@
+"""An eager model with its linear layers packed by Neural Compressor, holding learned integers."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from neural_compressor.torch.algorithms.weight_only.modules import INCWeightOnlyLinear
+from neural_compressor.torch.export import export
+from neural_compressor.torch.quantization import (
+    RTNConfig,
+    TuningConfig,
+    autotune,
+    convert,
+    prepare,
+    quantize,
+)
+from torch import Tensor, nn
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+from adaround_plugin import get_report
+from adaround_plugin.errors import InvalidBatchError, InvalidModelError, InvalidOptionError
+from adaround_plugin.graph.hosts import learned_weights
+from adaround_plugin.inc import AdaRoundConfig
+from adaround_plugin.pt2e import AdaRoundWeightOnlyQuantizer
+from integration_tests.inc_models import RECIPE, calibrate
+from integration_tests.models import assert_unchanged, learn, snapshot
+
+OPTIONS: dict[str, Any] = {"act_dtype": "fp32", **RECIPE}
+
+
+class Tokens(nn.Module):
+    """Token ids and a mask to scores: a convolution, a head tied to the embedding, two layers that share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(4)
+            self.embedding = nn.Embedding(24, 16)
+            self.mix = nn.Conv1d(16, 16, 3, padding=1)
+            self.up, self.twin = nn.Linear(16, 32), nn.Linear(16, 32)
+            self.down = nn.Linear(32, 16, bias=False)
+            self.head = nn.Linear(16, 24, bias=False)
+        self.twin.weight, self.head.weight = self.up.weight, self.embedding.weight
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None, **unused: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        if mask is not None:
+            x = x * mask[..., None]
+        x = x + self.mix(x.mT).mT
+        return self.head(self.down(torch.relu(self.up(x)) + torch.tanh(self.twin(x))))
+
+
+class Untied(nn.Module):
+    """Two linear layers on inputs with strongly correlated columns, where rounding can be learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            self.first, self.second = nn.Linear(32, 48), nn.Linear(48, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+def tokens() -> list[tuple[Tensor, Tensor]]:
+    """Ids and masks, of several batch sizes and lengths."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((6, 7), (4, 7), (6, 9))
+    return [(torch.randint(0, 24, shape, generator=generator), torch.ones(shape)) for shape in shapes]
+
+
+def run_tokens(model: nn.Module) -> None:
+    """Calls with positional and keyword arguments."""
+    for ids, mask in tokens():
+        model(ids, mask=mask, position=mask)
+
+
+def rows(count: int, seed: int) -> Tensor:
+    """Correlated inputs for `Untied`."""
+    basis = torch.randn(8, 32, generator=torch.Generator().manual_seed(9))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 8, generator=generator) @ basis + 0.1 * torch.randn(count, 32, generator=generator)
+
+
+CALIBRATION = [rows(64, seed) for seed in range(4)]
+
+
+def error(model: nn.Module) -> float:
+    """Relative error of the output on inputs that nobody has seen."""
+    with torch.no_grad():
+        expected = Untied()(rows(256, 99))
+        return float((model(rows(256, 99)) - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(("symmetric", "group_size"), [(True, -1), (False, 8)])
+def test_packed_layers_hold_the_integers_that_were_learned(symmetric: bool, group_size: int) -> None:
+    config = AdaRoundConfig(bits=3, use_sym=symmetric, group_size=group_size, **OPTIONS)
+    quantized = quantize(Untied().eval(), config, run_fn=calibrate(CALIBRATION))
+    program = torch.export.export(Untied().eval(), (CALIBRATION[0],), strict=True).module()
+    size = None if group_size == -1 else group_size
+    quantizer = AdaRoundWeightOnlyQuantizer(
+        weight_bits=3, symmetric=symmetric, group_size=size, scale_dtype=torch.float16
+    )
+    prepared = prepare_pt2e(program, quantizer)
+    prepared(CALIBRATION[0])
+    expected = learned_weights(learn(prepared, CALIBRATION))
+    assert list(expected) == ["first", "second"]
+    for name, (integers, grid) in expected.items():
+        packed = quantized.get_submodule(name)
+        unpacked = packed.unpack()
+        assert torch.equal(unpacked["int_weight"].long() - 4, integers)
+        assert torch.equal(unpacked["scales"].float().flatten(), grid.scale)
+        assert torch.equal(unpacked["zp"].long().flatten() - 4, grid.zero_point)
+        assert torch.equal(packed.recover().float(), grid.dequantize(integers).half().float())
+
+
+def test_it_beats_the_round_to_nearest_of_inc() -> None:
+    settings = {"bits": 3, "use_sym": False, "group_size": 8}
+    learned = quantize(Untied().eval(), AdaRoundConfig(act_dtype="fp32", **settings), run_fn=calibrate(CALIBRATION))
+    nearest = quantize(Untied().eval(), RTNConfig(use_layer_wise=False, **settings))
+    assert error(learned) < 0.5 * error(nearest)
+
+
+def test_tied_weights_keywords_and_lengths_that_vary() -> None:
+    model = Tokens().eval()
+    config = AdaRoundConfig(bits=4, group_size=8, **OPTIONS).set_local("down", AdaRoundConfig(bits=8))
+    quantized = quantize(model, config, run_fn=run_tokens)
+    assert quantized is model
+    packed = {name: module.bits for name, module in model.named_modules() if isinstance(module, INCWeightOnlyLinear)}
+    assert packed == {"up": 4, "twin": 4, "down": 8, "head": 4}
+    assert torch.equal(model.up.unpack()["int_weight"], model.twin.unpack()["int_weight"])
+    report = get_report(quantized)
+    assert ("mix", "Conv1d") in [(name, kind) for name, kind, _ in report.skipped]
+    assert get_report(copy.deepcopy(quantized)) == report
+    # the embedding is as it was
+    assert_unchanged(snapshot(Tokens().embedding), model.embedding)
+    x = tokens()[2]
+    with torch.no_grad():
+        expected, found = Tokens()(*x), model(*x)
+    assert float((found - expected).norm() / expected.norm()) < 0.1
+
+
+def test_a_fresh_process_loads_the_same_model_by_the_stock_load(tmp_path: Path) -> None:
+    config = AdaRoundConfig(bits=4, group_size=8, **OPTIONS).set_local("down", AdaRoundConfig(bits=2))
+    config.set_local("head", AdaRoundConfig(dtype="fp32"))
+    quantized = quantize(Tokens().eval(), config, run_fn=run_tokens)
+    quantized.save(str(tmp_path))
+    torch.save({"x": tokens()[2], "expected": quantized(*tokens()[2])}, tmp_path / "case.pt")
+    code = (
+        "import sys, torch\n"
+        "from neural_compressor.torch.quantization import load\n"
+        "from integration_tests.test_inc_weight_only import Tokens\n"
+        "torch.set_num_threads(1)\n"
+        "case = torch.load(f'{sys.argv[1]}/case.pt')\n"
+        "model = load(sys.argv[1], original_model=Tokens().eval())\n"
+        "assert torch.equal(model(*case['x']), case['expected'])\n"
+        "assert type(model.head) is torch.nn.Linear\n"
+    )
+    root = Path(__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_converting_a_copy_keeps_the_float_model() -> None:
+    model = Untied().eval()
+    before = snapshot(model)
+    prepared = prepare(model, AdaRoundConfig(**OPTIONS))
+    calibrate(CALIBRATION)(prepared)
+    copied = convert(prepared, inplace=False)
+    assert_unchanged(before, model)
+    quantized = convert(prepared)
+    assert quantized is model
+    assert torch.equal(copied(CALIBRATION[0]), quantized(CALIBRATION[0]))
+    # it records no more
+    assert not quantized._forward_pre_hooks
+    assert not copied._forward_pre_hooks
+
+
+def test_autotune_chooses_among_weight_only_algorithms() -> None:
+    configs = [
+        RTNConfig(bits=2, group_size=-1, use_layer_wise=False),
+        AdaRoundConfig(bits=[2, 4], **OPTIONS),
+        RTNConfig(bits=8, group_size=-1, use_layer_wise=False),
+    ]
+    tuning = TuningConfig(configs, tolerable_loss=0.1)
+    best = autotune(Untied().eval(), tuning, eval_fn=lambda model: 1 - error(model), run_fn=calibrate(CALIBRATION))
+    assert {layer.bits for layer in get_report(best).layers} == {4}
+
+
+def test_an_exported_program_gets_quantize_and_dequantize_operators() -> None:
+    config = AdaRoundConfig(bits=3, use_sym=False, group_size=8, white_list=["first"], **OPTIONS)
+    program = export(Untied(), (CALIBRATION[0],))
+    quantized = quantize(program, config, run_fn=calibrate(CALIBRATION))
+    packed = quantize(Untied().eval(), config, run_fn=calibrate(CALIBRATION))
+    assert [layer.name for layer in get_report(quantized).layers] == ["first"]
+    # INC's packed layers round the product of integer and scale, and the bias, to float16
+    torch.testing.assert_close(quantized(CALIBRATION[0]), packed(CALIBRATION[0]), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"bits": 8, "use_sym": False}, "overflow"),
+        ({"white_list": [nn.Conv1d]}, "no layer is a Conv1d"),
+        ({"white_list": ["mix"]}, "'mix' matches none"),
+        ({"group_size": 8, "w_granularity": "per_tensor"}, "group_size"),
+    ],
+)
+def test_what_the_layers_cannot_hold_is_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidOptionError, match=reason):
+        quantize(Tokens().eval(), AdaRoundConfig(**options, **OPTIONS), run_fn=run_tokens)
+
+
+def test_groups_need_float_activations_and_whole_rows() -> None:
+    with pytest.raises(InvalidOptionError, match="group_size"):
+        quantize(Untied().eval(), AdaRoundConfig(group_size=8), run_fn=calibrate(CALIBRATION))
+    with pytest.raises(InvalidModelError, match=r"first.*group_size 7"):
+        quantize(Untied().eval(), AdaRoundConfig(group_size=7, **OPTIONS), run_fn=calibrate(CALIBRATION))
+
+
+class Branching(nn.Module):
+    """Control flow that depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if float(x.sum()) > 0 else x
+
+
+def test_models_that_cannot_be_used_are_refused() -> None:
+    with pytest.raises(InvalidModelError, match=r"torch\.export fails"):
+        quantize(Branching().eval(), AdaRoundConfig(**OPTIONS), run_fn=calibrate(CALIBRATION))
+    with pytest.raises(InvalidModelError, match="train mode"):
+        quantize(Untied().train(), AdaRoundConfig(**OPTIONS), run_fn=calibrate(CALIBRATION))
+    with pytest.raises(InvalidBatchError, match="run_fn"):
+        quantize(Untied().eval(), AdaRoundConfig(**OPTIONS))
+    with pytest.raises(InvalidModelError, match="Call prepare first"):
+        convert(Untied().eval(), AdaRoundConfig(**OPTIONS))
