@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import adaround_plugin
-from adaround_plugin import solvers
+from adaround_plugin import inc, solvers
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -135,7 +135,7 @@ def test_every_page_is_on_the_map() -> None:
 
 def _documented() -> list[tuple[str, object]]:
     names = [(name, getattr(adaround_plugin, name)) for name in adaround_plugin.__all__]
-    return names + [(name, getattr(solvers, name)) for name in solvers.__all__]
+    return names + [(name, getattr(module, name)) for module in (solvers, inc) for name in module.__all__]
 
 
 def _section(name: str) -> str:

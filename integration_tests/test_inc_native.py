@@ -22,6 +22,7 @@ from torch.ao.quantization.quantize_fx import convert_fx
 from adaround_plugin import get_report
 from adaround_plugin.errors import InvalidBatchError, InvalidModelError, InvalidOptionError
 from adaround_plugin.inc import AdaRoundConfig
+from adaround_plugin.inc.recording import Recording
 from integration_tests.inc_models import RECIPE, calibrate, data, network
 from integration_tests.models import assert_same, assert_unchanged, converted, learn, prepared_model, snapshot
 
@@ -105,6 +106,18 @@ def test_functional_calls_follow_the_global_part() -> None:
 
     quantized = quantize(Functional().eval(), AdaRoundConfig(**RECIPE), run_fn=run)
     assert [layer.name for layer in get_report(quantized).layers] == ["weight"]
+
+
+def test_keywords_are_recorded_by_the_names_of_forward() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, *, y: Tensor | None = None, **rest: Tensor) -> Tensor:
+            return x
+
+    model, one = Model(), torch.ones(1)
+    Recording([]).start(model)
+    model(one)
+    model(one, y=2 * one, z=3 * one)
+    assert Recording.taken(model) == [(one,), {"x": one, "y": 2 * one, "z": 3 * one}]
 
 
 def test_inputs_are_recorded_as_they_were() -> None:

@@ -55,7 +55,7 @@ def dequantized(weight: IntegerLinear) -> Tensor:
 
 @pytest.mark.parametrize("group_size", [-1, 16, 20])
 @pytest.mark.parametrize(
-    ("bits", "symmetric"), [(2, True), (3, True), (4, True), (8, True), (2, False), (3, False), (4, False)]
+    ("bits", "symmetric"), [*((bits, True) for bits in range(2, 9)), *((bits, False) for bits in range(2, 8))]
 )
 def test_a_packed_layer_holds_exactly_the_integers(bits: int, symmetric: bool, group_size: int) -> None:
     model = nn.Sequential(nn.Linear(48, 10))

@@ -79,7 +79,7 @@ def tokens() -> list[tuple[Tensor, Tensor]]:
 def run_tokens(model: nn.Module) -> None:
     """Calls with positional and keyword arguments."""
     for ids, mask in tokens():
-        model(ids, mask=mask, position=mask)
+        model(ids, mask=mask)
 
 
 def rows(count: int, seed: int) -> Tensor:

@@ -24,7 +24,7 @@ class IntegerLinear:
         integers: `(out, in)`, each in `[-2^(bits-1), 2^(bits-1) - 1]`.
         scale: `(out, groups)` float32, of values that float16 has: INC stores no others.
         zero_point: `(out, groups)` in the range of the integers, or None for zero.
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 8; at 8, INC's arithmetic overflows where `integers - zero_point` leaves the range of int8.
         group_size: columns in a group (the last one may have fewer); -1 for one group.
         bias: `(out,)`, or None to keep the layer's own. INC rounds it to float16.
     """
