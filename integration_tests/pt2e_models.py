@@ -51,14 +51,26 @@ def exported(model: nn.Module, batch: Any, dynamic_shapes: Any = None) -> fx.Gra
     return program.module()
 
 
-def x86(**options: Any) -> Quantizer:
-    """X86InductorQuantizer with AdaRound's weight observer."""
-    return X86InductorQuantizer().set_global(get_adaround_x86_inductor_config(**options))
+def x86(*, histogram: bool = False, **options: Any) -> Quantizer:
+    """X86InductorQuantizer with AdaRound's weight observer.
+
+    Its own activation observer, a histogram, takes most of the time of a small test: it is replaced unless asked for.
+    """
+    config = get_adaround_x86_inductor_config(**options)
+    if config.input_activation is not None and not config.input_activation.is_dynamic and not histogram:
+        observer = MinMaxObserver.with_args(eps=2**-12)
+        activation = replace(config.input_activation, observer_or_fake_quant_ctr=observer)
+        config = replace(config, input_activation=activation, output_activation=activation)
+    return X86InductorQuantizer().set_global(config)
 
 
 def xnnpack(weight_bits: int = 4, per_channel: bool = True, is_dynamic: bool = False) -> Quantizer:
     """The XNNPACK quantizer with AdaRound's weight observer."""
     config = get_symmetric_quantization_config(is_per_channel=per_channel, is_dynamic=is_dynamic)
+    if not is_dynamic:
+        observer = MinMaxObserver.with_args(eps=2**-12)
+        activation = replace(config.input_activation, observer_or_fake_quant_ctr=observer)
+        config = replace(config, input_activation=activation, output_activation=activation)
     spec = get_adaround_weight_spec(weight_bits, per_channel)
     with warnings.catch_warnings():
         # torchao kept it for tests; executorch has the one to use

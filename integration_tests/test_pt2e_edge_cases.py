@@ -567,7 +567,6 @@ def test_degenerate_weights_and_data(which, solver):
                 layer.bias.zero_()
             else:
                 data = [torch.full_like(batch, 1e-3) for batch in data]
-    # HistogramObserver takes seconds for a constant
     result = learn(prepared_pt2e(model, data, EveryOperator()), data, solver=solver)
     report = get_report(result)
     for layer in report.layers:
@@ -630,19 +629,10 @@ def test_the_defaults():
     assert_exact(result, data)
 
 
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.head = nn.Conv2d(16, 16, 3), nn.Linear(16, 16)
-
-    def forward(self, x):
-        return self.head(torch.relu(self.conv(x)).mean((2, 3)))
-
-
-def _small() -> tuple[fx.GraphModule, list[Tensor]]:
-    data = data_of(16, 6, 6)
-    result = learn(prepared_pt2e(Small(), data), data)
-    return convert(result), data
+def _small(*layers: nn.Module, shape: tuple[int, ...]) -> tuple[fx.GraphModule, list[Tensor]]:
+    """A converted result for kernels that want channels in multiples of 16."""
+    data = data_of(*shape)
+    return convert(learn(prepared_pt2e(nn.Sequential(*layers), data, x86(histogram=True)), data)), data
 
 
 def _assert_close(found: Tensor, expected: Tensor) -> None:
@@ -652,7 +642,8 @@ def _assert_close(found: Tensor, expected: Tensor) -> None:
 
 
 def test_lowering_to_x86_computes_the_same():
-    model, data = _small()
+    pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model, data = _small(nn.Conv2d(16, 16, 3), nn.ReLU(), *pool, nn.Linear(16, 16), shape=(16, 6, 6))
     with torch.no_grad():
         expected = model(data[1])
         lowered = lower_pt2e_quantized_to_x86(model, (data[0],))
@@ -663,7 +654,7 @@ def test_lowering_to_x86_computes_the_same():
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="Inductor needs a compiler")
 @pytest.mark.filterwarnings("ignore")  # Inductor's own, of several kinds
 def test_inductor_computes_the_same():
-    model, data = _small()
+    model, data = _small(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), shape=(16,))
     with torch.no_grad(), inductor_config.patch(freezing=True):
         expected = model(data[1])
         compiled = torch.compile(model)

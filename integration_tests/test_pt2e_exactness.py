@@ -66,15 +66,10 @@ def _cases() -> dict[str, Case]:
     for d, space in SPATIAL.items():
         conv, transposed, shape = CONV[d], TRANSPOSED[d], (4, *space)
         add(f"conv{d}d", shape, lambda conv=conv: conv(4, 3, 3, padding=1))
-        add(f"conv{d}d-nobias-relu", shape, lambda conv=conv: conv(4, 3, 2, bias=False), nn.ReLU)
         add(f"conv{d}d-bn", shape, lambda conv=conv: conv(4, 3, 3), lambda d=d: _norm(d, 3))
-        add(f"conv{d}d-nobias-bn-relu", shape, lambda c=conv: c(4, 3, 2, bias=False), lambda d=d: _norm(d, 3), nn.ReLU)
-        add(f"conv{d}d-depthwise", shape, lambda conv=conv: conv(4, 8, 2, groups=4))
         add(f"conv{d}d-grouped-strided", shape, lambda conv=conv: conv(4, 6, 3, stride=2, padding=1, groups=2))
-        add(f"conv{d}d-dilated", shape, lambda conv=conv: conv(4, 3, 2, dilation=2, padding=1))
         add(f"conv{d}d-same", shape, lambda conv=conv: conv(4, 3, 2, padding="same"))
         add(f"transposed{d}d", shape, lambda t=transposed: t(4, 6, 3, stride=2, padding=1))
-        add(f"transposed{d}d-nobias-relu", shape, lambda t=transposed: t(4, 4, 2, bias=False), nn.ReLU)
         add(
             f"transposed{d}d-grouped",
             shape,
@@ -82,6 +77,12 @@ def _cases() -> dict[str, Case]:
         )
         one, two, f = (1,) * d, (2,) * d, getattr(F, f"conv{d}d")
         add_function(f"F.conv{d}d", shape, f, (6, 2, *two), two, one, two, 2, bias=6)
+    shape = (4, 6, 6)
+    add("conv2d-nobias-relu", shape, lambda: nn.Conv2d(4, 3, 2, bias=False), nn.ReLU)
+    add("conv2d-nobias-bn-relu", shape, lambda: nn.Conv2d(4, 3, 2, bias=False), lambda: _norm(2, 3), nn.ReLU)
+    add("conv2d-depthwise", shape, lambda: nn.Conv2d(4, 8, 2, groups=4))
+    add("conv2d-dilated", shape, lambda: nn.Conv2d(4, 3, 2, dilation=2, padding=1))
+    add("transposed2d-nobias-relu", shape, lambda: nn.ConvTranspose2d(4, 4, 2, bias=False), nn.ReLU)
     for mode in ("reflect", "replicate", "circular"):
         add(f"conv2d-{mode}", (4, 6, 6), lambda mode=mode: nn.Conv2d(4, 3, 3, padding=1, padding_mode=mode))
     add("transposed2d-bn", (4, 6, 6), lambda: nn.ConvTranspose2d(4, 6, 2), lambda: _norm(2, 6))
@@ -152,12 +153,12 @@ _GRIDS = [
     for per_channel, symmetric in ((True, True), (False, False), (True, False), (False, True))
     for activation in ("static", None, "dynamic")
 ]
-_FULL = {"conv2d-bn": _GRIDS[::2], "transposed2d": _GRIDS[1::2]}
+# all grids together on the main operators, one in turn on each of the others
+_MAIN = {name: _GRIDS[i::4] for i, name in enumerate(("conv2d-bn", "linear-3d", "transposed2d", "F.conv2d"))}
 
 
 def _settings() -> list[tuple[str, int, bool, bool, str | None]]:
-    """Many grids for the main operators, one in turn for the others."""
-    return [(name, *grid) for i, name in enumerate(CASES) for grid in _FULL.get(name, [_GRIDS[(7 * i) % len(_GRIDS)]])]
+    return [(name, *grid) for i, name in enumerate(CASES) for grid in _MAIN.get(name, [_GRIDS[(7 * i) % len(_GRIDS)]])]
 
 
 @pytest.mark.parametrize(("name", "bits", "per_channel", "symmetric", "activation"), _settings())
