@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "is_quantized",
     "operator_name",
     "returns_view",
+    "share_qconfigs",
     "unfused",
 ]
 
@@ -38,6 +40,15 @@ def is_observed(module: nn.Module) -> bool:
 def is_observer(module: nn.Module) -> bool:
     """Whether `module` is an observer or fake-quantizer of torch.ao."""
     return bool(_is_activation_post_process(module))  # type: ignore[no-untyped-call]
+
+
+def share_qconfigs(prepared: fx.GraphModule, sources: dict[fx.Node, fx.Node]) -> None:
+    """Tell the host's convert of nodes that were added to a prepared graph: each has the qconfig of its source."""
+    attributes = prepared.meta["_observed_graph_module_attrs"]
+    known = attributes.node_name_to_qconfig
+    added = {node.name: known[source.name] for node, source in sources.items() if source.name in known}
+    # a new object: copies of a graph share the old one
+    prepared.meta["_observed_graph_module_attrs"] = replace(attributes, node_name_to_qconfig={**known, **added})
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from torch.ao.quantization.observer import PlaceholderObserver
 from torch.ao.quantization.quantize_fx import convert_to_reference_fx
 
 from adaround_plugin.graph.checks import check_prepared_fx
+from adaround_plugin.graph.clamps import insert_clamps, remove_clamps
 from adaround_plugin.graph.compat import is_observed, is_observer, unfused
 from adaround_plugin.graph.fx_nodes import Finder, attribute, owner
 from adaround_plugin.graph.host import WeightedNode
@@ -43,12 +44,14 @@ class PreparedFX:
     Attributes:
         float_stream: the model without observers.
         quantized_stream: the host's reference conversion.
-        signature, nodes, skipped: as in `Host`.
+        signature, nodes, skipped, batch_size: as in `Host`.
 
     Raises:
         InvalidModelError: not prepared, in train mode, not calibrated, not in float32, or without a weighted node.
         NonFiniteError: a weight holds NaN or infinity.
     """
+
+    batch_size = None
 
     def __init__(self, prepared: nn.Module, backend_config: BackendConfig | None = None) -> None:
         check_prepared_fx(prepared)
@@ -56,6 +59,7 @@ class PreparedFX:
         self.prepared = prepared
         self.signature = placeholder_signature(prepared)
         graph = inline(prepared, is_observed)
+        remove_clamps(graph)
         if backend_config is None and not _observes_activations(graph):
             backend_config = get_weight_only_backend_config()
         reference = _reference(prepared, backend_config)
@@ -91,6 +95,7 @@ class PreparedFX:
                 if key not in written:
                     _write(model, name, roundings[node.name])
                 written.add(key)
+        insert_clamps(model)
 
 
 def placeholder_signature(model: fx.GraphModule) -> inspect.Signature:
@@ -121,11 +126,13 @@ def _observes_activations(graph: fx.GraphModule) -> bool:
 
 def _reference(prepared: fx.GraphModule, backend_config: BackendConfig | None) -> fx.GraphModule:
     """The host's reference conversion of a copy."""
+    prepared = copy.deepcopy(prepared)
+    insert_clamps(prepared)
     # reference modules are born with random weights, which must not cost the caller's generator a step
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # the host's advice on deprecated flows and unused ranges; the caller sees it at their own convert
         warnings.simplefilter("ignore")
-        return convert_to_reference_fx(copy.deepcopy(prepared), backend_config=backend_config)
+        return convert_to_reference_fx(prepared, backend_config=backend_config)
 
 
 def _write(model: fx.GraphModule, name: str, rounding: LayerRounding) -> None:

@@ -1,4 +1,4 @@
-"""Weight observers of torchao's PT2E flow: the ones that choose a grid, and their frozen forms."""
+"""Observers of torchao's PT2E flow: those of weights and of activations that choose a grid, and the frozen ones."""
 
 from __future__ import annotations
 
@@ -7,19 +7,56 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from adaround_plugin.activation_observer import AdaRoundActivationMixin
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError, MissingDependencyError
 from adaround_plugin.grid import Grid
 from adaround_plugin.observers import AdaRoundWeightMixin, FrozenMixin
 
 try:
-    from torchao.quantization.pt2e import UniformQuantizationObserverBase
+    from torchao.quantization.pt2e import HistogramObserver, UniformQuantizationObserverBase
     from torchao.quantization.pt2e.utils import create_getattr_from_value
 except ModuleNotFoundError as error:
     raise MissingDependencyError(
         "adaround_plugin.pt2e", f"needs {error.name}, which is not installed", "pip install 'adaround_plugin[pt2e]'"
     ) from error
 
-__all__ = ["AdaRoundGroupObserver", "AdaRoundObserver", "FrozenGroupObserver", "FrozenObserver", "frozen_observer"]
+__all__ = [
+    "AdaRoundActivationObserver",
+    "AdaRoundGroupObserver",
+    "AdaRoundObserver",
+    "FrozenGroupObserver",
+    "FrozenObserver",
+    "frozen_observer",
+]
+
+
+class AdaRoundActivationObserver(AdaRoundActivationMixin, HistogramObserver):
+    """Activation observer of torchao's PT2E flow for few bits; `get_adaround_x86_inductor_config` makes use of it.
+
+    Its range is the best for the integers from `quant_min` to `quant_max`, by minimum squared error of the values seen.
+
+    Args:
+        dtype: storage dtype, `torch.uint8`.
+        quant_min, quant_max: the integer range.
+        qscheme: `torch.per_tensor_affine`.
+        **kwargs: as for torchao's `HistogramObserver`.
+
+    Raises:
+        InvalidOptionError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.uint8,
+        quant_min: int = 0,
+        quant_max: int = 15,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        **kwargs: Any,
+    ) -> None:
+        if dtype != torch.uint8:
+            raise InvalidOptionError("dtype", f"{dtype} does not hold unsigned activations", "Pass torch.uint8.")
+        super().__init__(dtype=dtype, qscheme=qscheme, quant_min=quant_min, quant_max=quant_max, **kwargs)
+        self._check()
 
 
 class AdaRoundObserver(AdaRoundWeightMixin, UniformQuantizationObserverBase):

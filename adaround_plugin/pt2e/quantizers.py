@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,9 +13,9 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import get_defau
 
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.graph.operators import is_transposed, is_weighted_function
-from adaround_plugin.grid import integer_range
+from adaround_plugin.grid import check_bits, integer_range
 from adaround_plugin.names import select
-from adaround_plugin.pt2e.observers import AdaRoundGroupObserver, AdaRoundObserver
+from adaround_plugin.pt2e.observers import AdaRoundActivationObserver, AdaRoundGroupObserver, AdaRoundObserver
 
 __all__ = ["AdaRoundWeightOnlyQuantizer", "get_adaround_weight_spec", "get_adaround_x86_inductor_config"]
 
@@ -75,23 +76,33 @@ def get_adaround_x86_inductor_config(
 
     Args:
         weight_bits: 2 to 8, symmetric.
-        activation_bits: 8, or None for weight-only quantization.
+        activation_bits: 8 for the quantizer's own activation observers; 2 to 7 for AdaRound's, or where dynamic for the
+            range of each batch on that many bits; None for weight-only quantization.
         per_channel: one scale per output channel, else one per weight.
         is_dynamic: activations are quantized with the range of each batch (linear layers only).
 
     Raises:
         InvalidOptionError: bits out of range.
     """
-    if activation_bits not in (8, None):
-        raise InvalidOptionError(
-            "activation_bits", f"{activation_bits!r} is not supported", "Pass 8, or None for float activations."
-        )
     if is_dynamic and activation_bits is None:
         raise InvalidOptionError("is_dynamic", "there are no activations to quantize", "Pass activation_bits=8.")
     default = get_default_x86_inductor_quantization_config(is_dynamic=is_dynamic)
-    activation = None if activation_bits is None else default.input_activation
-    output = None if activation_bits is None else default.output_activation
-    return QuantizationConfig(activation, output, get_adaround_weight_spec(weight_bits, per_channel), default.bias)
+    specs: list[QuantizationSpec | None] = [default.input_activation, default.output_activation]
+    if activation_bits is None:
+        specs = [None, None]
+    elif check_bits(activation_bits, "activation_bits") < 8:
+        specs = [_narrow(spec, activation_bits) for spec in specs]
+    return QuantizationConfig(*specs, get_adaround_weight_spec(weight_bits, per_channel), default.bias)
+
+
+def _narrow(spec: QuantizationSpec | None, bits: int) -> QuantizationSpec | None:
+    """The specification of an activation for fewer bits."""
+    if spec is None:
+        return None
+    observer = spec.observer_or_fake_quant_ctr
+    if not spec.is_dynamic:
+        observer = AdaRoundActivationObserver.with_args(eps=2**-12)
+    return replace(spec, quant_min=0, quant_max=2**bits - 1, observer_or_fake_quant_ctr=observer)
 
 
 class AdaRoundWeightOnlyQuantizer(Quantizer):

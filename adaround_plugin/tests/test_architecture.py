@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[1]
 
 # a module imports from layers above its own line only; inside one layer, from what stands before it
 LAYERS: list[list[str]] = [
-    ["_version", "errors", "grid", "hessian", "moments", "names", "weighted_op"],
+    ["_version", "errors", "activation_range", "grid", "hessian", "moments", "names", "weighted_op"],
     ["problem", "solvers._sweep", "solvers.nearest", "solvers.sequential", "solvers.coordinate_descent"],
-    ["solvers.annealing", "solvers", "scale", "observers", "qconfig"],
+    ["solvers.annealing", "solvers", "scale", "observers", "activation_observer", "qconfig"],
     ["layer", "report", "calibration"],
     ["graph", "graph.compat", "graph.operators", "graph.streams", "graph.transforms", "graph.host"],
-    ["graph.checks", "graph.grids", "graph.fx_nodes", "graph.prepared_fx"],
+    ["graph.checks", "graph.clamps", "graph.grids", "graph.fx_nodes", "graph.prepared_fx"],
     ["pt2e.observers", "pt2e.quantizers", "pt2e", "graph.pt2e_nodes", "graph.prepared_pt2e", "graph.hosts"],
     ["learner", "learn"],
     ["inc.compat", "inc.recording", "inc.layers", "inc.parts", "inc.config"],

@@ -1,0 +1,100 @@
+"""An activation observer for fewer than 8 bits: the host's histogram, with a range chosen for that many levels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.ao.quantization.observer import HistogramObserver
+
+from adaround_plugin.activation_range import min_mse_qparams
+from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.grid import check_bits
+
+__all__ = ["AdaRoundActivationMixin", "AdaRoundActivationObserver"]
+
+
+class AdaRoundActivationMixin:
+    """Chooses scale and zero point of a histogram observer's integer range by minimum squared error.
+
+    The hosts' own `HistogramObserver` chooses its range for the 256 integers of its dtype, whatever `quant_max` is.
+    The mixin also marks observers for which `adaround` makes FX stay inside the range (`graph.clamps`).
+    """
+
+    quant_min: int
+    quant_max: int
+    qscheme: torch.qscheme
+    histogram: Tensor
+    min_val: Tensor
+    max_val: Tensor
+    eps: Tensor
+
+    def _check(self) -> None:
+        if self.qscheme != torch.per_tensor_affine:
+            raise InvalidOptionError(
+                "qscheme", f"{self.qscheme} wastes levels of activations", "Pass torch.per_tensor_affine."
+            )
+        if not 0 <= self.quant_min < self.quant_max <= 255:
+            raise InvalidOptionError(
+                "quant_min, quant_max",
+                f"[{self.quant_min}, {self.quant_max}] is not inside [0, 255]",
+                "Pass a range of unsigned integers.",
+            )
+
+    def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """`(scale, zero_point)` of the values seen, each `(1,)`."""
+        low, high = float(self.min_val), float(self.max_val)
+        if low > high:
+            # nothing was seen: the host's warning and its default
+            return super().calculate_qparams(**kwargs)  # type: ignore[misc, no-any-return]
+        scale, zero_point = min_mse_qparams(self.histogram, low, high, self.quant_min, self.quant_max)
+        device = self.min_val.device
+        scales = torch.tensor([scale], dtype=torch.float32, device=device).clamp_min(float(self.eps))
+        return scales, torch.tensor([zero_point], device=device)
+
+    def bounds(self) -> tuple[float, float]:
+        """The least and the greatest value on the grid."""
+        scale, zero_point = self.calculate_qparams()
+        ends = torch.tensor([self.quant_min, self.quant_max], device=scale.device)
+        low, high = ((ends - zero_point) * scale).tolist()
+        return low, high
+
+
+class AdaRoundActivationObserver(AdaRoundActivationMixin, HistogramObserver):
+    """Activation observer of `torch.ao.quantization` for 2 to 8 bits; use it in a `QConfig` through `with_args`.
+
+    `convert_fx` and `convert_to_reference_fx` clip activations to the range of the storage dtype, not to that of the
+    observer. `adaround` therefore puts a clamp before each observer of this class, and the converted model holds only
+    integers that have `bits` bits.
+
+    Args:
+        bits: 2 to 8; sets the range to `[0, 2^bits - 1]`. `quant_min` and `quant_max` override it.
+        dtype: storage dtype, `torch.quint8`.
+        qscheme: `torch.per_tensor_affine`.
+        **kwargs: as for `torch.ao.quantization.HistogramObserver`.
+
+    Raises:
+        InvalidOptionError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        high = 2 ** check_bits(bits) - 1
+        if dtype != torch.quint8:
+            raise InvalidOptionError("dtype", f"{dtype} does not hold activations in FX", "Pass torch.quint8.")
+        super().__init__(
+            dtype=dtype,
+            qscheme=qscheme,
+            quant_min=0 if quant_min is None else quant_min,
+            quant_max=high if quant_max is None else quant_max,
+            **kwargs,
+        )
+        self._check()
