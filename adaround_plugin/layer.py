@@ -5,7 +5,7 @@ No graph and no host: a layer is an operator, a weight, a grid and moments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan
 from typing import Literal
 
@@ -91,8 +91,17 @@ class Layer:
     def nearest(self) -> LayerRounding:
         """Round to nearest on the starting grid, bias untouched: the baseline."""
         integers = self.grid.nearest(self.weight)
-        error, held = self._errors(self.grid, integers, correct_bias=False)
+        error, held = self._errors(self.grid, integers, None)
         return LayerRounding(self.grid, integers, None, False, error, error, held, held)
+
+    def rounded(self, grid: Grid, integers: Tensor, bias_correction: Tensor | None) -> LayerRounding:
+        """A rounding that was found elsewhere, with its errors beside those of nearest."""
+        baseline = self.nearest()
+        error, held = self._errors(grid, integers, bias_correction)
+        return LayerRounding(
+            *(grid, integers, bias_correction, True),
+            *(baseline.nearest_error, error, baseline.nearest_holdout, held),
+        )
 
     def learn(
         self, recipe: Recipe, solver: Solver, search_scale: bool, up_or_down: bool, judge: bool = True
@@ -125,14 +134,15 @@ class Layer:
 
     def _judged(self, grid: Grid, integers: Tensor, correction: Tensor | None) -> LayerRounding:
         """The learned rounding, or nearest where that is better on held-out samples (on all without any)."""
-        baseline = self.nearest()
-        error, held = self._errors(grid, integers, correction is not None)
-        if held is not None and baseline.nearest_holdout is not None:
-            learned = held <= baseline.nearest_holdout
+        found = self.rounded(grid, integers, correction)
+        if found.learned_holdout is not None and found.nearest_holdout is not None:
+            learned = found.learned_holdout <= found.nearest_holdout
         else:
-            learned = error <= baseline.nearest_error
-        kept = (grid, integers, correction) if learned else (baseline.grid, baseline.integers, None)
-        return LayerRounding(*kept, learned, baseline.nearest_error, error, baseline.nearest_holdout, held)
+            learned = found.learned_error <= found.nearest_error
+        if learned:
+            return found
+        nearest = self.grid.nearest(self.weight)
+        return replace(found, grid=self.grid, integers=nearest, bias_correction=None, learned=False)
 
     def _form(self, recipe: Recipe) -> tuple[Hessian, Tensor]:
         """Damped hessian and target in weight units.
@@ -205,7 +215,7 @@ class Layer:
         """`w - w^` as rows, float64."""
         return self.op.rows(self.weight.double() - grid.dequantize(integers).double())
 
-    def _errors(self, grid: Grid, integers: Tensor, correct_bias: bool) -> tuple[float, float | None]:
+    def _errors(self, grid: Grid, integers: Tensor, correction: Tensor | None) -> tuple[float, float | None]:
         """Output error over output variance on the learning and on the held-out samples."""
         change, rows = self._change(grid, integers), self.op.rows(self.weight).double()
         found: list[float | None] = []
@@ -213,10 +223,10 @@ class Layer:
             if not moments.count:
                 found.append(None)
                 continue
-            # the bias is learned on the learning samples; held-out ones must live with it
             error = moments.error(change, correct_bias=False)
-            if correct_bias:
-                offset = self.moments.bias(change)
+            if correction is not None:
+                # the bias is learned on the learning samples; held-out ones must live with it
+                offset = correction.double().reshape(error.shape)
                 error = (error - 2 * offset * moments.bias(change) + offset.square()).clamp_min(0)
             variance = ((rows @ moments.hessian) * rows).sum()
             square = variance + (rows @ moments.mean.unsqueeze(2)).square().sum()

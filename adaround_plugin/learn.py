@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,14 +14,16 @@ from tqdm import tqdm
 
 from adaround_plugin.calibration import Sampling, bind_batches
 from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.graph.blocks import Block, find_blocks, named_blocks
 from adaround_plugin.graph.host import Host, Skipped
 from adaround_plugin.graph.hosts import open_host
 from adaround_plugin.layer import Recipe
 from adaround_plugin.learner import Learner, Settings
 from adaround_plugin.names import select
+from adaround_plugin.presets import resolve
 from adaround_plugin.problem import Solver
 from adaround_plugin.report import KEY, LayerReport, RecipeTrial, Report
-from adaround_plugin.solvers import Nearest, Sequential, get_solver
+from adaround_plugin.solvers import Nearest, Relaxation, Sequential, get_solver
 
 __all__ = ["adaround"]
 
@@ -37,7 +39,9 @@ def adaround(
     prepared: nn.Module,
     batches: Iterable[Any],
     *,
-    solver: str | Solver = "annealing",
+    preset: Literal["default", "paper", "blocks"] = "default",
+    solver: str | Solver = "auto",
+    blocks: bool | Sequence[str] | Literal["auto"] = "auto",
     inputs: Callable[[Any], Any] | None = None,
     exclude: Exclude = (),
     scale: Literal["auto", "observer", "search"] = "auto",
@@ -45,8 +49,8 @@ def adaround(
     correct_bias: bool | Literal["auto"] = "auto",
     column_weighting: Literal["auto", "none", "inverse_norm"] = "auto",
     damping: float | Literal["auto"] = "auto",
-    rounding: Literal["grid", "up_or_down"] = "grid",
-    holdout: float = 0.125,
+    rounding: Literal["auto", "grid", "up_or_down"] = "auto",
+    holdout: float | Literal["auto"] = "auto",
     max_columns: int = 16384,
     backend_config: BackendConfig | None = None,
     progress: bool = True,
@@ -64,20 +68,29 @@ def adaround(
             observers.
         batches: unlabelled calibration data: a DataLoader, a list, any iterable of tensors, tuples (positional) or
             dicts (keyword arguments). A few hundred samples do. A one-shot iterator is read once and kept in memory.
-        solver: `"annealing"`, `"coordinate_descent"`, `"sequential"`, `"nearest"`, or an object with `solve`.
+        preset: what `"auto"` means for the options below; an option that is given wins. `"default"`: annealing on second
+            moments. `"paper"`: the relaxation with the paper's settings (10,000 steps a layer, equations 21 to 25).
+            `"blocks"`: annealing, then all roundings of a block learned together on samples; for 2 bits, and for
+            activations of few bits.
+        solver: `"annealing"`, `"coordinate_descent"`, `"cross_entropy"`, `"nearest"`, `"relaxation"`, `"sequential"`, or
+            an object: `Relaxation(...)`, or any with `solve`.
+        blocks: with a `Relaxation` on samples, what is learned together. False: each layer by itself. True: blocks found
+            in the graph (a residual block, layers of a chain in threes). A list: of modules or patterns, each a block;
+            other layers are only started.
         inputs: maps a batch to the model's inputs, such as `lambda batch: batch[0]` to drop labels.
         exclude: names (a parent's name covers its children), regular expressions on names, or module types. Excluded
             layers are rounded to nearest on their own grid.
         scale: `"observer"` keeps the observer's scale, `"search"` chooses scale and zero point under the layer's data;
-            `"auto"` searches for `AdaRoundObserver`, and keeps the scale of other observers and for `"nearest"`.
+            by default it searches for `AdaRoundObserver`, and keeps the scale of other observers and for `"nearest"`.
         asymmetric: imitate the float output from the quantized input, else from the same input.
         correct_bias: let biases absorb the mean error; a module without a bias gets one.
         column_weighting: `"none"`, or `"inverse_norm"` for networks with massive activations.
         damping: ridge on the hessian relative to its mean diagonal.
-            These four, where `"auto"`, are decided together by the error of the network's output on held-out samples,
+            These four, where the preset leaves them open, are decided together by the error of the network's output on held-out samples,
             in trials on part of the data.
         rounding: `"grid"` lets an integer be any on the grid, `"up_or_down"` only floor or ceil, as in the paper.
-        holdout: share of the samples kept out of learning; a layer that is worse there than nearest keeps nearest.
+        holdout: share of the samples kept out of learning (an eighth by default); a layer that is worse there than
+            nearest keeps nearest, a block that is worse than its start keeps its start.
         max_columns: at most about this many columns of a layer's design matrix enter its moments, or four per weight
             of an output channel where that is more.
         backend_config: the one given to `prepare_fx`, if any (the weight-only one is recognized).
@@ -96,28 +109,32 @@ def adaround(
         NonFiniteError: NaN or infinity in weights or activations; the layer is named.
     """
     start = time.perf_counter()
-    chosen = get_solver(solver)
-    choices = {"scale": scale, "rounding": rounding, "column_weighting": column_weighting}
-    _check_choices({**choices, "asymmetric": asymmetric, "correct_bias": correct_bias})
-    _check_numbers(holdout, max_columns, damping, seed)
+    given = {"solver": solver, "blocks": blocks, "scale": scale, "rounding": rounding, "holdout": holdout}
+    imitated = {"asymmetric": asymmetric, "correct_bias": correct_bias}
+    imitated |= {"column_weighting": column_weighting, "damping": damping}
+    options = resolve(preset, given | imitated)
+    _check_choices(options)
+    _check_numbers(options["holdout"], max_columns, options["damping"], seed)
     if inputs is not None and not callable(inputs):
         raise InvalidOptionError("inputs", f"{inputs!r} is not callable", "Pass a function of one batch.")
     if backend_config is not None and not isinstance(backend_config, BackendConfig):
         raise InvalidOptionError("backend_config", f"{backend_config!r} is none", "Pass a torch.ao BackendConfig.")
+    chosen, relaxation = _solvers(options["solver"], options["blocks"])
     host = open_host(prepared, backend_config)
     frozen = _excluded(host, exclude)
+    grouped = _blocks(host, options["blocks"])
     bound = bind_batches(host.signature, host.flatten, batches, inputs)
-    sampling = Sampling.of(bound, holdout, max_columns, seed)
-    options = {
-        "asymmetric": asymmetric,
-        "correct_bias": correct_bias,
-        "column_weighting": column_weighting,
-        "damping": damping,
-    }
-    recipes = _recipes(isinstance(chosen, Nearest), sampling.total, options)
-    if isinstance(chosen, Nearest) and scale == "auto":
-        scale = "observer"
-    settings = Settings(chosen, recipes[0], scale, rounding == "up_or_down", frozen)
+    sampling = Sampling.of(bound, options["holdout"], max_columns, seed)
+    imitated = {name: options[name] for name in imitated}
+    plain = isinstance(chosen, Nearest) and relaxation is None
+    recipes = _recipes(plain, sampling.total, imitated)
+    if plain and options["scale"] == "auto":
+        options["scale"] = "observer"
+    settings = Settings(
+        *(chosen, recipes[0], options["scale"], options["rounding"] == "up_or_down", frozen),
+        relaxation=relaxation,
+        blocks=grouped,
+    )
     setup = time.perf_counter() - start
     with (
         torch.no_grad(),
@@ -126,7 +143,7 @@ def adaround(
         trials: list[RecipeTrial] = []
         if len(recipes) > 1 and len(frozen) < len(host.nodes):
             bar.set_postfix_str("choosing a recipe")
-            recipe, trials = _try(host, bound, recipes, settings, holdout, seed, options)
+            recipe, trials = _try(host, bound, recipes, settings, options["holdout"], seed, imitated)
             settings = replace(settings, recipe=recipe)
         tried = time.perf_counter() - start - setup
 
@@ -134,18 +151,22 @@ def adaround(
             bar.set_postfix_str(f"{layer.name} {layer.nearest_error:.2e} -> {layer.learned_error:.2e}", refresh=False)
             bar.update()
 
-        learner = Learner(host, bound, sampling, settings, show)
+        def show_step(name: str, iteration: int, loss: float) -> None:
+            bar.set_postfix_str(f"{name} step {iteration}, {loss:.2f} of the error at the start")
+
+        learner = Learner(host, bound, sampling, settings, show, show_step)
         bound.clear()
         learner.run()
         model = host.prepared if inplace else host.copy()
         host.write(model, learner.roundings)
     skipped = [*host.skipped, *_excluded_entries(host, frozen)]
     model.meta[KEY] = Report(
-        solver=type(chosen).__name__,
+        solver=type(chosen if relaxation is None else relaxation).__name__,
         recipe=_describe(settings.recipe),
-        layers=learner.reports,
+        layers=list(learner.reports.values()),
         skipped=[(entry.name, entry.kind, entry.reason) for entry in skipped],
         trials=trials,
+        blocks=learner.block_reports,
         output_error=learner.output_error,
         seconds={"setup": setup, **learner.seconds, "trials": tried, "total": time.perf_counter() - start},
     )
@@ -161,10 +182,10 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _check_choices(given: dict[str, Any]) -> None:
-    for name, value in given.items():
-        if value not in _CHOICES[name]:
-            raise InvalidOptionError(name, f"{value!r} is not known", f"Pass one of {list(_CHOICES[name])}.")
+def _check_choices(options: dict[str, Any]) -> None:
+    for name, choices in _CHOICES.items():
+        if options[name] not in choices:
+            raise InvalidOptionError(name, f"{options[name]!r} is not known", f"Pass one of {list(choices)}.")
 
 
 def _check_numbers(holdout: Any, max_columns: Any, damping: Any, seed: Any) -> None:
@@ -176,6 +197,31 @@ def _check_numbers(holdout: Any, max_columns: Any, damping: Any, seed: Any) -> N
         raise InvalidOptionError("damping", f"{damping!r} is not positive", "Pass a positive number, or 'auto'.")
     if not isinstance(seed, int):
         raise InvalidOptionError("seed", f"{seed!r} is not an integer", "Pass an integer.")
+
+
+def _solvers(solver: str | Solver, blocks: Any) -> tuple[Solver, Relaxation | None]:
+    """The solver of each layer's rounding problem, and the relaxation on samples that follows, if any.
+
+    Raises:
+        InvalidOptionError: blocks without a relaxation on samples, which alone learns layers together.
+    """
+    chosen = get_solver(solver)
+    if isinstance(chosen, Relaxation) and chosen.data == "samples":
+        return chosen.start or Nearest(), chosen
+    if blocks is not False:
+        raise InvalidOptionError(
+            "blocks", f"{type(chosen).__name__} takes layers one by one", "Pass preset='blocks', or a Relaxation."
+        )
+    return chosen, None
+
+
+def _blocks(host: Host, blocks: Any) -> tuple[Block, ...]:
+    """What is learned together."""
+    if isinstance(blocks, bool):
+        return tuple(find_blocks(host)) if blocks else ()
+    if isinstance(blocks, str) or not isinstance(blocks, Sequence) or not all(isinstance(one, str) for one in blocks):
+        raise InvalidOptionError("blocks", f"{blocks!r} has no names", "Pass True, False or a list of names.")
+    return tuple(named_blocks(host, blocks))
 
 
 def _excluded(host: Host, exclude: Exclude) -> frozenset[str]:
@@ -247,7 +293,8 @@ def _try(
     for recipe in recipes:
         # damped as so few samples need it
         tried = replace(recipe, damping=0.1) if options["damping"] == "auto" else recipe
-        learner = Learner(host, part, sampling, replace(settings, solver=Sequential(), recipe=tried, judge=False))
+        quick = replace(settings, solver=Sequential(), recipe=tried, judge=False, relaxation=None, blocks=())
+        learner = Learner(host, part, sampling, quick)
         learner.run()
         trials.append(RecipeTrial(_describe(tried), learner.output_error))
     best = min(range(len(recipes)), key=lambda i: trials[i].output_error)

@@ -14,12 +14,16 @@ from torch import Tensor, fx
 
 from adaround_plugin.calibration import Sampling
 from adaround_plugin.errors import InvalidBatchError, NonFiniteError
+from adaround_plugin.graph.blocks import Block, layer_exits
 from adaround_plugin.graph.host import CallSite, Host, WeightedNode
+from adaround_plugin.graph.regions import Exit, Region
 from adaround_plugin.graph.streams import Values, tensors
 from adaround_plugin.layer import Layer, LayerRounding, Recipe
 from adaround_plugin.moments import Moments
 from adaround_plugin.problem import Solver
-from adaround_plugin.report import LayerReport
+from adaround_plugin.reconstruction import Start, reconstruct
+from adaround_plugin.report import BlockReport, LayerReport
+from adaround_plugin.solvers.relaxation import Relaxation
 
 __all__ = ["Learner", "Settings"]
 
@@ -35,7 +39,9 @@ class Settings:
     """How layers are learned.
 
     Attributes:
-        solver: of the rounding problem.
+        solver: of the rounding problem of each layer.
+        relaxation: how roundings are learned on samples after that, None for not at all.
+        blocks: what is learned together on samples; empty for layer by layer.
         recipe: what layers imitate.
         scale: `"auto"`, `"observer"` or `"search"`.
         up_or_down: restrict integers to floor and ceil.
@@ -49,14 +55,17 @@ class Settings:
     up_or_down: bool
     frozen: frozenset[str]
     judge: bool = True
+    relaxation: Relaxation | None = None
+    blocks: tuple[Block, ...] = ()
 
 
 class Learner:
     """One pass over a host's graph with one recipe.
 
     Attributes:
-        roundings: what was decided, by name of the weighted node.
-        reports: one per learned layer, in the order solved.
+        roundings: what was decided, by name of the weighted node; round-to-nearest until then.
+        reports: one per learned layer, by name, in the order solved.
+        block_reports: one per block.
         output_error: of the network's output, relative to its variance.
         seconds: by phase; `layer_seconds` by weighted node.
     """
@@ -68,14 +77,20 @@ class Learner:
         sampling: Sampling,
         settings: Settings,
         on_layer: Callable[[LayerReport], None] | None = None,
+        on_step: Callable[[str, int, float], None] | None = None,
     ) -> None:
-        self.host, self.sampling, self.settings, self.on_layer = host, sampling, settings, on_layer
+        self.host, self.sampling, self.settings = host, sampling, settings
+        self.on_layer, self.on_step = on_layer, on_step
         self.streams = (host.float_stream, host.quantized_stream)
         self.values: list[BothValues] = [
             (host.float_stream.bind(arguments), host.quantized_stream.bind(arguments)) for arguments in bound
         ]
         self.roundings: dict[str, LayerRounding] = {}
-        self.reports: list[LayerReport] = []
+        self.reports: dict[str, LayerReport] = {}
+        self.block_reports: list[BlockReport] = []
+        self.exits: dict[str, tuple[Exit, ...]] = {}
+        if settings.relaxation is not None and not settings.blocks:
+            self.exits = layer_exits(host, host.nodes, settings.relaxation.activation)
         self.output_error = 0.0
         self.seconds: dict[str, float] = defaultdict(float)
         self.layer_seconds: dict[str, float] = defaultdict(float)
@@ -85,14 +100,89 @@ class Learner:
         for stream in self.streams:
             stream.restart()
         for node in self.host.nodes:
-            baseline = self._baseline(node)
-            node.set_quantized(baseline)
-            if node.name in self.settings.frozen:
-                self.roundings[node.name] = baseline
+            self.roundings[node.name] = self._baseline(node)
+            node.set_quantized(self.roundings[node.name])
         pending = [node for node in self.host.nodes if node.name not in self.settings.frozen]
+        for block in self.settings.blocks:
+            pending = self._learn_block(block, pending)
         while pending:
             pending = self._stage(pending)
         self._finish()
+
+    def _learn_block(self, block: Block, pending: list[WeightedNode]) -> list[WeightedNode]:
+        """Decide a block's layers one by one, then all together from its entry; returns what is left."""
+        names = {node.name for node in block.nodes} - self.settings.frozen
+        if not names:
+            return pending
+        # as far as the blocks before it allow
+        self._forward(self._plan(pending), lambda batch, values: None)
+        entry = [(dict(exact), dict(quantized)) for exact, quantized in self.values]
+        done = set(self.streams[1].done)
+        while any(node.name in names for node in pending):
+            pending = self._stage(pending)
+        if block.exits:
+            changed, report = self._reconstruct([node for node in block.nodes if node.name in names], block, entry)
+        else:
+            changed, report = False, BlockReport(block.name, tuple(names), note=block.note)
+        self.block_reports.append(report)
+        if changed:
+            # the quantized stream runs again, from the block's entry, on the roundings learned
+            self.values = [(exact, again) for (exact, _), (_, again) in zip(self.values, entry, strict=True)]
+            self.streams[1].done = done
+        return pending
+
+    def _reconstruct(
+        self, nodes: list[WeightedNode], block: Block, values: list[BothValues]
+    ) -> tuple[bool, BlockReport]:
+        """Learn roundings on samples from where they are; whether any changed, and how the block's error fell."""
+        relaxation, recipe = self.settings.relaxation, self.settings.recipe
+        assert relaxation is not None
+        began = time.perf_counter()
+        with self._clock("reconstruct", nodes[0] if len(nodes) == 1 else None):
+            region = Region(
+                *(nodes, block.exits, self.roundings, self.host.nodes, self.streams, values, self.sampling),
+                *(relaxation, recipe.asymmetric, self.host.batch_size),
+            )
+            notes = _region_notes(region, nodes, recipe)
+            if not region.nodes:
+                return False, BlockReport(block.name, tuple(node.name for node in nodes), note="; ".join(notes))
+            found = reconstruct(region, [self._start(node) for node in region.nodes], relaxation, self._step(block.name))
+        if found.better:
+            for node, learned in zip(region.nodes, found.weights, strict=True):
+                rounding = replace(
+                    self.roundings[node.name], integers=learned.integers, bias_correction=learned.correction, learned=True
+                )
+                self._accept(node, rounding)
+        else:
+            notes.append("start kept: what was learned is no better")
+        names = tuple(node.name for node in region.nodes)
+        return found.better, BlockReport(
+            *(block.name, names, found.start_error, found.learned_error, found.start_holdout, found.learned_holdout),
+            *(found.iterations, time.perf_counter() - began, "; ".join(notes)),
+        )
+
+    def _start(self, node: WeightedNode) -> Start:
+        """Where the relaxation of a weight begins."""
+        rounding, relaxation = self.roundings[node.name], self.settings.relaxation
+        assert relaxation is not None
+        moves_bias = self.settings.recipe.correct_bias and node.bias != "fixed"
+        outputs = node.op.rows(node.weight).shape[:2].numel()
+        return Start(
+            *(node.weight, rounding.grid, rounding.integers, outputs, rounding.bias_correction),
+            *(moves_bias, relaxation.start is None),
+        )
+
+    def _accept(self, node: WeightedNode, rounding: LayerRounding) -> None:
+        """Take a rounding that was learned on samples in place of the one before."""
+        self.roundings[node.name] = rounding
+        node.set_quantized(rounding)
+        if node.name in self.reports:
+            flipped = float((rounding.integers != rounding.grid.nearest(node.weight)).float().mean())
+            self.reports[node.name] = replace(self.reports[node.name], flipped=flipped)
+
+    def _step(self, name: str) -> Callable[[int, float], None] | None:
+        on_step = self.on_step
+        return None if on_step is None else lambda iterations, loss: on_step(name, iterations, loss)
 
     def _baseline(self, node: WeightedNode) -> LayerRounding:
         return LayerRounding(node.grid, node.grid.nearest(node.weight), None, False, 0.0, 0.0, None, None)
@@ -225,12 +315,20 @@ class Learner:
         if not self.settings.judge:
             return
         notes = [] if moments.count else ["no learning sample reached it"]
+        if node.name in self.exits and moments.count:
+            block = Block(node.name, (node,), self.exits[node.name])
+            changed, learned = self._reconstruct([node], block, self.values)
+            if changed:
+                decided = self.roundings[node.name]
+                rounding = layer.rounded(decided.grid, decided.integers, decided.bias_correction)
+            notes += [learned.note] if learned.note else []
+            self.block_reports.append(learned)
         if search and not layer.can_search_scale:
             notes.append("scale kept: it runs along the input channels")
         report = _layer_report(
             node, rounding, wanted, notes, moments.count + holdout.count, self.layer_seconds[node.name]
         )
-        self.reports.append(report)
+        self.reports[node.name] = report
         if self.on_layer is not None:
             self.on_layer(report)
 
@@ -263,6 +361,17 @@ class Learner:
         self.seconds[phase] += seconds
         if node is not None:
             self.layer_seconds[node.name] += seconds
+
+
+def _region_notes(region: Region, nodes: list[WeightedNode], recipe: Recipe) -> list[str]:
+    """What is unusual about a region."""
+    left = [node.name for node in nodes if node not in region.nodes]
+    notes = [f"not learned on samples, called elsewhere or with a computed bias: {', '.join(left)}"] if left else []
+    if not region.resampled:
+        notes.append("minibatches are the caller's batches: samples cannot be told apart at its entry")
+    if region.without_twin and not recipe.asymmetric:
+        notes.append(f"quantized input taken for {', '.join(region.without_twin)}, which the float stream lacks")
+    return notes
 
 
 def _no_moments(node: WeightedNode) -> tuple[Moments, Moments]:

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from adaround_plugin.errors import InvalidModelError
 
-__all__ = ["LayerReport", "RecipeTrial", "Report", "get_report"]
+__all__ = ["BlockReport", "LayerReport", "RecipeTrial", "Report", "get_report"]
 
 KEY = "adaround_report"
 
@@ -55,6 +55,31 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class BlockReport:
+    """Layers whose roundings were learned together on samples, or one layer that was.
+
+    Attributes:
+        name, layers: of the block, and of its layers.
+        start_error, learned_error: squared error of the block's output over the float output's variance on the learning
+            samples, before and after; None where nothing was learned on samples.
+        start_holdout, learned_holdout: the same on held-out samples, None without any.
+        iterations: steps made.
+        seconds: time taken.
+        note: anything unusual.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    start_error: float | None = None
+    learned_error: float | None = None
+    start_holdout: float | None = None
+    learned_holdout: float | None = None
+    iterations: int = 0
+    seconds: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class RecipeTrial:
     """A recipe that was tried on part of the data: its settings and the relative error of the network's output."""
 
@@ -71,9 +96,11 @@ class Report:
         layers: learned layers in the order in which they were solved.
         skipped: `(name, kind, reason)` of weighted nodes that were not learned.
         trials: recipes tried by `"auto"`.
+        blocks: what was learned on samples. The errors of `layers` are then those before it, but where a block is one
+            layer.
         output_error: squared error of the network's output over its variance on held-out samples (on all without any).
         seconds: wall time by phase: `setup` (checks and the reference conversion), `forward`, `moments`, `solve`,
-            `trials`, `total`.
+            `reconstruct` (learning on samples), `trials`, `total`.
     """
 
     solver: str
@@ -81,6 +108,7 @@ class Report:
     layers: list[LayerReport]
     skipped: list[tuple[str, str, str]]
     trials: list[RecipeTrial] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
     output_error: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -89,9 +117,9 @@ class Report:
         return json.dumps(asdict(self), indent=indent)
 
     def __str__(self) -> str:
-        rows = [_HEAD, *(_row(layer) for layer in self.layers)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = _table(_HEAD, [_row(layer) for layer in self.layers])
+        if self.blocks:
+            lines += _table(_BLOCK_HEAD, [_block_row(block) for block in self.blocks])
         lines += [f"skipped {name} ({kind}): {reason}" for name, kind, reason in self.skipped]
         lines += [f"tried {trial.recipe}: output error {_number(trial.output_error)}" for trial in self.trials]
         kept = sum(layer.learned for layer in self.layers)
@@ -106,6 +134,10 @@ class Report:
 _HEAD = (
     *("layer", "op", "weight", "bits", "nearest", "learned", "held-out nearest", "held-out learned"),
     *("flipped", "clipped", "bias", "seconds", "note"),
+)
+_BLOCK_HEAD = (
+    *("learned on samples", "layers", "start", "learned", "held-out start", "held-out learned"),
+    *("iterations", "seconds", "note"),
 )
 
 
@@ -126,6 +158,28 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
         f"{layer.seconds:.2f}",
         layer.note,
     )
+
+
+def _block_row(block: BlockReport) -> tuple[str, ...]:
+    """The cells of one block, under `_BLOCK_HEAD`."""
+    return (
+        block.name,
+        str(len(block.layers)),
+        _number(block.start_error),
+        _number(block.learned_error),
+        _number(block.start_holdout),
+        _number(block.learned_holdout),
+        str(block.iterations),
+        f"{block.seconds:.2f}",
+        block.note,
+    )
+
+
+def _table(head: tuple[str, ...], cells: list[tuple[str, ...]]) -> list[str]:
+    """Lines of aligned columns."""
+    rows = [head, *cells]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _number(value: float | None) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, fx, nn
 
 from adaround_plugin.errors import InvalidModelError
+from adaround_plugin.graph.calls import Call, function_call, module_call
 from adaround_plugin.graph.compat import is_observer, is_quantized, unfused
 from adaround_plugin.graph.grids import observed_grid, same_grid
 from adaround_plugin.graph.host import CallSite, Skipped, WeightedNode
@@ -65,7 +66,7 @@ class Finder:
                 seen.add(name)
                 continue
             self.ops[name] = (result, kind)
-            site = CallSite(node, self.counterpart[origin(node)])
+            site = CallSite(node, self.counterpart[origin(node)], self._call(node))
             self.sites.setdefault(id(weight), {}).setdefault(name, []).append(site)
         nodes = [node for group in self.sites.values() for node in self._tied(group)]
         if not nodes:
@@ -128,6 +129,15 @@ class Finder:
         weight = attribute(self.graph, name)
         op = function_op(node, weight.shape)
         return name, kind, weight, op or "its stride, padding, dilation or groups are computed"
+
+    def _call(self, node: fx.Node) -> Call | None:
+        """The operator with another weight; None where the bias is computed."""
+        if node.op == "call_module":
+            return module_call(self.graph.get_submodule(str(node.target)))
+        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+        if not isinstance(bias, fx.Node):
+            return function_call(node, None)
+        return function_call(node, attribute(self.graph, str(bias.target))) if bias.op == "get_attr" else None
 
     def _reads(self, name: str) -> list[fx.Node]:
         """The nodes that read a parameter."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, fx, nn
 
+from adaround_plugin.graph.calls import Call
 from adaround_plugin.graph.streams import Stream
 from adaround_plugin.grid import Grid
 from adaround_plugin.layer import LayerRounding
@@ -19,10 +20,14 @@ __all__ = ["CallSite", "Host", "Skipped", "WeightedNode"]
 
 @dataclass(frozen=True)
 class CallSite:
-    """One place where the weight is used: the same node in the float and in the quantized graph."""
+    """One place where the weight is used: the same node in the float and in the quantized graph.
+
+    `call` runs the host's own float operator there with another weight; None where its bias is computed.
+    """
 
     float_node: fx.Node
     quantized_node: fx.Node
+    call: Call | None
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class Host(Protocol):
         quantized_stream: the host's own conversion of it, with the weights of `nodes` as they were last set.
         nodes: the weighted nodes that the host quantizes and that can be learned, in graph order.
         skipped: the weighted nodes that are not, with reasons.
+        batch_size: the number of samples that the graphs are made for; None where any will do.
     """
 
     prepared: fx.GraphModule
@@ -81,6 +87,7 @@ class Host(Protocol):
     quantized_stream: Stream
     nodes: list[WeightedNode]
     skipped: list[Skipped]
+    batch_size: int | None
 
     def flatten(self, arguments: inspect.BoundArguments) -> list[Any]:
         """Arguments as values of the graph's placeholders; raises `ValueError` where they do not fit."""

@@ -64,6 +64,7 @@ class PreparedPT2E:
         self.signature = inspect.Signature(
             [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
         )
+        self.batch_size = _batch_size(prepared)
         graph = _without_guards(inline(prepared, lambda module: False))
         converted = _without_guards(inline(_converted(self.copy()), lambda module: False))
         self.nodes, self.skipped, self._uses = Finder(graph, converted).find()
@@ -123,6 +124,13 @@ class PreparedPT2E:
                 calls = [by_name[origin(use.site.float_node)] for use in self._uses[node.name]]
                 _write(model, calls, roundings[node.name])
         model.recompile()
+
+
+def _batch_size(prepared: fx.GraphModule) -> int | None:
+    """The number of samples that a program was exported for; None where its batches may have any size."""
+    examples = [node.meta.get("val") for node in prepared.graph.nodes if node.op == "placeholder"]
+    first = next((example for example in examples if isinstance(example, Tensor) and example.dim()), None)
+    return first.shape[0] if first is not None and isinstance(first.shape[0], int) else None
 
 
 def _check(prepared: fx.GraphModule) -> None:

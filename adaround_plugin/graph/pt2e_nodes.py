@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torchao.quantization.pt2e import AffineQuantizedObserverBase, FakeQuantizeBase, ObserverBase
 
 from adaround_plugin.errors import InvalidModelError
+from adaround_plugin.graph.calls import Call, function_call
 from adaround_plugin.graph.compat import operator_name
 from adaround_plugin.graph.grids import observed_grid, same_grid
 from adaround_plugin.graph.host import CallSite, Skipped, WeightedNode
@@ -132,7 +133,14 @@ class Finder:
         op = function_op(node, weight.shape)
         if op is None:
             return Skipped(name, kind, "its stride, padding, dilation or groups are computed")
-        return Use(name, kind, op, weight, observer, CallSite(node, counterpart))
+        return Use(name, kind, op, weight, observer, CallSite(node, counterpart, self._call(node)))
+
+    def _call(self, node: fx.Node) -> Call | None:
+        """The operator with another weight; None where the bias is computed."""
+        bias, _ = parameter_node(self.graph, argument(node, 2, "bias"))
+        if bias is None and argument(node, 2, "bias") is not None:
+            return None
+        return function_call(node, None if bias is None else _attribute(self.graph, str(bias.target)))
 
     def _unsupported(self, node: fx.Node) -> Skipped | None:
         """Operators with parameters that the pass does not learn."""

@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 
 from adaround_plugin.graph.compat import operator_name
 
-__all__ = ["Stream", "Values", "tensors"]
+__all__ = ["Stream", "Values", "tensors", "unpacks"]
 
 Values = dict[fx.Node, Any]
 
@@ -40,7 +40,7 @@ class Stream(fx.Interpreter):
                 continue
             if not varying.isdisjoint(node.all_input_nodes):
                 varying.add(node)
-            if node not in varying or _unpacks(node):
+            if node not in varying or unpacks(node):
                 self._remade.add(node)
         self._remade.discard(self.output_node)
         self.done: set[fx.Node] = set(self.placeholders)
@@ -110,7 +110,7 @@ class Stream(fx.Interpreter):
                 found.add(source)
 
 
-def _unpacks(node: fx.Node) -> bool:
+def unpacks(node: fx.Node) -> bool:
     """Whether a node turns integers into floats."""
     if node.op == "call_function":
         return operator_name(node)[0].startswith("dequantize")

@@ -1,0 +1,68 @@
+"""Values of all calibration batches put together, so that any samples can be taken out as a minibatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Rows", "gathered", "stack"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tensor with an equal run of its leading axis for each sample: `(samples, run, ...)`."""
+
+    values: Tensor
+
+    def take(self, index: Tensor) -> Tensor:
+        """The runs of some samples, as the leading axis of one tensor."""
+        return self.values[index.to(self.values.device)].flatten(0, 1)
+
+
+def stack(values: Sequence[Any], sizes: Sequence[int], minibatch: int) -> Any:
+    """The values that one node has in every batch, as `Rows`; in a tuple or list, entry by entry.
+
+    Values that are the same in all batches stay as they are.
+
+    Args:
+        values: one for each batch.
+        sizes: samples in each batch.
+        minibatch: samples that will be taken at a time.
+
+    Raises:
+        ValueError: samples cannot be told apart in the values, which may depend on the size of the batch.
+    """
+    first = values[0]
+    if isinstance(first, Tensor):
+        return _rows([value.dequantize() if value.is_quantized else value for value in values], sizes)
+    if isinstance(first, tuple | list):
+        if type(first) not in (tuple, list) or len({len(value) for value in values}) > 1:
+            raise ValueError("a structure of its own")
+        return type(first)(stack(entries, sizes, minibatch) for entries in zip(*values, strict=True))
+    if any(value != first for value in values) or (isinstance(first, int) and first in sizes and first != minibatch):
+        raise ValueError("a number that depends on the batch")
+    return first
+
+
+def _rows(values: list[Tensor], sizes: Sequence[int]) -> Rows | Tensor:
+    first = values[0]
+    runs = {value.shape[0] / size if value.dim() else 0.0 for value, size in zip(values, sizes, strict=True)}
+    run = runs.pop()
+    if not runs and run >= 1 and run.is_integer() and all(value.shape[1:] == first.shape[1:] for value in values):
+        return Rows(torch.cat(values).unflatten(0, (sum(sizes), int(run))))
+    if all(torch.equal(value, first) for value in values):
+        return first
+    raise ValueError("a tensor without an axis of samples")
+
+
+def gathered(stacked: Any, index: Tensor) -> Any:
+    """The value for some samples."""
+    if isinstance(stacked, Rows):
+        return stacked.take(index)
+    if isinstance(stacked, tuple | list):
+        return type(stacked)(gathered(entry, index) for entry in stacked)
+    return stacked

@@ -1,0 +1,210 @@
+"""The continuous relaxation of "up or down": equations 22 to 24 of the AdaRound paper, and what it is compared with.
+
+A weight whose grid coordinate lies between the integers `lower` and `upper` is written `lower + h(V) (upper - lower)`
+with a share `0 <= h(V) <= 1` (22). Gradient descent moves `V`; something pushes `h` to 0 or 1 meanwhile:
+
+    rectified_sigmoid   h = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1) and the regularizer (23, 24): AdaRound
+    sigmoid             h = sigmoid(V) and the regularizer
+    temperature         h = sigmoid(V / T), T falling towards 0: a Hopfield network's relaxation (Hopfield and Tank 1985)
+    straight_through    V are the coordinates themselves, rounded in the forward pass, their gradient passed on
+
+Tensor mathematics only: no layer, no data, no optimizer.
+"""
+
+from __future__ import annotations
+
+from math import cos, pi
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from adaround_plugin.errors import InvalidOptionError
+
+__all__ = [
+    "GAMMA",
+    "VARIANTS",
+    "ZETA",
+    "SoftRounding",
+    "Variant",
+    "annealed_beta",
+    "bracket",
+    "inverse_rectified_sigmoid",
+    "rectified_sigmoid",
+    "regularizer",
+    "soft_rounding",
+]
+
+Variant = Literal["rectified_sigmoid", "sigmoid", "temperature", "straight_through"]
+
+# stretch of the rectified sigmoid (Louizos et al. 2018; the paper's values below equation 23)
+ZETA, GAMMA = 1.1, -0.1
+# an unrectified sigmoid never reaches 0 or 1: shares start, and count as settled, this far from them
+_MARGIN = 1e-3
+# first and last temperature, geometric between
+_HOT, _COLD = 1.0, 0.02
+
+
+def rectified_sigmoid(v: Tensor) -> Tensor:
+    """`h(V)` of equation 23, in `[0, 1]`; its gradient vanishes only where it is cut off."""
+    return torch.clamp(torch.sigmoid(v) * (ZETA - GAMMA) + GAMMA, 0.0, 1.0)
+
+
+def inverse_rectified_sigmoid(share: Tensor) -> Tensor:
+    """`V` with `h(V) = share`, for shares in `[0, 1]`: where the paper starts, `share` being `W/s - floor(W/s)`."""
+    return torch.logit((share - GAMMA) / (ZETA - GAMMA))
+
+
+def regularizer(share: Tensor, beta: float) -> Tensor:
+    """`1 - |2 h - 1|^beta`, the summand of equation 24: 0 at both ends, 1 in the middle, flatter for larger beta."""
+    return 1 - (2 * share - 1).abs().pow(beta)
+
+
+def annealed_beta(progress: float, warm_up: float, beta: tuple[float, float]) -> float | None:
+    """The exponent at a share `progress` of the iterations; None during warm-up, when the regularizer is off.
+
+    Falls from `beta[0]` to `beta[1]` along half a cosine. The paper says only that it is annealed; the cosine is that
+    of its authors' implementation (AIMET).
+    """
+    if progress < warm_up:
+        return None
+    start, end = beta
+    return end + 0.5 * (start - end) * (1 + cos(pi * (progress - warm_up) / max(1e-12, 1 - warm_up)))
+
+
+def bracket(integers: Tensor, slope: Tensor, lowest: Tensor, highest: Tensor) -> tuple[Tensor, Tensor]:
+    """The two levels, `integers` and a neighbour, between which a weight may move from a rounding that was found.
+
+    Args:
+        integers: int64, the rounding found.
+        slope: derivative of the loss by the coordinate: the neighbour is on the side to which the loss falls.
+        lowest, highest: int64 bounds, the ends of the grid.
+
+    Returns:
+        Lower and upper level; equal where the side's end is reached.
+    """
+    down = (slope > 0).long()
+    lower, upper = integers - down, integers + 1 - down
+    return torch.maximum(lower, lowest), torch.minimum(upper, highest)
+
+
+class SoftRounding(Protocol):
+    """Coordinates of one weight on their way to integers.
+
+    Attributes:
+        parameter: what the optimizer moves, a leaf that requires a gradient.
+    """
+
+    parameter: Tensor
+
+    def coordinates(self, progress: float) -> Tensor:
+        """The weight's grid coordinates at a share `progress` of the iterations, differentiable."""
+
+    def penalty(self, progress: float) -> Tensor | None:
+        """Mean of the regularizer over the weights; None where there is none."""
+
+    def integers(self) -> Tensor:
+        """The coordinates as they would be rounded now, int64."""
+
+    def settled(self) -> bool:
+        """Whether every coordinate is an integer that no gradient moves any more."""
+
+
+class _Share:
+    """Two levels a weight, and a share between them."""
+
+    def __init__(self, lower: Tensor, upper: Tensor, start: Tensor, warm_up: float, beta: tuple[float, float]) -> None:
+        self.lower, self.span = lower.float(), (upper - lower).float()
+        self.warm_up, self.beta = warm_up, beta
+        share = (start.float() - self.lower) / self.span.clamp_min(1.0)
+        self.parameter = self._inverse(share.clamp(0.0, 1.0)).requires_grad_()
+
+    def _inverse(self, share: Tensor) -> Tensor:
+        return inverse_rectified_sigmoid(share)
+
+    def _share(self, progress: float) -> Tensor:
+        return rectified_sigmoid(self.parameter)
+
+    def coordinates(self, progress: float) -> Tensor:
+        return self.lower + self._share(progress) * self.span
+
+    def penalty(self, progress: float) -> Tensor | None:
+        beta = annealed_beta(progress, self.warm_up, self.beta)
+        return None if beta is None else regularizer(self._share(progress), beta).mean()
+
+    def integers(self) -> Tensor:
+        # a share of one half is reached at V = 0 by every variant
+        return (self.lower + (self.parameter.detach() >= 0) * self.span).long()
+
+    def settled(self) -> bool:
+        share = self._share(1.0).detach()
+        return bool((torch.minimum(share, 1 - share) * self.span <= 0).all())
+
+
+class _Sigmoid(_Share):
+    def _inverse(self, share: Tensor) -> Tensor:
+        return torch.logit(share.clamp(_MARGIN, 1 - _MARGIN))
+
+    def _share(self, progress: float) -> Tensor:
+        return torch.sigmoid(self.parameter)
+
+    def settled(self) -> bool:
+        share = self._share(1.0).detach()
+        return bool((torch.minimum(share, 1 - share) * self.span <= _MARGIN).all())
+
+
+class _Temperature(_Sigmoid):
+    def _share(self, progress: float) -> Tensor:
+        return torch.sigmoid(self.parameter / (_HOT * (_COLD / _HOT) ** progress))
+
+    def penalty(self, progress: float) -> Tensor | None:
+        return None
+
+
+class _StraightThrough:
+    """Latent coordinates, rounded in the forward pass (Bengio et al. 2013)."""
+
+    def __init__(self, lower: Tensor, upper: Tensor, start: Tensor) -> None:
+        self.lower, self.upper = lower.float(), upper.float()
+        self.parameter = start.float().clone().requires_grad_()
+
+    def coordinates(self, progress: float) -> Tensor:
+        inside = torch.clamp(self.parameter, self.lower, self.upper)
+        return inside + (inside.round() - inside).detach()
+
+    def penalty(self, progress: float) -> Tensor | None:
+        return None
+
+    def integers(self) -> Tensor:
+        return torch.clamp(self.parameter.detach().round(), self.lower, self.upper).long()
+
+    def settled(self) -> bool:
+        return False
+
+
+_SHARES: dict[str, type[_Share]] = {"rectified_sigmoid": _Share, "sigmoid": _Sigmoid, "temperature": _Temperature}
+VARIANTS = (*_SHARES, "straight_through")
+
+
+def soft_rounding(
+    variant: Variant, lower: Tensor, upper: Tensor, start: Tensor, warm_up: float, beta: tuple[float, float]
+) -> SoftRounding:
+    """Soft coordinates between `lower` and `upper` that begin at `start`.
+
+    Args:
+        variant: one of `VARIANTS`.
+        lower, upper: int64 bounds of one shape; at most 1 apart, but for `"straight_through"`, which takes any.
+        start: real coordinates; outside the bounds they begin at the nearer one.
+        warm_up: share of the iterations without the regularizer.
+        beta: first and last exponent of the regularizer.
+
+    Raises:
+        InvalidOptionError: an unknown variant, or bounds that leave more than two levels.
+    """
+    if variant not in VARIANTS:
+        raise InvalidOptionError("variant", f"{variant!r} is not known", f"Pass one of {list(VARIANTS)}.")
+    if variant == "straight_through":
+        return _StraightThrough(lower, upper, start)
+    if (upper - lower).max() > 1 or (upper < lower).any():
+        raise InvalidOptionError("lower, upper", "leave more than two levels", "Pass bounds at most 1 apart.")
+    return _SHARES[variant](lower, upper, start, warm_up, beta)
