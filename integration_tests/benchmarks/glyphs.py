@@ -94,17 +94,17 @@ def font_path(font: str) -> Path:
 
 
 @lru_cache(maxsize=2)
-def _atlas(split: Split) -> Tensor:
+def atlas(split: Split) -> Tensor:
     """Render each glyph of a split's fonts once, as ink between 0 and 1: (fonts, classes, canvas, canvas)."""
     fonts = TRAIN_FONTS if split == "train" else TEST_FONTS
-    atlas = np.zeros((len(fonts), len(CLASSES), _CANVAS, _CANVAS), dtype=np.float32)
+    rendered = np.zeros((len(fonts), len(CLASSES), _CANVAS, _CANVAS), dtype=np.float32)
     for row, font in enumerate(fonts):
         face = ImageFont.truetype(font_path(font), _EM)
         for column, character in enumerate(CLASSES):
             image = Image.new("L", (_CANVAS, _CANVAS))
             ImageDraw.Draw(image).text((_CANVAS / 2, _BASELINE), character, font=face, fill=255, anchor="ms")
-            atlas[row, column] = np.asarray(image, dtype=np.float32) / 255
-    return torch.from_numpy(atlas)
+            rendered[row, column] = np.asarray(image, dtype=np.float32) / 255
+    return torch.from_numpy(rendered)
 
 
 def _warps(n: int, generator: np.random.Generator) -> Tensor:
@@ -166,11 +166,11 @@ def load(split: Split, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     if split not in ("train", "test"):
         raise ValueError(f'split must be "train" or "test", not {split!r}')
     generator = np.random.default_rng([("train", "test").index(split), seed])
-    atlas = _atlas(split)
-    fonts = torch.from_numpy(generator.integers(len(atlas), size=n))
+    rendered = atlas(split)
+    fonts = torch.from_numpy(generator.integers(len(rendered), size=n))
     labels = torch.from_numpy(generator.integers(len(CLASSES), size=n))
     images = torch.empty(n, 1, IMAGE_SIZE, IMAGE_SIZE)
     for start in range(0, n, _CHUNK):
         part = slice(start, start + _CHUNK)
-        images[part] = _distort(atlas[fonts[part], labels[part]].unsqueeze(1), generator)
+        images[part] = _distort(rendered[fonts[part], labels[part]].unsqueeze(1), generator)
     return images, labels

@@ -91,21 +91,24 @@ class ResNet18(nn.Module):
         return logits
 
 
-def _conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+def conv_bn(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1
+) -> list[nn.Module]:
     """Return a convolution that keeps the size, but for the stride, and its batch norm."""
-    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    padding = dilation * (kernel // 2)
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias=False)
     return [convolution, nn.BatchNorm2d(outputs)]
 
 
 class InvertedResidual(nn.Module):
     """Expand, filter depthwise, project: (n, inputs, H, W) to (n, outputs, H / stride, W / stride)."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int, dilation: int = 1) -> None:
         super().__init__()
         hidden = inputs * expansion
-        expand = [*_conv_bn(inputs, hidden, 1), nn.ReLU6()] if expansion != 1 else []
-        depthwise = [*_conv_bn(hidden, hidden, 3, stride, groups=hidden), nn.ReLU6()]
-        self.conv = nn.Sequential(*expand, *depthwise, *_conv_bn(hidden, outputs, 1))
+        expand = [*conv_bn(inputs, hidden, 1), nn.ReLU6()] if expansion != 1 else []
+        depthwise = [*conv_bn(hidden, hidden, 3, stride, hidden, dilation), nn.ReLU6()]
+        self.conv = nn.Sequential(*expand, *depthwise, *conv_bn(hidden, outputs, 1))
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,12 +128,12 @@ class MobileNet(nn.Module):
     def __init__(self, classes: int, stages: Sequence[tuple[int, int, int, int]], features: int) -> None:
         super().__init__()
         channels = 16
-        layers = [*_conv_bn(1, channels, 3, 2), nn.ReLU6()]
+        layers = [*conv_bn(1, channels, 3, 2), nn.ReLU6()]
         for expansion, outputs, blocks, stride in stages:
             for block in range(blocks):
                 layers.append(InvertedResidual(channels, outputs, stride if block == 0 else 1, expansion))
                 channels = outputs
-        self.features = nn.Sequential(*layers, *_conv_bn(channels, features, 1), nn.ReLU6())
+        self.features = nn.Sequential(*layers, *conv_bn(channels, features, 1), nn.ReLU6())
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(features, classes)
 
@@ -189,9 +192,9 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, classes: int, stem: int, width: int, heads: int, hidden: int, depth: int) -> None:
         super().__init__()
-        first = [*_conv_bn(1, stem, 3, 2), nn.ReLU()]
-        second = [*_conv_bn(stem, 2 * stem, 3), nn.ReLU()]
-        third = [*_conv_bn(2 * stem, width, 3, 2), nn.ReLU()]
+        first = [*conv_bn(1, stem, 3, 2), nn.ReLU()]
+        second = [*conv_bn(stem, 2 * stem, 3), nn.ReLU()]
+        third = [*conv_bn(2 * stem, width, 3, 2), nn.ReLU()]
         self.patches = nn.Sequential(*first, *second, *third, nn.Conv2d(width, width, 1))
         self.positions = nn.Parameter(torch.zeros(1, (IMAGE_SIZE // 4) ** 2, width))
         self.blocks = nn.Sequential(*(TransformerBlock(width, heads, hidden) for _ in range(depth)))

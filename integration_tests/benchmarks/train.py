@@ -1,11 +1,11 @@
 """Train the glyph networks and write their checkpoints.
 
-Run from the repository's root: ``python -m integration_tests.benchmarks.train resnet20 mobilenet vit``.
+Run from the repository's root: ``python -m integration_tests.benchmarks.train resnet20 mobilenet vit segmenter``.
 """
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,27 +15,34 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from integration_tests.benchmarks import glyphs
-from integration_tests.benchmarks.networks import BUILDERS, CHECKPOINTS, VisionTransformer, load
+from integration_tests.benchmarks import glyphs, networks, scenes, segmenter
+from integration_tests.benchmarks.networks import CHECKPOINTS, VisionTransformer
 
-BATCH: Final = 128
 FIRST_SEED: Final = 1_000_000  # training draws its images with the seeds from here on
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train one network: AdamW under a one-cycle schedule."""
+    """How to train one network: AdamW under a one-cycle schedule, on images drawn anew for each step.
+
+    `bfloat16` is of the products; without hardware for it they take longer than in float32.
+    """
 
     steps: int
     peak_rate: float
     decay: float
+    batch: int = 128
+    bfloat16: bool = True
+    draw: Callable[[glyphs.Split, int, int], tuple[Tensor, Tensor]] = glyphs.load
 
 
 RECIPES: Final = {
     "resnet20": Recipe(steps=1000, peak_rate=6e-3, decay=0.02),
     "mobilenet": Recipe(steps=1100, peak_rate=6e-3, decay=0.02),
     "vit": Recipe(steps=3300, peak_rate=3e-3, decay=0.05),
+    "segmenter": Recipe(steps=500, peak_rate=6e-3, decay=0.02, batch=32, bfloat16=False, draw=scenes.load),
 }
+BUILDERS: Final[dict[str, Callable[[], nn.Module]]] = {**networks.BUILDERS, "segmenter": segmenter.Segmenter}
 
 
 def initialise(network: nn.Module, generator: torch.Generator) -> None:
@@ -52,14 +59,14 @@ def initialise(network: nn.Module, generator: torch.Generator) -> None:
             nn.init.zeros_(module.bias)
 
 
-def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield fresh training images (BATCH, 1, H, W) with labels (BATCH,), a number of times."""
-    for step in range(count):
-        yield glyphs.load("train", BATCH, seed=FIRST_SEED + step)
+def batches(recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield fresh training images (batch, 1, H, W) with their labels, one batch for each step."""
+    for step in range(recipe.steps):
+        yield recipe.draw("train", recipe.batch, FIRST_SEED + step)
 
 
 def train(name: str) -> nn.Module:
-    """Train one of the glyph networks from scratch, with products in bfloat16; return it in eval mode."""
+    """Train one of the networks from scratch; return it in eval mode."""
     recipe = RECIPES[name]
     network = BUILDERS[name]()
     initialise(network, torch.Generator().manual_seed(0))
@@ -71,9 +78,9 @@ def train(name: str) -> nn.Module:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, recipe.peak_rate, total_steps=recipe.steps, pct_start=0.15, cycle_momentum=False
     )
-    progress = tqdm(batches(recipe.steps), desc=name, total=recipe.steps, mininterval=1.0)
+    progress = tqdm(batches(recipe), desc=name, total=recipe.steps, mininterval=1.0)
     for images, labels in progress:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
             logits: Tensor = network(images.to(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits.float(), labels)
         optimiser.zero_grad()
@@ -107,15 +114,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, 1 unless told otherwise")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    images, labels = glyphs.load("test", 10_000)
     for name in arguments.names:
         start = time.perf_counter()
         save(name, train(name))
         seconds = time.perf_counter() - start
-        network = load(name)
+        if name == "segmenter":
+            network: nn.Module = segmenter.load()
+            score = f"test mean IoU {scenes.mean_iou(network, *scenes.load('test', 1000)):.2f} %"
+        else:
+            network = networks.load(name)
+            score = f"test top-1 {accuracy(network, *glyphs.load('test', 10_000)):.2%}"
         size = sum(parameter.numel() for parameter in network.parameters())
-        top1 = accuracy(network, images, labels)
-        print(f"{name}: {size:,} parameters, test top-1 {top1:.2%}, trained in {seconds:.0f} s")
+        print(f"{name}: {size:,} parameters, {score}, trained in {seconds:.0f} s")
 
 
 if __name__ == "__main__":
