@@ -112,7 +112,11 @@ class Rounding:
 
 
 class Solver(Protocol):
-    """A way to solve a rounding problem. The answer depends on the problem alone, and no row is above nearest's."""
+    """A way to solve a rounding problem. The answer depends on the problem alone, and no row is above nearest's.
+
+    Floor, ceil and a plain stochastic draw can be above nearest's, and are to be measured as they are: they are
+    functions of a weight and its grid, in `adaround_plugin.schemes`.
+    """
 
     def solve(self, problem: RoundingProblem) -> Rounding:
         """Solve `problem`."""

@@ -6,15 +6,19 @@ from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.problem import Solver
 from adaround_plugin.solvers.annealing import Annealing
 from adaround_plugin.solvers.coordinate_descent import CoordinateDescent
+from adaround_plugin.solvers.cross_entropy import CrossEntropy
 from adaround_plugin.solvers.nearest import Nearest
+from adaround_plugin.solvers.relaxation import Relaxation
 from adaround_plugin.solvers.sequential import Sequential
 
-__all__ = ["Annealing", "CoordinateDescent", "Nearest", "Sequential", "get_solver"]
+__all__ = ["Annealing", "CoordinateDescent", "CrossEntropy", "Nearest", "Relaxation", "Sequential", "get_solver"]
 
 _SOLVERS: dict[str, type[Solver]] = {
     "annealing": Annealing,
     "coordinate_descent": CoordinateDescent,
+    "cross_entropy": CrossEntropy,
     "nearest": Nearest,
+    "relaxation": Relaxation,
     "sequential": Sequential,
 }
 

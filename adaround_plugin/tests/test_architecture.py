@@ -14,20 +14,21 @@ ROOT = Path(__file__).parents[1]
 
 # a module imports from layers above its own line only; inside one layer, from what stands before it
 LAYERS: list[list[str]] = [
-    ["_version", "errors", "activation_range", "grid", "hessian", "moments", "names", "weighted_op"],
-    ["problem", "solvers._sweep", "solvers.nearest", "solvers.sequential", "solvers.coordinate_descent"],
-    ["solvers.annealing", "solvers", "scale", "observers", "activation_observer", "qconfig"],
+    ["_version", "errors", "activation_range", "grid", "hessian", "moments", "names", "schemes", "weighted_op"],
+    ["problem", "qubo", "solvers._sweep", "solvers.nearest", "solvers.sequential", "solvers.coordinate_descent"],
+    ["solvers.annealing", "solvers.cross_entropy", "solvers", "scale", "observers", "activation_observer", "qconfig"],
     ["layer", "report", "calibration"],
     ["graph", "graph.compat", "graph.operators", "graph.streams", "graph.transforms", "graph.host"],
     ["graph.checks", "graph.clamps", "graph.grids", "graph.fx_nodes", "graph.prepared_fx"],
     ["pt2e.observers", "pt2e.quantizers", "pt2e", "graph.pt2e_nodes", "graph.prepared_pt2e", "graph.hosts"],
+    ["task_loss", "weights", "forms"],
     ["learner", "learn"],
     ["inc.compat", "inc.recording", "inc.layers", "inc.parts", "inc.config"],
     ["inc.packing", "inc.programs", "inc.observed", "inc.saving", "inc.native", "inc.exported", "inc.weight_only"],
     ["inc.algorithm", "inc"],
     ["demo", "cli", "__main__"],
 ]
-MATHEMATICS = {*LAYERS[0], *LAYERS[1], "solvers.annealing", "solvers", "scale", "layer"}
+MATHEMATICS = {*LAYERS[0], *LAYERS[1], "solvers.annealing", "solvers.cross_entropy", "solvers", "scale", "layer"}
 ALLOWED_OUTSIDE = {"torch", PACKAGE, *sys.stdlib_module_names}
 ORDER = [name for layer in LAYERS for name in layer]
 

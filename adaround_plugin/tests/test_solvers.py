@@ -12,7 +12,7 @@ import torch
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.hessian import Hessian
 from adaround_plugin.problem import Rounding, RoundingProblem
-from adaround_plugin.solvers import Annealing, CoordinateDescent, Nearest, Sequential, get_solver
+from adaround_plugin.solvers import Annealing, CoordinateDescent, CrossEntropy, Nearest, Sequential, get_solver
 from adaround_plugin.solvers.coordinate_descent import State
 from adaround_plugin.solvers.sequential import round_sequentially
 from adaround_plugin.tests.problems import CATALOGUE, correlated, definition, make, optimum, small_problem
@@ -20,9 +20,12 @@ from adaround_plugin.tests.problems import CATALOGUE, correlated, definition, ma
 SOLVERS = {
     "annealing": Annealing(),
     "coordinate_descent": CoordinateDescent(),
+    "cross_entropy": CrossEntropy(),
     "nearest": Nearest(),
     "sequential": Sequential(),
 }
+# the cross-entropy method tries two levels per weight only; test_cross_entropy.py has it on its own ground
+MANY_LEVELS = [name for name in SOLVERS if name != "cross_entropy"]
 LEARNING = [name for name in SOLVERS if name != "nearest"]
 SMALL = range(60)
 
@@ -147,7 +150,7 @@ def _gap(solver) -> float:
 
 
 def test_mean_gap_to_the_optimum():
-    gap = {name: _gap(solver) for name, solver in SOLVERS.items()}
+    gap = {name: _gap(SOLVERS[name]) for name in MANY_LEVELS}
     assert gap["annealing"] < gap["coordinate_descent"] < gap["nearest"]
     assert gap["annealing"] < gap["sequential"] < gap["nearest"]
     # measured: annealing 0.023, coordinate descent 0.18, sequential 0.33, nearest 2.5
@@ -162,7 +165,7 @@ def test_annealing_is_at_the_optimum_on_most_rows():
 @pytest.mark.parametrize("seed", range(5))
 def test_annealing_beats_the_others_on_a_correlated_layer(seed):
     problem = make(correlated(1, 96, 400, seed, decay=0.5), 32, seed)
-    loss = {name: solver.solve(problem).loss.sum() for name, solver in SOLVERS.items()}
+    loss = {name: SOLVERS[name].solve(problem).loss.sum() for name in MANY_LEVELS}
     # measured, relative to nearest: annealing 0.10 to 0.12, sequential 0.12 to 0.15, coordinate descent 0.18 to 0.21
     assert loss["annealing"] < 0.92 * min(loss["sequential"], loss["coordinate_descent"])
     assert max(loss["sequential"], loss["coordinate_descent"]) < 0.3 * loss["nearest"]
