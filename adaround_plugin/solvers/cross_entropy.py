@@ -22,7 +22,7 @@ __all__ = ["CrossEntropy"]
 # entries of the samples that are in memory at a time; a whole row's generation always is
 _ENTRIES = 2**20
 # a probability this close to 0 or 1 is decided; the start keeps this far from both
-_DECIDED, _OPEN = 1e-3, 0.05
+_DECIDED, _OPEN = 1e-3, 0.1
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class CrossEntropy:
 
     samples: int = 512
     elite: float = 0.05
-    smoothing: float = 0.5
+    smoothing: float = 0.3
     iterations: int = 200
     seed: int = 0
 
