@@ -86,6 +86,8 @@ def load(split: glyphs.Split, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def mean_iou(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Mean over the classes, background included, of intersection over union of all pixels, in percent.
 
+    Classes that neither the labels nor the predictions have do not count.
+
     Args:
         network: from images to logits (n, CLASSES, H, W).
         images: (n, 1, H, W).
@@ -99,4 +101,4 @@ def mean_iou(network: nn.Module, images: Tensor, labels: Tensor) -> float:
         )
     hits = confusion.diagonal()
     union = confusion.sum(0) + confusion.sum(1) - hits
-    return 100 * float((hits / union.clamp_min(1)).mean())
+    return 100 * float((hits / union)[union > 0].mean())

@@ -1,0 +1,189 @@
+"""The rounding methods that the paper compares, each as a function of a prepared model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.ao.quantization import QConfig, QConfigMapping
+from torch.ao.quantization.backend_config import BackendConfig
+
+from adaround_plugin import adaround
+from adaround_plugin.forms import LayerForms
+from adaround_plugin.graph.hosts import open_host
+from adaround_plugin.grid import Grid
+from adaround_plugin.observers import FrozenObserver
+from adaround_plugin.schemes import Scheme
+from adaround_plugin.solvers import CrossEntropy, Relaxation
+from adaround_plugin.task_loss import TaskLoss
+from adaround_plugin.weights import round_weights, write_integers
+
+__all__ = ["METHODS", "Budget", "Task", "output_grid_mapping"]
+
+# candidates of a scale, relative to the one with the least error of the weights
+_FACTORS = [0.4 + 0.05 * i for i in range(17)]
+# batches on which the error of a layer's output is judged for its scale
+_SCALE_BATCHES = 1
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is spent on a cell.
+
+    Attributes:
+        images: calibration images.
+        test_images: images that are scored.
+        iterations, batch_size, learning_rate: of the relaxation.
+        data: "moments" relaxes objectives without the activation function on second moments, all images at once;
+            "samples" on minibatches, as the paper does. With the activation function it is always minibatches.
+        draws, generations: of the cross-entropy method on all layers; on the first one it runs with its defaults.
+        hessian_images: labelled images for the task loss's Hessian, whose every row is a backward pass over them.
+    """
+
+    images: int = 512
+    test_images: int = 4000
+    iterations: int = 1000
+    batch_size: int = 32
+    learning_rate: float = 1e-2
+    data: Literal["samples", "moments"] = "moments"
+    draws: int = 64
+    generations: int = 30
+    hessian_images: int = 32
+
+
+@dataclass(frozen=True)
+class Task:
+    """A calibrated model and the data to round it by.
+
+    Attributes:
+        prepared: from `prepare_fx`, calibrated.
+        batches: calibration images, a list of `(n, 1, H, W)`.
+        backend: the backend configuration given to `prepare_fx`.
+        first: name of the first layer.
+        task_loss: gives the task loss to second order in that layer's weight.
+        budget, seed: of learning.
+    """
+
+    prepared: fx.GraphModule
+    batches: list[Tensor]
+    backend: BackendConfig | None
+    first: str
+    task_loss: Callable[[], TaskLoss]
+    budget: Budget
+    seed: int
+
+    def adaround(self, **options: Any) -> fx.GraphModule:
+        """The paper's preset but for the options given."""
+        return adaround(
+            self.prepared,
+            self.batches,
+            preset="paper",
+            backend_config=self.backend,
+            seed=self.seed,
+            progress=False,
+            **options,
+        )
+
+    def relaxation(self, **settings: Any) -> Relaxation:
+        """The relaxation within the budget; without the activation function unless the settings say so."""
+        budget = self.budget
+        return Relaxation(
+            iterations=budget.iterations,
+            batch_size=budget.batch_size,
+            learning_rate=budget.learning_rate,
+            seed=self.seed,
+            **{"data": budget.data, "activation": False, **settings},
+        )
+
+
+Method = Callable[[Task], fx.GraphModule]
+
+
+def _nearest(task: Task) -> fx.GraphModule:
+    return task.adaround(solver="nearest", asymmetric=False)
+
+
+def _scheme(scheme: Scheme) -> Method:
+    return lambda task: round_weights(task.prepared, scheme, seed=task.seed, backend_config=task.backend)
+
+
+def _task_loss(task: Task) -> fx.GraphModule:
+    """Equation 13 on the first layer by the cross-entropy method."""
+    form = LayerForms.of(task.prepared, task.first, task.backend)
+    problem = task.task_loss().problem(form.node.grid)
+    found = form.integers(CrossEntropy(seed=task.seed).solve(problem))
+    return write_integers(task.prepared, {task.first: found}, backend_config=task.backend)
+
+
+def _local(task: Task) -> fx.GraphModule:
+    """Equation 20 by the cross-entropy method."""
+    first_only = len(open_host(task.prepared, task.backend).nodes) == 1
+    samples = {} if first_only else {"samples": task.budget.draws, "iterations": task.budget.generations}
+    return task.adaround(solver=CrossEntropy(seed=task.seed, **samples), asymmetric=False)
+
+
+def _relaxed(asymmetric: bool = False, **settings: Any) -> Method:
+    return lambda task: task.adaround(solver=task.relaxation(**settings), asymmetric=asymmetric)
+
+
+def _bias_correction(task: Task) -> fx.GraphModule:
+    """Round to nearest, then let each bias absorb the mean error of its layer (equation 26), in order."""
+    return task.adaround(solver="nearest", correct_bias=True)
+
+
+METHODS: Final[dict[str, Method]] = {
+    "nearest": _nearest,
+    "floor": _scheme("floor"),
+    "ceil": _scheme("ceil"),
+    "stochastic": _scheme("stochastic"),
+    "task loss": _task_loss,
+    "local": _local,
+    "temperature": _relaxed(variant="temperature"),
+    "sigmoid": _relaxed(variant="sigmoid"),
+    "layer-wise": _relaxed(),
+    "asymmetric": _relaxed(asymmetric=True),
+    "straight-through": _relaxed(variant="straight_through"),
+    "adaround": _relaxed(asymmetric=True, data="samples", activation=True),
+    "bias correction": _bias_correction,
+}
+
+
+def output_grid_mapping(
+    mapping: QConfigMapping, prepared: nn.Module, first: str, batches: list[Tensor], backend: BackendConfig | None
+) -> QConfigMapping:
+    """Give each layer the scale with the least error of its output when rounded to nearest: `||W x - W~ x||^2`.
+
+    Args:
+        mapping: whose weight observers choose the scale by the weights; it is changed and returned.
+        prepared: a model prepared with it.
+        first: name of its first layer.
+        batches: calibration images.
+        backend: the backend configuration given to `prepare_fx`.
+    """
+    own = cast(QConfig, mapping.global_qconfig)
+    with torch.no_grad():
+        prepared(batches[0])
+    form = LayerForms.of(prepared, first, backend)
+    for node in form.host.nodes:
+        grid = _output_grid(replace(form, node=node), batches[:_SCALE_BATCHES])
+        observer = FrozenObserver.with_args(grid=grid)
+        mapping.set_module_name(node.names[0], QConfig(activation=own.activation, weight=observer))  # type: ignore[no-untyped-call]
+    return mapping
+
+
+def _output_grid(form: LayerForms, batches: list[Tensor]) -> Grid:
+    """The best of the candidate scales, one by one for each channel that has a scale of its own."""
+    node, hessian = form.node, form.local(batches).hessian
+    grid, rows = node.grid, node.op.rows
+    errors = []
+    for factor in _FACTORS:
+        scaled = grid.at(grid.scale * factor, grid.zero_point)
+        change = rows(node.weight - scaled.dequantize(scaled.nearest(node.weight))).double()
+        error = hessian.quadratic(change)
+        errors.append(node.op.outputs(error) if grid.scale.numel() > 1 else error.sum().reshape(1))
+    best = torch.stack(errors).argmin(0)
+    factors = torch.tensor(_FACTORS)[best].to(grid.scale)
+    return grid.at(grid.scale * factors.reshape(grid.scale.shape), grid.zero_point)
