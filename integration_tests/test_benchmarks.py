@@ -1,11 +1,10 @@
 """The benchmarks' networks and data work, and a small run of them shows what the large ones measure."""
 
 import torch
-from torch.ao.quantization.quantize_fx import convert_to_reference_fx
 
-from adaround_plugin import adaround, get_weight_only_backend_config
+from adaround_plugin import adaround
 from integration_tests.benchmarks import glyphs, networks
-from integration_tests.benchmarks.accuracy import accuracy, prepare
+from integration_tests.benchmarks.accuracy import Case, accuracy
 from integration_tests.benchmarks.resnet18 import set_statistics
 
 
@@ -14,12 +13,12 @@ def test_two_bits_keep_the_accuracy_that_nearest_loses() -> None:
     images, labels = (part[:1000] for part in glyphs.load("test", 1000))
     calibration, _ = glyphs.load("train", 64, seed=1)
     batches = list(calibration.split(32))
-    prepared = prepare(network, 2, True, batches, affine=False)
+    case = Case(network, bits=2, activation_bits=None)
+    prepared = case.prepare(batches)
     score = {}
     for solver in ("nearest", "annealing"):
         learned = adaround(prepared, batches, solver=solver, column_weighting="none", max_columns=4096, progress=False)
-        reference = convert_to_reference_fx(learned, backend_config=get_weight_only_backend_config())
-        score[solver] = accuracy(reference, images, labels)
+        score[solver] = accuracy(case.convert(learned), images, labels)
     exact = accuracy(network, images, labels)
     assert exact > 85
     assert score["annealing"] > exact - 4

@@ -4,6 +4,9 @@ Every figure is of the model the host converted: `convert_to_reference_fx` with 
 with 8-bit activations of the x86 backend (W/A8). All layers are quantized, first and last included, per channel.
 
     python -m integration_tests.benchmarks.accuracy resnet20 mobilenet vit
+
+`--activation-bits 4` gives W/A4 instead. FX quantizes every value between layers; the logits, which enter no layer,
+keep 8 bits then. `--host pt2e` takes `convert_pt2e` for X86InductorQuantizer, which quantizes the inputs of layers.
 """
 
 import argparse
@@ -14,8 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 from torch.ao.quantization.quantize_fx import convert_to_reference_fx, prepare_fx
+from torch.export import Dim
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
 from adaround_plugin import adaround, get_adaround_qconfig_mapping, get_report, get_weight_only_backend_config
+from adaround_plugin.pt2e import get_adaround_x86_inductor_config
 from integration_tests.benchmarks import glyphs, networks
 
 TEST_IMAGES = 10_000
@@ -32,47 +39,70 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * right / len(labels)
 
 
-def prepare(network: nn.Module, bits: int, weight_only: bool, batches: list[Tensor], affine: bool) -> fx.GraphModule:
-    """Prepare and calibrate."""
-    backend = get_weight_only_backend_config() if weight_only else None
-    mapping = get_adaround_qconfig_mapping(
-        "x86", weight_bits=bits, activation_bits=None if weight_only else 8, symmetric=not affine
-    )
-    prepared = prepare_fx(network, mapping, (batches[0],), backend_config=backend)
-    with torch.no_grad():
-        for batch in batches:
-            prepared(batch)
-    return prepared
-
-
 @dataclass(frozen=True)
 class Case:
-    """A network with its float accuracy, and how its weights are quantized."""
+    """A network, and how it is quantized: `bits` of its weights, `activation_bits` None for weights alone."""
 
     network: nn.Module
-    exact: float
     bits: int
-    weight_only: bool
-    affine: bool
-    max_columns: int
+    activation_bits: int | None = 8
+    affine: bool = False
+    host: str = "fx"
+
+    def __str__(self) -> str:
+        activations = "" if self.activation_bits is None else f"A{self.activation_bits}"
+        return f"W{self.bits}{activations}" + (" affine" if self.affine else "")
+
+    def prepare(self, batches: list[Tensor]) -> fx.GraphModule:
+        """Prepare and calibrate."""
+        prepared = self._prepare_fx(batches[0]) if self.host == "fx" else self._prepare_pt2e(batches[0])
+        with torch.no_grad():
+            for batch in batches:
+                prepared(batch)
+        return prepared
+
+    def _prepare_fx(self, example: Tensor) -> fx.GraphModule:
+        backend = get_weight_only_backend_config() if self.activation_bits is None else None
+        last = [name for name, module in self.network.named_modules() if isinstance(module, nn.Linear)][-1]
+        mapping = get_adaround_qconfig_mapping(
+            "x86",
+            weight_bits=self.bits,
+            activation_bits=self.activation_bits,
+            symmetric=not self.affine,
+            layer_bits={} if self.activation_bits in (8, None) else {last: (self.bits, 8)},
+        )
+        return prepare_fx(self.network, mapping, (example,), backend_config=backend)
+
+    def _prepare_pt2e(self, example: Tensor) -> fx.GraphModule:
+        config = get_adaround_x86_inductor_config(self.bits, self.activation_bits)
+        program = torch.export.export(self.network, (example,), dynamic_shapes=({0: Dim.AUTO},), strict=True)
+        prepared: fx.GraphModule = prepare_pt2e(program.module(), X86InductorQuantizer().set_global(config))
+        return prepared
+
+    def convert(self, learned: fx.GraphModule) -> fx.GraphModule:
+        """The host's converted model."""
+        if self.host == "pt2e":
+            program: fx.GraphModule = convert_pt2e(learned)
+            return program
+        backend = get_weight_only_backend_config() if self.activation_bits is None else None
+        return convert_to_reference_fx(learned, backend_config=backend)
 
 
-def rows(case: Case, solvers: list[str], counts: list[int]) -> Iterator[list[str]]:
+def rows(
+    case: Case, exact: float, solvers: list[str], counts: list[int], max_columns: int, test: tuple[Tensor, Tensor]
+) -> Iterator[list[str]]:
     """Table rows: mode, solver, images, top-1, loss against float, CPU seconds of `adaround`, recipe."""
-    images, labels = glyphs.load("test", TEST_IMAGES, seed=TEST_SEED)
     calibration, _ = glyphs.load("train", IMAGES[0], seed=1)
     for solver in solvers:
         for count in counts if solver == "annealing" else counts[:1]:
             batches = list(torch.split(calibration[:count], 64))
-            prepared = prepare(case.network, case.bits, case.weight_only, batches, case.affine)
+            prepared = case.prepare(batches)
             start = time.process_time()
-            learned = adaround(prepared, batches, solver=solver, max_columns=case.max_columns, progress=False)
+            learned = adaround(prepared, batches, solver=solver, max_columns=max_columns, progress=False)
             seconds = time.process_time() - start
             recipe = get_report(learned).recipe
-            backend = get_weight_only_backend_config() if case.weight_only else None
-            score = accuracy(convert_to_reference_fx(learned, backend_config=backend), images, labels)
-            mode = f"W{case.bits}" + ("" if case.weight_only else "A8") + (" affine" if case.affine else "")
-            yield [mode, solver, str(count), f"{score:.2f}", f"{case.exact - score:.2f}", f"{seconds:.0f}", recipe]
+            score = accuracy(case.convert(learned), *test)
+            yield [str(case), solver, str(count), f"{score:.2f}", f"{exact - score:.2f}", f"{seconds:.0f}", recipe]
 
 
 def main() -> None:
@@ -84,23 +114,28 @@ def main() -> None:
     parser.add_argument(
         "--modes", nargs="+", choices=["weight-only", "activations"], default=["weight-only", "activations"]
     )
+    parser.add_argument("--activation-bits", type=int, default=8, help="of the mode with activations")
+    parser.add_argument("--host", choices=["fx", "pt2e"], default="fx")
     parser.add_argument("--affine", action="store_true", help="affine weights, zero point searched with the scale")
     parser.add_argument("--images", type=int, nargs="+", default=IMAGES, help="calibration images, at most 1024")
+    parser.add_argument("--test-images", type=int, default=TEST_IMAGES, help="the first ones")
     parser.add_argument("--max-columns", type=int, default=16384)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     images, labels = glyphs.load("test", TEST_IMAGES, seed=TEST_SEED)
+    test = images[: options.test_images], labels[: options.test_images]
     for name in options.networks:
         network = networks.load(name)
-        exact = accuracy(network, images, labels)
-        print(f"\n{name}: float {exact:.2f} on {TEST_IMAGES} test images\n")
+        exact = accuracy(network, *test)
+        print(f"\n{name}: float {exact:.2f} on {options.test_images} test images\n")
         head = ["weights", "solver", "images", "top-1 %", "loss", "CPU s", "recipe"]
         print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
         for mode in options.modes:
+            activations = None if mode == "weight-only" else options.activation_bits
             for bits in options.bits:
-                case = Case(network, exact, bits, mode == "weight-only", options.affine, options.max_columns)
-                for row in rows(case, options.solvers, options.images):
+                case = Case(network, bits, activations, options.affine, options.host)
+                for row in rows(case, exact, options.solvers, options.images, options.max_columns, test):
                     print(f"| {' | '.join(row)} |", flush=True)
 
 
