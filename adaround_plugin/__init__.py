@@ -1,6 +1,8 @@
 """AdaRound (Nagel et al. 2020, arXiv 2004.10568) as a plugin for the quantization flows of PyTorch."""
 
 from adaround_plugin._version import __version__
+from adaround_plugin.equalization import equalize
+from adaround_plugin.equalization_report import get_equalization_report
 from adaround_plugin.errors import (
     AdaRoundError,
     InvalidBatchError,
@@ -24,7 +26,9 @@ __all__ = [
     "NonFiniteError",
     "__version__",
     "adaround",
+    "equalize",
     "get_adaround_qconfig_mapping",
+    "get_equalization_report",
     "get_report",
     "get_weight_only_backend_config",
 ]
