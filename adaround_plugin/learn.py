@@ -110,7 +110,7 @@ def adaround(
     """
     start = time.perf_counter()
     given = {"solver": solver, "blocks": blocks, "scale": scale, "rounding": rounding, "holdout": holdout}
-    imitated = {"asymmetric": asymmetric, "correct_bias": correct_bias}
+    imitated: dict[str, Any] = {"asymmetric": asymmetric, "correct_bias": correct_bias}
     imitated |= {"column_weighting": column_weighting, "damping": damping}
     options = resolve(preset, given | imitated)
     _check_choices(options)

@@ -146,11 +146,17 @@ class Learner:
             notes = _region_notes(region, nodes, recipe)
             if not region.nodes:
                 return False, BlockReport(block.name, tuple(node.name for node in nodes), note="; ".join(notes))
-            found = reconstruct(region, [self._start(node) for node in region.nodes], relaxation, self._step(block.name))
+            found = reconstruct(
+                region, [self._start(node) for node in region.nodes], relaxation, self._step(block.name)
+            )
         if found.better:
             for node, learned in zip(region.nodes, found.weights, strict=True):
                 rounding = replace(
-                    self.roundings[node.name], integers=learned.integers, bias_correction=learned.correction, learned=True
+                    self.roundings[node.name],
+                    grid=learned.grid,
+                    integers=learned.integers,
+                    bias_correction=learned.correction,
+                    learned=True,
                 )
                 self._accept(node, rounding)
         else:
@@ -161,6 +167,11 @@ class Learner:
             *(found.iterations, time.perf_counter() - began, "; ".join(notes)),
         )
 
+    def _searches(self, node: WeightedNode) -> bool:
+        """Whether the scale of a weight is ours to choose."""
+        scale = self.settings.scale
+        return scale == "search" or (scale == "auto" and not node.keeps_scale)
+
     def _start(self, node: WeightedNode) -> Start:
         """Where the relaxation of a weight begins."""
         rounding, relaxation = self.roundings[node.name], self.settings.relaxation
@@ -169,7 +180,7 @@ class Learner:
         outputs = node.op.rows(node.weight).shape[:2].numel()
         return Start(
             *(node.weight, rounding.grid, rounding.integers, outputs, rounding.bias_correction),
-            *(moves_bias, relaxation.start is None),
+            *(moves_bias, relaxation.learn_scale and self._searches(node), relaxation.start is None),
         )
 
     def _accept(self, node: WeightedNode, rounding: LayerRounding) -> None:
@@ -301,9 +312,9 @@ class Learner:
         """Learn one layer's rounding and put it into the quantized stream."""
         with self._clock("moments", node):
             layer = Layer(node.op, node.weight, node.grid, moments.finish(), holdout.finish())
-        wanted, scale = self.settings.recipe, self.settings.scale
+        wanted = self.settings.recipe
         recipe = replace(wanted, correct_bias=wanted.correct_bias and node.bias != "fixed")
-        search = scale == "search" or (scale == "auto" and not node.keeps_scale)
+        search = self._searches(node)
         with self._clock("solve", node):
             rounding = (
                 layer.learn(recipe, self.settings.solver, search, self.settings.up_or_down, self.settings.judge)

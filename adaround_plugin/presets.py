@@ -57,4 +57,6 @@ def resolve(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if preset not in PRESETS:
         raise InvalidOptionError("preset", f"{preset!r} is not known", f"Pass one of {list(PRESETS)}.")
     chosen = PRESETS[preset]
-    return {name: chosen[name] if isinstance(value, str) and value == "auto" else value for name, value in given.items()}
+    return {
+        name: chosen[name] if isinstance(value, str) and value == "auto" else value for name, value in given.items()
+    }

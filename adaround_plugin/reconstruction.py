@@ -7,7 +7,7 @@ A region is one layer with its activation function (AdaRound, equation 25), or a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,31 +19,33 @@ from adaround_plugin.solvers.relaxation import Relaxation, descend
 
 __all__ = ["Minibatch", "Reconstructed", "Reconstruction", "Samples", "Start", "reconstruct"]
 
-# learning rate of biases, relative to the root mean square of the layer's output
-_BIAS_RATE = 1e-3
+# learning rate of scales, relative to themselves, and of biases, relative to the root mean square of their layer's output
+_RATE = 1e-3
+# share of the iterations that is kept for scales and biases, after the weights are rounded
+_LAST = 0.2
 
 
-class Minibatch(Protocol):
+@dataclass(frozen=True)
+class Minibatch:
     """Some samples at a region's entry.
 
     Attributes:
         samples: how many.
         target: the float model's values at the region's exits.
         importance: weights of the entries of `target`, or None.
+        run: from weights, and corrections of their biases, to values at the exits.
     """
 
     samples: int
     target: Sequence[Tensor]
     importance: Sequence[Tensor] | None
-
-    def run(self, weights: Sequence[Tensor], corrections: Sequence[Tensor | None]) -> list[Tensor]:
-        """Values at the exits with these weights and corrections of the biases."""
+    run: Callable[[Sequence[Tensor], Sequence[Tensor | None]], list[Tensor]]
 
 
 class Samples(Protocol):
     """The calibration data at a region's entry."""
 
-    def draw(self, generator: torch.Generator, size: int) -> Minibatch:
+    def draw(self, generator: torch.Generator) -> Minibatch:
         """Some learning samples at random, as a step of learning sees them."""
 
     def all(self, held_out: bool) -> Iterator[Minibatch]:
@@ -63,6 +65,7 @@ class Start:
         outputs: length of the bias.
         correction: `(outputs,)` what is added to the bias; None for nothing.
         moves_bias: whether the bias is learned too.
+        moves_scale: whether the scale is learned too.
         from_weight: begin at the float weight's place on the grid, as the paper does, instead of at `integers`.
     """
 
@@ -72,15 +75,22 @@ class Start:
     outputs: int
     correction: Tensor | None
     moves_bias: bool
+    moves_scale: bool
     from_weight: bool
 
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """Integers of a weight (int64, of its shape) and the correction of its bias."""
+    """Grid and integers (int64, of the weight's shape) of a weight, and the correction of its bias."""
 
+    grid: Grid
     integers: Tensor
     correction: Tensor | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the host makes of it."""
+        return self.grid.dequantize(self.integers)
 
 
 @dataclass(frozen=True)
@@ -124,35 +134,72 @@ def reconstruct(
         report: called now and then with the number of iterations and the loss relative to that of the start.
     """
     generator = torch.Generator().manual_seed(settings.seed)
-    before = [Reconstructed(start.integers, start.correction) for start in starts]
-    start_square, start_error = _errors(samples.all(held_out=False), starts, before)
-    _, start_holdout = _errors(samples.all(held_out=True), starts, before)
+    before = [Reconstructed(start.grid, start.integers, start.correction) for start in starts]
+    start_square, start_error = _errors(samples.all(held_out=False), before)
+    _, start_holdout = _errors(samples.all(held_out=True), before)
     if not start_square:
         return Reconstruction(before, 0.0, 0.0, start_holdout, start_holdout, 0)
     with torch.enable_grad():
-        softs = _softs(samples, starts, settings)
-        corrections, groups = _corrections(samples, starts)
+        learned = _begin(samples, starts, settings)
 
-        def loss(progress: float) -> Tensor:
-            batch = samples.draw(generator, settings.batch_size)
-            weights = [start.grid.dequantize(soft.coordinates(progress)) for start, soft in zip(starts, softs, strict=True)]
-            outputs = batch.run(weights, corrections)
+        def loss(progress: float | None) -> Tensor:
+            batch = samples.draw(generator)
+            outputs = batch.run([one.weight(progress) for one in learned], [one.correction for one in learned])
             return _square(batch, outputs) / (batch.samples * start_square)
 
-        iterations = descend(softs, groups, loss, settings, report)
-    after = [
-        Reconstructed(soft.integers(), None if correction is None else correction.detach())
-        for soft, correction in zip(softs, corrections, strict=True)
-    ]
-    _, learned_error = _errors(samples.all(held_out=False), starts, after)
-    _, learned_holdout = _errors(samples.all(held_out=True), starts, after)
+        groups = [group for one in learned for group in one.groups]
+        # at the end only what is not rounded is learned, on the roundings as they will be
+        last = int(settings.iterations * _LAST) if groups else 0
+        first = replace(settings, iterations=settings.iterations - last)
+        iterations = descend([one.soft for one in learned], groups, loss, first, report)
+        if last:
+            iterations += descend([], groups, lambda progress: loss(None), replace(settings, iterations=last), report)
+    after = [one.result() for one in learned]
+    _, learned_error = _errors(samples.all(held_out=False), after)
+    _, learned_holdout = _errors(samples.all(held_out=True), after)
     return Reconstruction(after, start_error or 0.0, learned_error or 0.0, start_holdout, learned_holdout, iterations)
 
 
-def _softs(samples: Samples, starts: Sequence[Start], settings: Relaxation) -> list[SoftRounding]:
-    """Soft coordinates of every weight, where it begins."""
+class _Learned:
+    """One weight on its way: soft coordinates, and the bias and the scale where they move.
+
+    Attributes:
+        groups: parameter groups of the optimizer for bias and scale.
+    """
+
+    def __init__(self, start: Start, soft: SoftRounding, output_scale: float) -> None:
+        self.start, self.soft = start, soft
+        self.correction = start.correction
+        self.groups: list[dict[str, Any]] = []
+        self._stretch = torch.ones_like(start.grid.scale)
+        if start.moves_bias:
+            zeros = start.weight.new_zeros(start.outputs)
+            self.correction = (zeros if start.correction is None else start.correction.clone()).requires_grad_()
+            self.groups.append({"params": [self.correction], "lr": _RATE * output_scale})
+        if start.moves_scale:
+            self.groups.append({"params": [self._stretch.requires_grad_()], "lr": _RATE})
+
+    def _grid(self) -> Grid:
+        grid = self.start.grid
+        return grid.at(grid.scale * self._stretch, grid.zero_point) if self.start.moves_scale else grid
+
+    def weight(self, progress: float | None) -> Tensor:
+        """The weight at a share of the iterations; None for rounded."""
+        q = self.soft.integers() if progress is None else self.soft.coordinates(progress)
+        return self._grid().dequantize(q)
+
+    def result(self) -> Reconstructed:
+        """What was learned."""
+        correction = None if self.correction is None else self.correction.detach()
+        with torch.no_grad():
+            return Reconstructed(self._grid(), self.soft.integers(), correction)
+
+
+def _begin(samples: Samples, starts: Sequence[Start], settings: Relaxation) -> list[_Learned]:
+    """Every weight where it begins."""
     slopes = None if all(start.from_weight for start in starts) else _slopes(samples, starts)
-    softs = []
+    scales = samples.output_scale() if any(start.moves_bias for start in starts) else [0.0] * len(starts)
+    learned = []
     for i, start in enumerate(starts):
         grid = start.grid
         lowest = torch.full_like(start.integers, grid.quant_min)
@@ -165,8 +212,9 @@ def _softs(samples: Samples, starts: Sequence[Start], settings: Relaxation) -> l
             lower, upper = torch.clamp(floor, lowest, highest), torch.clamp(floor + 1, lowest, highest)
         else:
             lower, upper = bracket(start.integers, slopes[i], lowest, highest)
-        softs.append(soft_rounding(settings.variant, lower, upper, begin, settings.warm_up, settings.beta))
-    return softs
+        soft = soft_rounding(settings.variant, lower, upper, begin, settings.warm_up, settings.beta)
+        learned.append(_Learned(start, soft, scales[i]))
+    return learned
 
 
 def _slopes(samples: Samples, starts: Sequence[Start]) -> list[Tensor]:
@@ -181,42 +229,26 @@ def _slopes(samples: Samples, starts: Sequence[Start]) -> list[Tensor]:
     return slopes
 
 
-def _corrections(samples: Samples, starts: Sequence[Start]) -> tuple[list[Tensor | None], list[dict[str, Any]]]:
-    """The corrections of the biases, those that move as leaves, and the optimizer's groups for these."""
-    corrections: list[Tensor | None] = []
-    groups: list[dict[str, Any]] = []
-    scales = samples.output_scale() if any(start.moves_bias for start in starts) else [0.0] * len(starts)
-    for start, scale in zip(starts, scales, strict=True):
-        correction = start.correction
-        if start.moves_bias:
-            correction = (start.weight.new_zeros(start.outputs) if correction is None else correction.clone()).requires_grad_()
-            groups.append({"params": [correction], "lr": _BIAS_RATE * scale})
-        corrections.append(correction)
-    return corrections, groups
-
-
 def _square(batch: Minibatch, outputs: Sequence[Tensor]) -> Tensor:
     """Sum of squared errors at the exits."""
     total = torch.zeros(())
-    importance = batch.importance or [None] * len(outputs)
-    for target, output, weight in zip(batch.target, outputs, importance, strict=True):
+    for i, (target, output) in enumerate(zip(batch.target, outputs, strict=True)):
         square = (output - target).square()
-        total = total.to(square.device) + (square if weight is None else square * weight).sum()
+        weighed = square if batch.importance is None else square * batch.importance[i]
+        total = total.to(square.device) + weighed.sum()
     return total
 
 
-def _errors(
-    batches: Iterator[Minibatch], starts: Sequence[Start], weights: Sequence[Reconstructed]
-) -> tuple[float, float | None]:
+def _errors(batches: Iterator[Minibatch], weights: Sequence[Reconstructed]) -> tuple[float, float | None]:
     """Squared error of the exits per sample, and over the variance of the float values (None without samples)."""
     square = power = 0.0
     count = 0
-    dequantized = [start.grid.dequantize(weight.integers) for start, weight in zip(starts, weights, strict=True)]
+    dequantized = [weight.weight for weight in weights]
     with torch.no_grad():
         for batch in batches:
             square += float(_square(batch, batch.run(dequantized, [weight.correction for weight in weights])))
-            means = [target.mean(0, keepdim=True) for target in batch.target]
-            power += float(_square(batch, [mean.expand_as(target) for mean, target in zip(means, batch.target, strict=True)]))
+            means = [target.mean(0, keepdim=True).expand_as(target) for target in batch.target]
+            power += float(_square(batch, means))
             count += batch.samples
     if not count:
         return 0.0, None

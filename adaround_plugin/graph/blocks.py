@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.graph.compat import Normalization, operator_name
+from adaround_plugin.graph.compat import operator_name
 from adaround_plugin.graph.host import Host, WeightedNode
 from adaround_plugin.graph.regions import Exit
 from adaround_plugin.graph.transforms import origin
@@ -28,7 +28,19 @@ _CHAIN = 3
 _MOST = 24
 
 _ACTIVATIONS = {
-    *("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "clamp", "clamp_", "leaky_relu", "leaky_relu_", "prelu", "elu"),
+    *(
+        "relu",
+        "relu_",
+        "relu6",
+        "hardtanh",
+        "hardtanh_",
+        "clamp",
+        "clamp_",
+        "leaky_relu",
+        "leaky_relu_",
+        "prelu",
+        "elu",
+    ),
     *("selu", "celu", "gelu", "silu", "silu_", "mish", "sigmoid", "sigmoid_", "hardsigmoid", "tanh", "tanh_"),
     *("hardswish", "hardswish_", "softplus", "logsigmoid"),
 }
@@ -67,7 +79,7 @@ class _Graphs:
         }
         self.sites = {site.float_node: node for node in host.nodes for site in node.sites}
 
-    def exit(self, node: fx.Node, inner: bool = False) -> Exit | None:
+    def exit_at(self, node: fx.Node, inner: bool = False) -> Exit | None:
         """The exit at a node; None where the quantized graph has no such node."""
         counterpart = self.counterpart.get(origin(node))
         return None if counterpart is None else Exit(node, counterpart, inner)
@@ -99,7 +111,9 @@ class _Graphs:
                 leading.add(node)
         found = []
         alive: set[fx.Node] = set()
-        last_use = {node: max((self.position[user] for user in node.users if user in leading), default=-1) for node in behind}
+        last_use = {
+            node: max((self.position[user] for user in node.users if user in leading), default=-1) for node in behind
+        }
         for i, node in enumerate(self.nodes[:-1]):
             if node in behind and node in leading:
                 alive.add(node)
@@ -117,9 +131,9 @@ def layer_exits(host: Host, nodes: Iterable[WeightedNode], activation: bool) -> 
         found = []
         for site in node.sites:
             after = graphs.activation(site.float_node) if activation else None
-            exit = None if after is None else graphs.exit(after)
+            end = None if after is None else graphs.exit_at(after)
             fused = site.call is not None and site.call.is_fused
-            found.append(exit or Exit(site.float_node, site.quantized_node, inner=fused and not activation))
+            found.append(end or Exit(site.float_node, site.quantized_node, inner=fused and not activation))
         exits[node.name] = tuple(found)
     return exits
 
@@ -167,15 +181,15 @@ def _segments(graphs: _Graphs, nodes: Sequence[WeightedNode]) -> list[tuple[list
     found: list[tuple[list[WeightedNode], tuple[Exit, ...]]] = []
     for i, cut in enumerate(cuts):
         inside = [node for node in left if last[node.name] <= graphs.position[cut]]
-        exit = graphs.exit(_after_activation(graphs, cuts, i))
-        if not inside or exit is None:
+        end = graphs.exit_at(_after_activation(graphs, cuts, i))
+        if not inside or end is None:
             continue
-        found.append((inside, (exit,)))
+        found.append((inside, (end,)))
         left = left[len(inside) :]
     if left:
         ends = [node for node in graphs.nodes[-1].all_input_nodes if node not in cuts]
-        exits = [graphs.exit(node) for node in ends]
-        found.append((left, tuple(exit for exit in exits if exit is not None) if all(exits) else ()))
+        exits = [graphs.exit_at(node) for node in ends]
+        found.append((left, tuple(end for end in exits if end is not None) if all(exits) else ()))
     return found
 
 
@@ -202,7 +216,9 @@ def named_blocks(host: Host, names: Sequence[str]) -> list[Block]:
     for pattern in names:
         chosen = {node_of[name].name for name in select(pattern, node_of, "blocks")}
         if both := [name for name in chosen if name in taken]:
-            raise InvalidOptionError("blocks", f"{pattern!r} and {taken[both[0]]!r} share {both}", "Name each layer once.")
+            raise InvalidOptionError(
+                "blocks", f"{pattern!r} and {taken[both[0]]!r} share {both}", "Name each layer once."
+            )
         taken.update(dict.fromkeys(chosen, pattern))
         nodes = [node for node in host.nodes if node.name in chosen]
         blocks.append(Block(pattern, tuple(nodes), (_end(graphs, host.nodes, nodes, pattern),)))
@@ -225,9 +241,9 @@ def _end(graphs: _Graphs, every: Sequence[WeightedNode], nodes: Sequence[Weighte
             for site in node.sites
             if first <= graphs.position[site.float_node] <= graphs.position[cut] and site.float_node not in own
         ]
-        exit = graphs.exit(_after_activation(graphs, cuts, i))
-        if not strangers and exit is not None:
-            return exit
+        end = graphs.exit_at(_after_activation(graphs, cuts, i))
+        if not strangers and end is not None:
+            return end
         raise InvalidOptionError(
             "blocks",
             f"no single node ends {pattern!r} before {strangers or 'the quantized graph goes another way'}",

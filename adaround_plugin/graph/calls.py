@@ -79,4 +79,3 @@ def function_call(node: fx.Node, bias: Tensor | None) -> Call:
 
 def _corrected(bias: Tensor | None, correction: Tensor) -> Tensor:
     return correction if bias is None else bias.detach() + correction
-

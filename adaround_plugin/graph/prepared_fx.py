@@ -51,7 +51,7 @@ class PreparedFX:
         NonFiniteError: a weight holds NaN or infinity.
     """
 
-    batch_size = None
+    batch_size: int | None = None
 
     def __init__(self, prepared: nn.Module, backend_config: BackendConfig | None = None) -> None:
         check_prepared_fx(prepared)

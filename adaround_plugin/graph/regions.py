@@ -7,7 +7,7 @@ given weights, and activations are quantized by torch's differentiable fake quan
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +16,21 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from adaround_plugin.calibration import Sampling
-from adaround_plugin.graph.compat import operator_name
-from adaround_plugin.graph.host import CallSite, WeightedNode
+from adaround_plugin.graph.host import WeightedNode
+from adaround_plugin.graph.importance import importance
+from adaround_plugin.graph.paths import Path, fake_quantized, quantizes, run_node
 from adaround_plugin.graph.samples import gathered, stack
-from adaround_plugin.graph.streams import Stream, Values, tensors, unpacks
+from adaround_plugin.graph.streams import Stream, Values, unpacks
 from adaround_plugin.graph.transforms import origin
 from adaround_plugin.layer import LayerRounding
+from adaround_plugin.reconstruction import Minibatch
 from adaround_plugin.solvers.relaxation import Relaxation
 
 __all__ = ["Exit", "Region"]
 
 BothValues = tuple[Values, Values]
 # of a batch or of all samples: targets, entries, their float twins, importance; a value for each node
-_Parts = tuple[list[Any], list[Any], list[Any], list[Any]]
+_Parts = tuple[list[Any], ...]
 
 # samples in one step where no gradient is asked for
 _CHUNK = 128
@@ -48,35 +50,6 @@ class Exit:
     float_node: fx.Node
     quantized_node: fx.Node
     inner: bool = False
-
-
-class _Path:
-    """What has to run to get from known values to some nodes.
-
-    Attributes:
-        entries: nodes whose values are known, and unpacked quantized values of such.
-        order: nodes to run, in order.
-    """
-
-    def __init__(
-        self, stream: Stream, goals: Iterable[fx.Node], known: Iterable[fx.Node], sites: Mapping[fx.Node, CallSite]
-    ) -> None:
-        needed, known = set(goals), set(known)
-        self.entries: list[fx.Node] = []
-        self.order: list[fx.Node] = []
-        for node in reversed(stream.nodes):
-            if node not in needed:
-                continue
-            if node in known or (unpacks(node) and known.issuperset(node.all_input_nodes[:1])):
-                self.entries.append(node)
-                continue
-            self.order.append(node)
-            site = sites.get(node)
-            if site is None or site.call is None:
-                needed.update(node.all_input_nodes)
-            else:
-                map_arg(site.call.arguments(node), needed.add)
-        self.order.reverse()
 
 
 class Region:
@@ -118,8 +91,8 @@ class Region:
         self._name = {site.quantized_node: node.name for node in host_nodes for site in node.sites}
         exact, quantized = streams
         known = values[0][0].keys(), values[0][1].keys()
-        self._exact = _Path(exact, [exit.float_node for exit in exits], known[0], {})
-        self._quantized = _Path(quantized, [exit.quantized_node for exit in exits], known[1], self._sites)
+        self._exact = Path(exact, [end.float_node for end in exits], known[0], {})
+        self._quantized = Path(quantized, [end.quantized_node for end in exits], known[1], self._sites)
         inside = {node for node in self._quantized.order if node in self._sites}
         self.nodes = [node for node in nodes if inside.issuperset(site.quantized_node for site in node.sites)]
         self._index = {node.name: i for i, node in enumerate(self.nodes)}
@@ -128,7 +101,7 @@ class Region:
             for name, rounding in others.items()
             if name not in self._index
         }
-        self._fixed_size = batch_size is not None
+        self._fixed_size = batch_size
         self._size = min(settings.batch_size, sampling.total) if batch_size is None else batch_size
         self._collect(values, asymmetric)
 
@@ -137,7 +110,9 @@ class Region:
         exact, quantized = self._streams
         sizes = self._sampling.size
         twins = self._twins(values[0][0])
-        self.without_twin = [node.name for node, twin in zip(self._quantized.entries, twins, strict=True) if twin is None]
+        self.without_twin = [
+            node.name for node, twin in zip(self._quantized.entries, twins, strict=True) if twin is None
+        ]
         batches: list[_Parts] = []
         for of_float, of_quantized in values:
             entries = [quantized.value(node, of_quantized) for node in self._quantized.entries]
@@ -148,12 +123,18 @@ class Region:
             if not asymmetric:
                 entries = floats
             mixed = floats if asymmetric and self._settings.drop else []
-            importance = self._importance(of_float) if self._settings.fisher else []
-            batches.append((self._targets(of_float), entries, mixed, importance))
+            targets = self._targets(of_float)
+            weights: list[Tensor] = []
+            if self._settings.fisher:
+                goals = [end.float_node for end in self._exits]
+                weights = importance(exact, goals, targets, of_float, _PROJECTIONS, self._settings.seed)
+            batches.append((targets, entries, mixed, weights))
         held = [self._sampling.held_out(batch, size) for batch, size in enumerate(sizes)]
         try:
             columns = zip(*batches, strict=True)
-            stacked = tuple([stack(entry, sizes, self._size) for entry in zip(*column, strict=True)] for column in columns)
+            stacked = tuple(
+                [stack(entry, sizes, self._size) for entry in zip(*column, strict=True)] for column in columns
+            )
             self._batches, self._held, self.resampled = [stacked], [torch.cat(held)], True
         except ValueError:
             self._batches, self._held, self.resampled = batches, held, False
@@ -163,10 +144,11 @@ class Region:
         counterpart = {origin(node): node for node in self._streams[0].nodes if node.op != "output"}
         twins = []
         for node in self._quantized.entries:
-            while node is not None and origin(node) not in counterpart:
+            source: Any = node
+            while isinstance(source, fx.Node) and origin(source) not in counterpart:
                 # behind the host's quantize and dequantize
-                node = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-            twin = None if node is None else counterpart[origin(node)]
+                source = source.args[0] if source.args else None
+            twin = counterpart[origin(source)] if isinstance(source, fx.Node) else None
             twins.append(twin if twin in of_float else None)
         return twins
 
@@ -176,76 +158,67 @@ class Region:
         known = {node: exact.value(node, values) for node in self._exact.entries}
         found = dict(known)
         for node in self._exact.order:
-            found[node] = _run(exact, node, found)
-        return [self._inner_target(exit, found) if exit.inner else found[exit.float_node] for exit in self._exits]
+            found[node] = run_node(exact, node, found)
+        return [self._inner_target(end, found) if end.inner else found[end.float_node] for end in self._exits]
 
-    def _inner_target(self, exit: Exit, values: Values) -> Tensor:
-        site, name = self._sites[exit.quantized_node], self._name[exit.quantized_node]
+    def _inner_target(self, end: Exit, values: Values) -> Tensor:
+        site, name = self._sites[end.quantized_node], self._name[end.quantized_node]
         assert site.call is not None
-        args, kwargs = map_arg(site.call.arguments(exit.float_node), values.__getitem__)
+        args, kwargs = map_arg(site.call.arguments(end.float_node), values.__getitem__)
         weight = next(node.weight for node in self.nodes if node.name == name)
         output: Tensor = site.call.inner(args, kwargs, weight, None)
         return output
 
-    def _importance(self, values: Values) -> list[Tensor]:
-        """Mean squared gradient, by every entry at the exits, of random projections of the network's output."""
-        exact, goals = self._streams[0], [exit.float_node for exit in self._exits]
-        ends: list[fx.Node] = []
-        map_arg(exact.output_node.args[0], ends.append)
-        path = _Path(exact, ends, {*values, *goals}, {})
-        generator = torch.Generator().manual_seed(self._settings.seed)
-        with torch.enable_grad():
-            leaves = [target.detach().requires_grad_() for target in self._targets(values)]
-            found = {node: exact.value(node, values) for node in path.entries if node not in goals}
-            found.update(zip(goals, leaves, strict=True))
-            for node in path.order:
-                found[node] = _run(exact, node, found)
-            outputs = tensors(map_arg(exact.output_node.args[0], found.__getitem__))
-            total = [torch.zeros_like(leaf) for leaf in leaves]
-            for _ in range(_PROJECTIONS):
-                draws = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
-                value = torch.stack([(output * draw).sum() for output, draw in zip(outputs, draws, strict=True)]).sum()
-                gradients = torch.autograd.grad(value, leaves, retain_graph=True)
-                for one, gradient in zip(total, gradients, strict=True):
-                    one += gradient.square() / _PROJECTIONS
-        return total
-
-    def draw(self, generator: torch.Generator, size: int) -> _Minibatch:
+    def draw(self, generator: torch.Generator) -> Minibatch:
         """Some learning samples at random: of all, or one of the caller's batches where these cannot be taken apart."""
         if not self.resampled:
             batch = int(torch.randint(len(self._batches), (), generator=generator))
-            return _Minibatch(self, self._batches[batch], ~self._held[batch], generator)
+            return self._minibatch(self._batches[batch], ~self._held[batch], generator)
         learning = (~self._held[0]).nonzero().flatten()
-        chosen = torch.randperm(len(learning), generator=generator)[: self._size]
-        return self._taken(learning[chosen], None, generator)
+        chosen = learning[torch.randperm(len(learning), generator=generator)[: self._size]]
+        return self._taken(chosen, generator)
 
-    def all(self, held_out: bool) -> Iterator[_Minibatch]:
+    def all(self, held_out: bool) -> Iterator[Minibatch]:
         """The learning or the held-out samples, in order, with nothing dropped."""
         if not self.resampled:
             for parts, held in zip(self._batches, self._held, strict=True):
                 if (kept := held == held_out).any():
-                    yield _Minibatch(self, parts, kept, None)
+                    yield self._minibatch(parts, kept, None)
             return
-        for chosen in (self._held[0] == held_out).nonzero().flatten().split(self._size if self._fixed_size else _CHUNK):
-            missing = self._size - len(chosen) if self._fixed_size else 0
-            # filled up with a sample that is left out of the result
-            kept = torch.arange(len(chosen) + missing) < len(chosen) if missing else None
-            yield self._taken(torch.cat([chosen, chosen[:1].expand(missing)]), kept, None)
+        chosen_of_all = (self._held[0] == held_out).nonzero().flatten()
+        for chosen in torch.split(chosen_of_all, self._fixed_size or _CHUNK):
+            yield self._taken(chosen, None)
 
-    def _taken(self, index: Tensor, kept: Tensor | None, generator: torch.Generator | None) -> _Minibatch:
-        targets, entries, mixed, importance = (gathered(part, index) for part in self._batches[0])
-        kept = torch.ones(len(index), dtype=torch.bool) if kept is None else kept
-        return _Minibatch(self, (targets, entries, mixed, importance), kept, generator)
+    def _taken(self, index: Tensor, generator: torch.Generator | None) -> Minibatch:
+        """Some of all samples; filled up with one that does not count, if the graphs want more."""
+        missing = 0 if self._fixed_size is None else self._fixed_size - len(index)
+        kept = torch.arange(len(index) + missing) < len(index)
+        index = torch.cat([index, index[:1].expand(missing)])
+        targets, entries, mixed, weights = (gathered(part, index) for part in self._batches[0])
+        return self._minibatch((targets, entries, mixed, weights), kept, generator)
+
+    def _minibatch(self, parts: _Parts, kept: Tensor, generator: torch.Generator | None) -> Minibatch:
+        targets, entries, mixed, weights = parts
+        pairs = zip(entries, mixed or entries, strict=True)
+        entries = [self._dropped(entry, exact, generator) for entry, exact in pairs]
+
+        def run(weights: Sequence[Tensor], corrections: Sequence[Tensor | None]) -> list[Tensor]:
+            outputs = self._forward(entries, weights, corrections, generator)
+            return [_selected(output, kept) for output in outputs]
+
+        target, weighed = ([_selected(value, kept) for value in values] for values in (targets, weights))
+        return Minibatch(int(kept.sum()), target, weighed or None, run)
 
     def output_scale(self) -> list[float]:
         """Root mean square of the output of each weight's operator, over some samples."""
-        batch = next(self.all(held_out=False))
+        index = torch.arange(self._fixed_size or min(_CHUNK, len(self._held[0])))
+        entries = gathered(self._batches[0][1], index) if self.resampled else self._batches[0][1]
         squares: dict[str, list[Tensor]] = {}
         with torch.no_grad():
-            self.forward(batch.entries, [node.weight for node in self.nodes], [None] * len(self.nodes), None, squares)
+            self._forward(entries, [node.weight for node in self.nodes], [None] * len(self.nodes), None, squares)
         return [float(torch.stack(squares[node.name]).mean().sqrt()) for node in self.nodes]
 
-    def forward(
+    def _forward(
         self,
         entries: Sequence[Any],
         weights: Sequence[Tensor],
@@ -264,53 +237,36 @@ class Region:
         stream = self._streams[1]
         values: Values = dict(zip(self._quantized.entries, entries, strict=True))
         inner: dict[fx.Node, Tensor] = {}
-        before = {exit.quantized_node for exit in self._exits if exit.inner}
+        before = {end.quantized_node for end in self._exits if end.inner}
         for node in self._quantized.order:
             site = self._sites.get(node)
             if site is not None and site.call is not None:
                 name = self._name[node]
-                weight, correction = self._fixed.get(name) or (weights[self._index[name]], corrections[self._index[name]])
+                weight, correction = self._fixed.get(name) or (
+                    weights[self._index[name]],
+                    corrections[self._index[name]],
+                )
                 args, kwargs = map_arg(site.call.arguments(node), values.__getitem__)
-                if node in before:
-                    inner[node] = site.call.inner(args, kwargs, weight, correction)
-                    continue
-                values[node] = site.call.whole(args, kwargs, weight, correction)
+                run = site.call.inner if node in before else site.call.whole
+                output = run(args, kwargs, weight, correction)
+                (inner if node in before else values)[node] = output
                 if squares is not None:
-                    squares.setdefault(name, []).append(values[node].square().mean())
+                    squares.setdefault(name, []).append(output.square().mean())
             elif quantizes(node):
-                values[node] = self._dropped(_fake_quantized(node, values), values[node.args[0]], generator)
-            elif unpacks(node) and values[node.args[0]].is_floating_point():
-                values[node] = values[node.args[0]]
+                values[node] = self._dropped(fake_quantized(node, values), values[node.all_input_nodes[0]], generator)
+            elif unpacks(node) and values[node.all_input_nodes[0]].is_floating_point():
+                values[node] = values[node.all_input_nodes[0]]
             else:
-                values[node] = _run(stream, node, values)
-        return [inner[exit.quantized_node] if exit.inner else values[exit.quantized_node] for exit in self._exits]
+                values[node] = run_node(stream, node, values)
+        return [inner[end.quantized_node] if end.inner else values[end.quantized_node] for end in self._exits]
 
-    def _dropped(self, quantized: Tensor, exact: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _dropped(self, quantized: Any, exact: Any, generator: torch.Generator | None) -> Any:
         """`quantized`, or with the probability `drop` entry by entry `exact`."""
         drop = self._settings.drop
-        if generator is None or not drop or quantized is exact:
+        if generator is None or not drop or quantized is exact or not isinstance(quantized, Tensor):
             return quantized
         chosen = (torch.rand(quantized.shape, generator=generator) < drop).to(quantized.device)
         return torch.where(chosen, exact, quantized)
-
-
-class _Minibatch:
-    """Samples at a region's entry; see `adaround_plugin.reconstruction.Minibatch`."""
-
-    def __init__(self, region: Region, parts: _Parts, kept: Tensor, generator: torch.Generator | None) -> None:
-        targets, entries, mixed, importance = parts
-        self._region, self._kept, self._generator = region, kept, generator
-        self.samples = int(kept.sum())
-        self.target = [_selected(target, kept) for target in targets]
-        self.importance = [_selected(weight, kept) for weight in importance] or None
-        self.entries = [
-            region._dropped(entry, exact, generator) if isinstance(entry, Tensor) else entry
-            for entry, exact in zip(entries, mixed or entries, strict=True)
-        ]
-
-    def run(self, weights: Sequence[Tensor], corrections: Sequence[Tensor | None]) -> list[Tensor]:
-        outputs = self._region.forward(self.entries, weights, corrections, self._generator)
-        return [_selected(output, self._kept) for output in outputs]
 
 
 def _selected(output: Tensor, kept: Tensor) -> Tensor:
@@ -318,28 +274,3 @@ def _selected(output: Tensor, kept: Tensor) -> Tensor:
     if bool(kept.all()) or not output.dim() or output.shape[0] % len(kept):
         return output
     return output[kept.repeat_interleave(output.shape[0] // len(kept)).to(output.device)]
-
-
-def _run(stream: Stream, node: fx.Node, values: Values) -> Any:
-    """The value of one node by the stream's own operator."""
-    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-    return getattr(stream, node.op)(node.target, args, kwargs)
-
-
-def quantizes(node: fx.Node) -> bool:
-    """Whether a node quantizes an activation with one scale."""
-    return node.op == "call_function" and operator_name(node)[0].startswith("quantize_per_tensor")
-
-
-def _fake_quantized(node: fx.Node, values: Values) -> Tensor:
-    """What a host's quantize node and its dequantize make of a value, with a gradient inside the range."""
-    x, *settings = map_arg(node.args, lambda source: values[source])
-    if len(settings) == 3:  # torch.quantize_per_tensor(x, scale, zero_point, dtype) fills the dtype's range
-        info = torch.iinfo(torch.uint8 if settings[2] == torch.quint8 else torch.int8)
-        settings[2:] = [info.min, info.max]
-    if len(settings) < 4:
-        # the range comes with each batch
-        exact: Tensor = node.target(x, *settings).dequantize()  # type: ignore[operator]
-        return x + (exact - x).detach()
-    scale, zero_point, low, high = settings[:4]
-    return torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero_point), int(low), int(high))

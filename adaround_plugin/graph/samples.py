@@ -53,7 +53,8 @@ def _rows(values: list[Tensor], sizes: Sequence[int]) -> Rows | Tensor:
     runs = {value.shape[0] / size if value.dim() else 0.0 for value, size in zip(values, sizes, strict=True)}
     run = runs.pop()
     if not runs and run >= 1 and run.is_integer() and all(value.shape[1:] == first.shape[1:] for value in values):
-        return Rows(torch.cat(values).unflatten(0, (sum(sizes), int(run))))
+        joined = torch.cat(values)
+        return Rows(joined.reshape(sum(sizes), int(run), *first.shape[1:]))
     if all(torch.equal(value, first) for value in values):
         return first
     raise ValueError("a tensor without an axis of samples")

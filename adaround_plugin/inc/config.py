@@ -50,9 +50,9 @@ class AdaRoundConfig(SoleConfig):
         act_dtype: `"uint8"`: an eager model becomes one of torch's integer kernels, an exported program one with
             quantize and dequantize operators. `"fp32"`: activations stay in float; the linear layers of an eager
             model become INC's packed ones.
-        solver, scale, asymmetric, correct_bias, column_weighting, damping, rounding, holdout, max_columns, seed: as in
-            `adaround_plugin.adaround`.
-            They and `act_dtype` hold for the whole pass: local parts follow the global one.
+        preset, solver, scale, asymmetric, correct_bias, column_weighting, damping, rounding, holdout, max_columns, seed: as
+            in `adaround_plugin.adaround`; `preset="paper"` is the paper's own method, `"blocks"` learns the layers of a
+            block together. They and `act_dtype` hold for the whole pass: local parts follow the global one.
         white_list: `"*"` for every weighted layer; a list of names, patterns and module types; None for nothing but
             what `set_local` adds. A pattern is what `exclude` of `adaround` takes: a name, the name of a parent, or a
             regular expression on whole names; also the name of a module type.
@@ -72,14 +72,17 @@ class AdaRoundConfig(SoleConfig):
         w_granularity: Tunable[Literal["per_channel", "per_tensor"]] = "per_channel",
         group_size: Tunable[Literal[-1] | Annotated[int, Field(ge=1)]] = -1,
         act_dtype: Tunable[Literal["uint8", "fp32"]] = "uint8",
-        solver: Tunable[Literal["annealing", "coordinate_descent", "sequential", "nearest"]] = "annealing",
+        preset: Tunable[Literal["default", "paper", "blocks"]] = "default",
+        solver: Tunable[
+            Literal["auto", "annealing", "coordinate_descent", "cross_entropy", "nearest", "relaxation", "sequential"]
+        ] = "auto",
         scale: Tunable[Literal["auto", "observer", "search"]] = "auto",
         asymmetric: Tunable[bool | Literal["auto"]] = "auto",
         correct_bias: Tunable[bool | Literal["auto"]] = "auto",
         column_weighting: Tunable[Literal["auto", "none", "inverse_norm"]] = "auto",
         damping: Tunable[Annotated[float, Field(gt=0)] | Literal["auto"]] = "auto",
-        rounding: Tunable[Literal["grid", "up_or_down"]] = "grid",
-        holdout: Tunable[Annotated[float, Field(ge=0, le=0.5)]] = 0.125,
+        rounding: Tunable[Literal["auto", "grid", "up_or_down"]] = "auto",
+        holdout: Tunable[Annotated[float, Field(ge=0, le=0.5)] | Literal["auto"]] = "auto",
         max_columns: Tunable[Annotated[int, Field(ge=1)]] = 16384,
         seed: Tunable[int] = 0,
         white_list: list[str | type[nn.Module]] | Literal["*"] | None = DEFAULT_WHITE_LIST,

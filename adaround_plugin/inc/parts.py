@@ -33,7 +33,7 @@ META = "adaround_parts"
 # settings that a layer may have for itself; all others hold for the whole pass
 LAYER_SETTINGS = ("dtype", "bits", "use_sym", "w_granularity", "group_size")
 PASS_OPTIONS = (
-    *("solver", "scale", "asymmetric", "correct_bias", "column_weighting", "damping", "rounding"),
+    *("preset", "solver", "scale", "asymmetric", "correct_bias", "column_weighting", "damping", "rounding"),
     *("holdout", "max_columns", "seed"),
 )
 PASS_SETTINGS = ("act_dtype", *PASS_OPTIONS)

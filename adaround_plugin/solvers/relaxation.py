@@ -47,6 +47,8 @@ class Relaxation:
             (QDrop, Wei et al. 2022, arXiv 2203.05740); needs samples.
         fisher: weigh the output's entries by their squared gradient of the network's output (BRECQ, Li et al. 2021,
             arXiv 2102.05426, with the output's own squared error in place of labels); needs samples.
+        learn_scale: learn the scale too, where it is ours to choose; needs samples. (Biases are learned with a recipe that
+            corrects them.)
         seed: of the minibatches and of dropping.
     """
 
@@ -62,6 +64,7 @@ class Relaxation:
     activation: bool = True
     drop: float = 0.0
     fisher: bool = False
+    learn_scale: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -115,7 +118,7 @@ def descend(
         The number of iterations made.
     """
     parameters = [soft.parameter for soft in softs]
-    groups = [{"params": parameters, "lr": settings.learning_rate}, *others]
+    groups = [{"params": parameters, "lr": settings.learning_rate}, *others] if parameters else list(others)
     optimizer = torch.optim.Adam(groups)
     learned = [parameter for group in groups for parameter in group["params"]]
     weights = sum(parameter.numel() for parameter in parameters)
@@ -134,7 +137,7 @@ def descend(
         if (i + 1) % _CHECK == 0:
             if report is not None:
                 report(i + 1, float(value.detach()))
-            if all(soft.settled() for soft in softs):
+            if softs and all(soft.settled() for soft in softs):
                 return i + 1
     return settings.iterations
 
@@ -161,7 +164,7 @@ def _check(settings: Relaxation) -> None:
         refuse("variant", f"Pass one of {list(VARIANTS)}.")
     if settings.data not in ("samples", "moments"):
         refuse("data", "Pass 'samples' or 'moments'.")
-    if settings.data == "moments" and (settings.drop or settings.fisher):
-        refuse("data", "drop and fisher need data='samples'.")
+    if settings.data == "moments" and (settings.drop or settings.fisher or settings.learn_scale):
+        refuse("data", "drop, fisher and learn_scale need data='samples'.")
     if settings.start is not None and not callable(getattr(settings.start, "solve", None)):
         refuse("start", "Pass None, or a solver such as Annealing().")

@@ -1,0 +1,81 @@
+"""From values that a stream knows to some nodes behind them: what has to run, and how in a graph that can be learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from adaround_plugin.graph.compat import operator_name
+from adaround_plugin.graph.host import CallSite
+from adaround_plugin.graph.streams import Stream, Values, unpacks
+
+__all__ = ["Path", "fake_quantized", "quantizes", "run_node"]
+
+
+class Path:
+    """What has to run to get from known values to some nodes.
+
+    Args:
+        stream: whose graph it is.
+        goals: the nodes to get to.
+        known: the nodes whose values are known.
+        sites: weighted nodes that will run on weights given from outside, so that only their inputs are needed.
+
+    Attributes:
+        entries: nodes whose values are known, and unpacked quantized values of such.
+        order: nodes to run, in order.
+    """
+
+    def __init__(
+        self, stream: Stream, goals: Iterable[fx.Node], known: Iterable[fx.Node], sites: Mapping[fx.Node, CallSite]
+    ) -> None:
+        needed, known = set(goals), set(known)
+        self.entries: list[fx.Node] = []
+        self.order: list[fx.Node] = []
+        for node in reversed(stream.nodes):
+            if node not in needed:
+                continue
+            if node in known or (unpacks(node) and known.issuperset(node.all_input_nodes[:1])):
+                self.entries.append(node)
+                continue
+            self.order.append(node)
+            site = sites.get(node)
+            if site is None or site.call is None:
+                needed.update(node.all_input_nodes)
+            else:
+                map_arg(site.call.arguments(node), needed.add)
+        self.order.reverse()
+
+
+def run_node(stream: Stream, node: fx.Node, values: Values) -> Any:
+    """The value of one node by the stream's own operator."""
+    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+    return getattr(stream, node.op)(node.target, args, kwargs)
+
+
+def quantizes(node: fx.Node) -> bool:
+    """Whether a node quantizes an activation with one scale."""
+    return node.op == "call_function" and operator_name(node)[0].startswith("quantize_per_tensor")
+
+
+def fake_quantized(node: fx.Node, values: Values) -> Tensor:
+    """What a host's quantize node and its dequantize make of a value, with a gradient inside the range.
+
+    The range is that of the node's dtype in FX, and given in PT2E.
+    """
+    arguments: Any = map_arg(node.args, values.__getitem__)
+    x, *settings = arguments
+    if len(settings) == 3:
+        info = torch.iinfo(torch.uint8 if settings[2] == torch.quint8 else torch.int8)
+        settings[2:] = [info.min, info.max]
+    if len(settings) < 4:
+        # the scale comes with each batch
+        target: Any = node.target
+        exact: Tensor = target(x, *settings).dequantize()
+        return x + (exact - x).detach()  # type: ignore[no-any-return]
+    scale, zero_point, low, high = settings[:4]
+    return torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero_point), int(low), int(high))
