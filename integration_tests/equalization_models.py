@@ -230,7 +230,9 @@ LONELY: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str]] = {
     "tied": (tied, (4,), "0", "'0' shares a parameter"),
     "read by the graph": (read_twice, (4,), "a", "'b' shares a parameter"),
     "pruned": (pruned, (4,), "0", "the weight of '0' is computed, not a parameter"),
-    "parametrized": (normalized, (4,), "0", _SCALE),
+    "parametrized": (normalized, (4,), "2", "the type of '2' is derived from a layer's"),
+    "second parametrized": (normalized, (4,), "0", "the type of '2' is derived from a layer's"),
+    "functional layer": (read_twice, (4,), "linear", "a functional call"),
     "shared batch norm": (shared_norm, (4,), "a", f"'norm' (BatchNorm1d) {_SCALE}"),
     "batch norm of tokens": (
         sequence(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)),

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx
 from torch.fx.experimental.optimization import fuse
 from torch.nn.utils.prune import l1_unstructured
@@ -92,6 +92,15 @@ def test_the_model_is_not_touched_and_the_result_looks_like_it(case):
     fresh = case.build().eval()
     fresh.load_state_dict(equalized.state_dict())
     assert torch.equal(outputs(fresh, x), outputs(equalized, x))
+
+
+def test_a_traced_model_is_equalized_too():
+    case = ZOO["inverted residual"]
+    traced, x = fx.symbolic_trace(randomized(case.build())), images(2, *case.shape)
+    equalized = equalize(traced, (x,))
+    assert isinstance(equalized, fx.GraphModule)
+    assert [(pair.first, pair.second) for pair in get_equalization_report(equalized).pairs] == case.pairs
+    torch.testing.assert_close(outputs(equalized, x), outputs(traced, x))
 
 
 def test_ranges_of_the_folded_weights_are_equal():

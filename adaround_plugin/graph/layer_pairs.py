@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from adaround_plugin.graph.compat import operator_name
 from adaround_plugin.graph.homogeneous import Channels, cap_of, is_elementwise, passed
+from adaround_plugin.graph.operators import is_weighted_function, module_op
 from adaround_plugin.graph.scaled_layers import ScaledLayer
 
 __all__ = ["Cap", "LayerPair", "PairFinder"]
@@ -91,13 +93,16 @@ class PairFinder:
         pairs, skipped, seen = [], [], set()
         for node in self._nodes:
             module = self._module(node)
-            if type(module) not in _LAYERS or module in seen:
+            kind = type(module).__name__ if module is not None else operator_name(node)[0]
+            if is_weighted_function(node):
+                skipped.append((node.name, kind, "a functional call: only modules are equalized"))
+            if not _is_layer(module) or module in seen:
                 continue
             seen.add(module)
             try:
                 pairs.append(self._pair(node))
             except _UnpairedError as reason:
-                skipped.append((str(node.target), type(module).__name__, str(reason)))
+                skipped.append((str(node.target), kind, str(reason)))
         return pairs, skipped
 
     def _pair(self, node: fx.Node) -> LayerPair:
@@ -108,7 +113,7 @@ class PairFinder:
         between: list[str] = []
         caps: list[Cap] = []
         elementwise = True
-        while type(module := self._module(user := self._user(value))) not in _LAYERS:
+        while not _is_layer(module := self._module(user := self._user(value))):
             if (limit := cap_of(module)) is not None:
                 caps.append(self._cap(user, limit, channels))
             else:
@@ -134,6 +139,8 @@ class PairFinder:
         """The layer that `node` calls, with its batch norm."""
         module, name = self._module(node), str(node.target)
         assert module is not None
+        if type(module) not in _LAYERS:
+            raise _UnpairedError(f"the type of {name!r} is derived from a layer's and may do more")
         if self._calls[id(module)] > 1:
             raise _UnpairedError(f"{name!r} is called {self._calls[id(module)]} times")
         parameters = dict(module.named_parameters(recurse=False))
@@ -187,6 +194,10 @@ class PairFinder:
         if self._calls[id(module)] > 1:
             raise _UnpairedError(f"{_name(user)!r} ({type(module).__name__}) serves several layers")
         return Cap(str(user.target), limit, channels.repeat, len(self._shapes[user]) - channels.axis - 1)
+
+
+def _is_layer(module: nn.Module | None) -> bool:
+    return module is not None and module_op(module) is not None
 
 
 def _name(node: fx.Node) -> str:
