@@ -43,10 +43,10 @@ class Budget:
         hessian_images: labelled images for the task loss's Hessian, whose every row is a backward pass over them.
     """
 
-    images: int = 512
-    test_images: int = 4000
-    iterations: int = 1000
-    batch_size: int = 32
+    images: int = 256
+    test_images: int = 2000
+    iterations: int = 300
+    batch_size: int = 8
     learning_rate: float = 1e-2
     data: Literal["samples", "moments"] = "moments"
     draws: int = 64
