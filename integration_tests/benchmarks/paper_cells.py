@@ -38,7 +38,7 @@ _PIXELS = (scenes.SCENE_SIZE // glyphs.IMAGE_SIZE) ** 2
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured, but for seed, bits and budget.
+    """What is measured, but for seed and budget.
 
     Attributes:
         method: a key of `METHODS`, or "float".
@@ -50,6 +50,7 @@ class Cell:
         equalized: equalize the network across layers first.
         images: calibration images; None for the budget's.
         origin: of the calibration images.
+        bits: of the weights; None for those that the network is run at.
     """
 
     method: str
@@ -61,6 +62,7 @@ class Cell:
     equalized: bool = False
     images: int | None = None
     origin: Origin = "training"
+    bits: int | None = None
 
     @property
     def seeded(self) -> bool:
@@ -134,7 +136,10 @@ class Bench:
 
     def key(self, cell: Cell, seed: int) -> dict[str, Any]:
         """All that the score depends on, as plain data."""
-        return {**asdict(cell), "seed": seed, "bits": self.bits[cell.network], **asdict(self.budget)}
+        return {**asdict(cell), "seed": seed, "bits": self._bits(cell), **asdict(self.budget)}
+
+    def _bits(self, cell: Cell) -> int:
+        return self.bits[cell.network] if cell.bits is None else cell.bits
 
     def resolution(self, table: str) -> float:
         """What one test image is worth in a table, in points."""
@@ -159,7 +164,7 @@ class Bench:
         """The calibrated model, and its backend configuration."""
         backend = None if cell.activations else get_weight_only_backend_config()
         mapping = get_adaround_qconfig_mapping(
-            weight_bits=self.bits[cell.network],
+            weight_bits=self._bits(cell),
             activation_bits=8 if cell.activations else None,
             per_channel=cell.per_channel,
         )

@@ -169,6 +169,7 @@ _LITERATURE = Table(
     (*_NETS, "ViT"),
     {
         _FP: (Figure(69.68), Figure(76.07), Figure(77.40), Figure(71.72), None),
+        "DFQ, W8A8": (Figure(69.7), None, None, Figure(71.2), None),
         _NEAREST + _WEIGHTS: (Figure(23.99), Figure(35.60), Figure(1.67), Figure(8.09), None),
         "OMSE + opt" + _WEIGHTS: (Figure(67.12), Figure(74.67), Figure(73.66), None, None),
         "OCS" + _WEIGHTS: (None, Figure(66.2), Figure(4.8), None, None),

@@ -50,15 +50,21 @@ _SCALES: Final[dict[str, Literal["minmax", "mse", "output"]]] = {
 _DRAWS = Cell("stochastic", first=True)
 
 
+def _dfq(network: str) -> Cell:
+    """Equalization and bias correction, as DFQ has them, the latter on images."""
+    return Cell("bias correction", network, activations=True, equalized=True)
+
+
 def _literature(column: str, network: str, equalized: bool) -> dict[Spot, Place]:
     """Table 7's rows; the paper equalizes MobileNetV2 before AdaRound, as DFQ does every network."""
     return _rows(
         column,
         {
             "full precision": Cell("float", network),
+            "DFQ, W8A8": replace(_dfq(network), bits=8),
             "nearest, W4A32": Cell("nearest", network),
             "AdaRound, W4A32": Cell("adaround", network, equalized=equalized),
-            "DFQ, W4A8": Cell("bias correction", network, activations=True, equalized=True),
+            "DFQ, W4A8": _dfq(network),
             "bias correction, W4A8": Cell("bias correction", network, activations=True),
             "AdaRound, W4A8": Cell("adaround", network, activations=True, equalized=equalized),
         },
@@ -102,7 +108,8 @@ LAYOUT: Final[dict[str, dict[Spot, Place]]] = {
         {
             "full precision": Cell("float", "segmenter"),
             "nearest, W4A8": Cell("nearest", "segmenter", activations=True),
-            "DFQ, W4A8": Cell("bias correction", "segmenter", activations=True, equalized=True),
+            "DFQ, W8A8": replace(_dfq("segmenter"), bits=8),
+            "DFQ, W4A8": _dfq("segmenter"),
             "AdaRound, W4A8": Cell("adaround", "segmenter", activations=True),
         },
     ),
