@@ -14,12 +14,34 @@ ROOT = Path(__file__).parents[1]
 
 # a module imports from layers above its own line only; inside one layer, from what stands before it
 LAYERS: list[list[str]] = [
-    ["_version", "errors", "activation_range", "grid", "hessian", "moments", "names", "schemes", "weighted_op"],
+    [
+        "_version",
+        "errors",
+        "activation_range",
+        "grid",
+        "hessian",
+        "moments",
+        "names",
+        "schemes",
+        "soft_rounding",
+        "weighted_op",
+        "channel_scales",
+    ],
     ["problem", "qubo", "solvers._sweep", "solvers.nearest", "solvers.sequential", "solvers.coordinate_descent"],
-    ["solvers.annealing", "solvers.cross_entropy", "solvers", "scale", "observers", "activation_observer", "qconfig"],
+    ["solvers.annealing", "solvers.cross_entropy", "solvers.relaxation", "solvers", "presets", "reconstruction"],
+    ["scale", "observers", "activation_observer", "qconfig"],
     ["layer", "report", "calibration"],
-    ["graph", "graph.compat", "graph.operators", "graph.streams", "graph.transforms", "graph.host"],
+    ["graph", "graph.compat", "graph.operators", "graph.streams", "graph.transforms", "graph.calls", "graph.host"],
+    ["graph.paths", "graph.importance", "graph.samples", "graph.regions", "graph.blocks"],
     ["graph.checks", "graph.clamps", "graph.grids", "graph.fx_nodes", "graph.prepared_fx"],
+    [
+        "capped_relu",
+        "graph.homogeneous",
+        "graph.scaled_layers",
+        "graph.layer_pairs",
+        "equalization_report",
+        "equalization",
+    ],
     ["pt2e.observers", "pt2e.quantizers", "pt2e", "graph.pt2e_nodes", "graph.prepared_pt2e", "graph.hosts"],
     ["task_loss", "weights", "forms"],
     ["learner", "learn"],
@@ -28,7 +50,17 @@ LAYERS: list[list[str]] = [
     ["inc.algorithm", "inc"],
     ["demo", "cli", "__main__"],
 ]
-MATHEMATICS = {*LAYERS[0], *LAYERS[1], "solvers.annealing", "solvers.cross_entropy", "solvers", "scale", "layer"}
+MATHEMATICS = {
+    *LAYERS[0],
+    *LAYERS[1],
+    "solvers.annealing",
+    "solvers.cross_entropy",
+    "solvers.relaxation",
+    "solvers",
+    "scale",
+    "layer",
+}
+MATHEMATICS |= {"reconstruction"}
 ALLOWED_OUTSIDE = {"torch", PACKAGE, *sys.stdlib_module_names}
 ORDER = [name for layer in LAYERS for name in layer]
 

@@ -111,6 +111,15 @@ def test_chunks_and_batches_make_no_difference():
     torch.testing.assert_close(one.gradient, other.gradient, rtol=1e-9, atol=1e-14)
 
 
+def test_a_linear_loss_has_no_curvature():
+    model = seeded(lambda: nn.Linear(3, 2, bias=False))
+    data = batches((3,))
+    found = expand_task_loss(model, "weight", lambda run, batch: run(batch[0]).sum(1), data)
+    assert not found.hessian.any()
+    mean = torch.cat([inputs for inputs, _ in data]).mean(0)
+    torch.testing.assert_close(found.gradient, mean.repeat(2), rtol=1e-12, atol=0)
+
+
 def test_the_model_stays_as_it_is():
     model, name, data = case("convolutional")
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -222,6 +231,12 @@ def test_a_loss_that_is_no_tensor_is_refused():
     model, name, data = case("smooth")
     with pytest.raises(InvalidOptionError, match="loss: returned float"):
         expand_task_loss(model, name, lambda run, batch: 1.0, data)
+
+
+def test_a_loss_of_the_model_itself_is_refused():
+    model, name, data = case("smooth")
+    with pytest.raises(InvalidOptionError, match="loss: does not depend on '0.weight'"):
+        expand_task_loss(model, name, lambda run, batch: cross_entropy(model, batch).detach(), data)
 
 
 def test_a_loss_that_is_not_finite_is_refused():
