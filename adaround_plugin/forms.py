@@ -21,7 +21,8 @@ from adaround_plugin.graph.hosts import open_host
 from adaround_plugin.hessian import Hessian
 from adaround_plugin.moments import Moments
 from adaround_plugin.problem import Rounding, RoundingProblem
-from adaround_plugin.task_loss import Loss, TaskLoss, expand_task_loss, up_or_down_problem
+from adaround_plugin.qubo import up_or_down_problem
+from adaround_plugin.task_loss import Loss, TaskLoss, expand_task_loss
 from adaround_plugin.weights import named_node
 
 __all__ = ["LayerForms"]
@@ -86,7 +87,7 @@ class LayerForms:
         hessian = Hessian.damped(second, damping)
         return up_or_down_problem(self.node.grid, weight, op.rows, hessian, op.rows(weight).double())
 
-    def expand(self, loss: Loss, batches: Iterable[Any], *, chunk: int = 64) -> TaskLoss:
+    def expand(self, loss: Loss, batches: Iterable[Any], *, chunk: int = 1) -> TaskLoss:
         """The task loss to second order in this layer's weight; arguments and errors of `expand_task_loss`."""
         return expand_task_loss(self.model, self.parameter, loss, batches, chunk=chunk)
 
@@ -97,7 +98,7 @@ class LayerForms:
         *,
         gradient: bool = False,
         damping: float = 0.01,
-        chunk: int = 64,
+        chunk: int = 1,
     ) -> RoundingProblem:
         """The task-loss form (equation 13), one row of all weights; arguments and errors of `task_loss_problem`."""
         return self.expand(loss, batches, chunk=chunk).problem(self.node.grid, gradient=gradient, damping=damping)

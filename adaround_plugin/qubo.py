@@ -8,15 +8,18 @@ arXiv 2004.10568, its square completed) is a quadratic form in the bits:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.grid import Grid
 from adaround_plugin.hessian import Hessian
 from adaround_plugin.problem import RoundingProblem
+from adaround_plugin.schemes import up_or_down
 
-__all__ = ["Qubo", "two_levels"]
+__all__ = ["Qubo", "two_levels", "up_or_down_problem"]
 
 
 def two_levels(problem: RoundingProblem) -> tuple[Tensor, Tensor]:
@@ -29,6 +32,27 @@ def two_levels(problem: RoundingProblem) -> tuple[Tensor, Tensor]:
     # a target far outside the box has no int64: clip before converting
     low = problem.clamp(low).long().minimum((problem.upper - 1).maximum(problem.lower))
     return low, (low + 1).minimum(problem.upper)
+
+
+def up_or_down_problem(
+    grid: Grid,
+    weight: Tensor,
+    rows: Callable[[Tensor], Tensor],
+    hessian: Hessian,
+    target: Tensor,
+) -> RoundingProblem:
+    """The rounding problem of a weight in the paper's search space, in the units of the hessian.
+
+    Args:
+        grid, weight: what is rounded.
+        rows: lays anything of the weight's shape out as `(G, R, D)`.
+        hessian: `D` columns in each of `G` groups, in weight units.
+        target: `(G, R, D)` float64, the row to imitate, in weight units.
+    """
+    lower, upper = up_or_down(grid, weight)
+    scale = rows(grid.expand(grid.scale, weight.shape)).double()
+    target = target / scale + rows(grid.expand(grid.zero_point, weight.shape))
+    return RoundingProblem(target, hessian, rows(lower), rows(upper), rows(grid.nearest(weight)), scale)
 
 
 @dataclass(frozen=True)

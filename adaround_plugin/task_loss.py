@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, jacrev
+from torch.func import functional_call
 
 from adaround_plugin.errors import InvalidBatchError, InvalidModelError, InvalidOptionError, NonFiniteError
 from adaround_plugin.graph.compat import Dropout, Normalization
 from adaround_plugin.grid import Grid
 from adaround_plugin.hessian import Hessian
 from adaround_plugin.problem import RoundingProblem
-from adaround_plugin.schemes import up_or_down
+from adaround_plugin.qubo import up_or_down_problem
 
-__all__ = ["MAX_WEIGHTS", "Loss", "TaskLoss", "expand_task_loss", "task_loss_problem", "up_or_down_problem"]
+__all__ = ["MAX_WEIGHTS", "Loss", "TaskLoss", "expand_task_loss", "task_loss_problem"]
 
 # from (a stand-in for the model, a batch) to losses, one for each sample
 Loss = Callable[[Callable[..., Any], Any], Tensor]
@@ -97,14 +97,14 @@ def task_loss_problem(
     *,
     gradient: bool = False,
     damping: float = 0.01,
-    chunk: int = 64,
+    chunk: int = 1,
 ) -> RoundingProblem:
     """The rounding problem of one layer under the task loss: `expand_task_loss`, then `TaskLoss.problem`."""
     expansion = expand_task_loss(model, name, loss, batches, chunk=chunk)
     return expansion.problem(grid, gradient=gradient, damping=damping)
 
 
-def expand_task_loss(model: nn.Module, name: str, loss: Loss, batches: Iterable[Any], *, chunk: int = 64) -> TaskLoss:
+def expand_task_loss(model: nn.Module, name: str, loss: Loss, batches: Iterable[Any], *, chunk: int = 1) -> TaskLoss:
     """Expand the mean task loss to second order in the weight of one layer.
 
     Args:
@@ -114,11 +114,12 @@ def expand_task_loss(model: nn.Module, name: str, loss: Loss, batches: Iterable[
             `lambda run, batch: F.cross_entropy(run(batch[0]), batch[1], reduction="none")`. The mean is taken over
             all entries of all batches, so batches may differ in size.
         batches: whatever `loss` understands.
-        chunk: rows of the Hessian that are computed together; fewer need less memory.
+        chunk: rows of the Hessian that are computed together. More need more memory; they may be faster on an
+            accelerator, and are slower on a CPU.
 
     Raises:
         InvalidOptionError: no such layer, one with more than `MAX_WEIGHTS` weights, a chunk that is not positive, or
-            a loss that returns no tensor.
+            a loss that is no tensor or does not depend on the layer.
         InvalidModelError: the model is in train mode.
         InvalidBatchError: there are no batches.
         NonFiniteError: the loss or a derivative of it holds NaN or infinity.
@@ -128,31 +129,18 @@ def expand_task_loss(model: nn.Module, name: str, loss: Loss, batches: Iterable[
     _check_eval(model)
     parameter = _parameter(model, name)
     weight = dict(model.named_parameters(remove_duplicate=False))[parameter].detach()
-
-    def total(flat: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        """The sum of a batch's losses at another weight, and their number."""
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(model, {parameter: flat.view_as(weight)}, args, kwargs)
-
-        losses = loss(run, batch)
-        if not isinstance(losses, Tensor):
-            raise InvalidOptionError("loss", f"returned {type(losses).__name__}", "Return a tensor of losses.")
-        return losses.sum(), torch.tensor(losses.numel())
-
-    slope = grad_and_value(total, has_aux=True)
-    curvature = jacrev(lambda flat, batch: slope(flat, batch)[0], chunk_size=chunk)
     size = weight.numel()
     value, count = 0.0, 0
     gradient = torch.zeros(size, dtype=torch.float64, device=weight.device)
     hessian = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
-    # torch.func differentiates all the same; the other parameters' gradients are not recorded
-    with torch.no_grad():
-        for batch in batches:
-            first, (batch_value, entries) = slope(weight.flatten(), batch)
-            value, count = value + float(batch_value), count + int(entries)
-            gradient += first
-            hessian += curvature(weight.flatten(), batch)
+    for batch in batches:
+        point = weight.flatten().clone().requires_grad_()
+        with torch.enable_grad():
+            losses = _losses(model, parameter, point.view_as(weight), loss, batch)
+            slope = _slope(losses.sum(), point, parameter)
+        value, count = value + float(losses.detach().double().sum()), count + losses.numel()
+        gradient += slope.detach()
+        _add_curvature(hessian, slope, point, chunk)
     if not count:
         raise InvalidBatchError("batches", "holds no data", "Pass batches of at least one sample.")
     hessian = (hessian + hessian.T) / (2 * count)
@@ -161,25 +149,46 @@ def expand_task_loss(model: nn.Module, name: str, loss: Loss, batches: Iterable[
     return TaskLoss(weight, value / count, gradient / count, hessian)
 
 
-def up_or_down_problem(
-    grid: Grid,
-    weight: Tensor,
-    rows: Callable[[Tensor], Tensor],
-    hessian: Hessian,
-    target: Tensor,
-) -> RoundingProblem:
-    """The rounding problem of a weight in the paper's search space, in the units of the hessian.
+def _losses(model: nn.Module, parameter: str, weight: Tensor, loss: Loss, batch: Any) -> Tensor:
+    """The losses of a batch's samples with another weight."""
 
-    Args:
-        grid, weight: what is rounded.
-        rows: lays anything of the weight's shape out as `(G, R, D)`.
-        hessian: `D` columns in each of `G` groups, in weight units.
-        target: `(G, R, D)` float64, the row to imitate, in weight units.
-    """
-    lower, upper = up_or_down(grid, weight)
-    scale = rows(grid.expand(grid.scale, weight.shape)).double()
-    target = target / scale + rows(grid.expand(grid.zero_point, weight.shape))
-    return RoundingProblem(target, hessian, rows(lower), rows(upper), rows(grid.nearest(weight)), scale)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(model, {parameter: weight}, args, kwargs)
+
+    losses = loss(run, batch)
+    if not isinstance(losses, Tensor):
+        raise InvalidOptionError("loss", f"returned {type(losses).__name__}", "Return a tensor of losses.")
+    return losses
+
+
+def _slope(total: Tensor, point: Tensor, parameter: str) -> Tensor:
+    """The gradient of a loss, itself differentiable."""
+    found = None
+    if total.requires_grad:
+        (found,) = torch.autograd.grad(total, point, create_graph=True, allow_unused=True)
+    if found is None:
+        raise InvalidOptionError(
+            "loss", f"does not depend on {parameter!r}", "Call the stand-in, not the model, and with gradients on."
+        )
+    return found
+
+
+def _add_curvature(hessian: Tensor, slope: Tensor, point: Tensor, chunk: int) -> None:
+    """Add the derivative of `(D,)` slope with respect to `(D,)` point to the hessian, a few rows at a time."""
+    if not slope.requires_grad:
+        # the loss is linear in the weight
+        return
+    size = point.numel()
+    for start in range(0, size, chunk):
+        stop = min(start + chunk, size)
+        basis = point.new_zeros(stop - start, size)
+        basis[:, start:stop].fill_diagonal_(1)
+        # one row without the machinery of vmap, which costs more than it saves on a CPU
+        vectors = basis[0] if chunk == 1 else basis
+        (found,) = torch.autograd.grad(
+            slope, point, vectors, retain_graph=True, is_grads_batched=chunk > 1, materialize_grads=True
+        )
+        hessian[start:stop] += found
 
 
 def _check_eval(model: nn.Module) -> None:

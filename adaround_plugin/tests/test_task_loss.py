@@ -233,10 +233,16 @@ def test_a_loss_that_is_no_tensor_is_refused():
         expand_task_loss(model, name, lambda run, batch: 1.0, data)
 
 
-def test_a_loss_of_the_model_itself_is_refused():
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_loss_of_the_model_itself_is_refused(detached):
     model, name, data = case("smooth")
-    with pytest.raises(InvalidOptionError, match="loss: does not depend on '0.weight'"):
-        expand_task_loss(model, name, lambda run, batch: cross_entropy(model, batch).detach(), data)
+
+    def loss(run: Callable[..., Any], batch: tuple[Tensor, Tensor]) -> Tensor:
+        losses = cross_entropy(model, batch)
+        return losses.detach() if detached else losses
+
+    with pytest.raises(InvalidOptionError, match=r"loss: does not depend on '0\.weight'"):
+        expand_task_loss(model, name, loss, data)
 
 
 def test_a_loss_that_is_not_finite_is_refused():
