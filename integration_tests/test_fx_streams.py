@@ -414,11 +414,13 @@ def names(*, aliases: bool = False) -> list[str]:
     return [name for name in NETS if name not in _VIEWS and (aliases or name not in _ALIASES)]
 
 
-def prepare(name: str, weight_only: bool = False) -> tuple[nn.Module, Any, list[Any]]:
+def prepare(
+    name: str, weight_only: bool = False, activation_bits: int = 8
+) -> tuple[nn.Module, fx.GraphModule, list[Any]]:
     """Float model, calibrated prepared model and batches of a net."""
     model, data = NETS[name]()
     model.eval()
-    bits: int | None = None if weight_only else 8
+    bits: int | None = None if weight_only else activation_bits
     mapping = get_adaround_qconfig_mapping("x86", activation_bits=bits)
     config = get_weight_only_backend_config() if weight_only else None
     custom = PrepareCustomConfig()

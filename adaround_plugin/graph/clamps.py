@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from adaround_plugin.activation_observer import AdaRoundActivationMixin
-from adaround_plugin.graph.compat import is_observed, share_qconfigs
+from adaround_plugin.graph.compat import is_observed, share_attributes
 
 __all__ = ["insert_clamps", "remove_clamps"]
 
@@ -38,7 +38,7 @@ def insert_clamps(prepared: fx.GraphModule) -> None:
             node.replace_input_with(source, clamp)
             sources[clamp] = source
         if removed or sources:
-            share_qconfigs(graph, sources)
+            share_attributes(graph, sources)
             graph.recompile()
 
 

@@ -23,7 +23,7 @@ __all__ = [
     "is_quantized",
     "operator_name",
     "returns_view",
-    "share_qconfigs",
+    "share_attributes",
     "unfused",
 ]
 
@@ -42,13 +42,16 @@ def is_observer(module: nn.Module) -> bool:
     return bool(_is_activation_post_process(module))  # type: ignore[no-untyped-call]
 
 
-def share_qconfigs(prepared: fx.GraphModule, sources: dict[fx.Node, fx.Node]) -> None:
-    """Tell the host's convert of nodes that were added to a prepared graph: each has the qconfig of its source."""
+def share_attributes(prepared: fx.GraphModule, sources: dict[fx.Node, fx.Node]) -> None:
+    """Tell the host's convert of nodes that were added to a prepared graph: each has its source's qconfig and scope."""
     attributes = prepared.meta["_observed_graph_module_attrs"]
-    known = attributes.node_name_to_qconfig
-    added = {node.name: known[source.name] for node, source in sources.items() if source.name in known}
+    extended = {}
+    for field in ("node_name_to_qconfig", "node_name_to_scope"):
+        known = getattr(attributes, field)
+        added = {node.name: known[source.name] for node, source in sources.items() if source.name in known}
+        extended[field] = {**known, **added}
     # a new object: copies of a graph share the old one
-    prepared.meta["_observed_graph_module_attrs"] = replace(attributes, node_name_to_qconfig={**known, **added})
+    prepared.meta["_observed_graph_module_attrs"] = replace(attributes, **extended)
 
 
 def is_quantized(module: nn.Module) -> bool:
