@@ -20,7 +20,7 @@ from adaround_plugin.graph.regions import Exit
 from adaround_plugin.graph.transforms import origin
 from adaround_plugin.names import select
 
-__all__ = ["Block", "find_blocks", "layer_exits", "named_blocks"]
+__all__ = ["Block", "find_blocks", "layer_exits", "named_blocks", "network_exits"]
 
 # layers that follow one another without branches make blocks of this many
 _CHAIN = 3
@@ -78,6 +78,11 @@ class _Graphs:
             origin(node): node for node in host.quantized_stream.nodes if "adaround_origin" in node.meta
         }
         self.sites = {site.float_node: node for node in host.nodes for site in node.sites}
+        # the nodes that depend on a weight
+        self.behind: set[fx.Node] = set()
+        for node in self.nodes:
+            if node in self.sites or not self.behind.isdisjoint(node.all_input_nodes):
+                self.behind.add(node)
 
     def exit_at(self, node: fx.Node, inner: bool = False) -> Exit | None:
         """The exit at a node; None where the quantized graph has no such node."""
@@ -101,10 +106,7 @@ class _Graphs:
 
     def cuts(self) -> list[fx.Node]:
         """Nodes that every path from a weighted node before them to the output passes, in order."""
-        behind: set[fx.Node] = set()
-        for node in self.nodes:
-            if node in self.sites or not behind.isdisjoint(node.all_input_nodes):
-                behind.add(node)
+        behind = self.behind
         leading: set[fx.Node] = set()
         for node in reversed(self.nodes):
             if node.op == "output" or not leading.isdisjoint(node.users):
@@ -136,6 +138,13 @@ def layer_exits(host: Host, nodes: Iterable[WeightedNode], activation: bool) -> 
             found.append(end or Exit(site.float_node, site.quantized_node, inner=fused and not activation))
         exits[node.name] = tuple(found)
     return exits
+
+
+def network_exits(host: Host) -> tuple[Exit, ...]:
+    """Exits at all outputs of the network that depend on a weight; none if the quantized graph lacks one."""
+    graphs = _Graphs(host)
+    exits = [graphs.exit_at(node) for node in graphs.nodes[-1].all_input_nodes if node in graphs.behind]
+    return tuple(end for end in exits if end is not None) if all(exits) else ()
 
 
 def find_blocks(host: Host) -> list[Block]:
