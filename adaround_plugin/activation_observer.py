@@ -30,16 +30,15 @@ class AdaRoundActivationMixin:
     max_val: Tensor
     eps: Tensor
 
-    def _check(self) -> None:
-        if self.qscheme != torch.per_tensor_affine:
+    @staticmethod
+    def _check(quant_min: int, quant_max: int, qscheme: torch.qscheme) -> None:
+        if qscheme != torch.per_tensor_affine:
             raise InvalidOptionError(
-                "qscheme", f"{self.qscheme} wastes levels of activations", "Pass torch.per_tensor_affine."
+                "qscheme", f"{qscheme} wastes levels of activations", "Pass torch.per_tensor_affine."
             )
-        if not 0 <= self.quant_min < self.quant_max <= 255:
+        if quant_min != 0 or not 0 < quant_max <= 255:
             raise InvalidOptionError(
-                "quant_min, quant_max",
-                f"[{self.quant_min}, {self.quant_max}] is not inside [0, 255]",
-                "Pass a range of unsigned integers.",
+                "quant_min, quant_max", f"[{quant_min}, {quant_max}] does not fit", "Pass 0 and at most 255."
             )
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -90,11 +89,6 @@ class AdaRoundActivationObserver(AdaRoundActivationMixin, HistogramObserver):
         high = 2 ** check_bits(bits) - 1
         if dtype != torch.quint8:
             raise InvalidOptionError("dtype", f"{dtype} does not hold activations in FX", "Pass torch.quint8.")
-        super().__init__(
-            dtype=dtype,
-            qscheme=qscheme,
-            quant_min=0 if quant_min is None else quant_min,
-            quant_max=high if quant_max is None else quant_max,
-            **kwargs,
-        )
-        self._check()
+        low, high = 0 if quant_min is None else quant_min, high if quant_max is None else quant_max
+        self._check(low, high, qscheme)
+        super().__init__(dtype=dtype, qscheme=qscheme, quant_min=low, quant_max=high, **kwargs)

@@ -144,7 +144,9 @@ def test_weight_only_has_no_activations():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"activation_bits": 4}, "activation_bits.*4"),
+        ({"activation_bits": 1}, "activation_bits.*1"),
+        ({"activation_bits": 9}, "activation_bits.*9"),
+        ({"activation_bits": 4.0}, "activation_bits"),
         ({"activation_bits": "8"}, "activation_bits"),
         ({"activation_bits": None, "is_dynamic": True}, "is_dynamic.*activation_bits=8"),
     ],

@@ -198,6 +198,7 @@ _OTHERS = {
         ["Residual", "Branches", "Inplace", "AddInto", "Split", "Views", "Tied", "Attention"],
     ),
     "w4": (lambda: x86(activation_bits=None), ["Residual", "Keywords", "Recursive", "Tokens", "Normalized"]),
+    "a4": (lambda: x86(histogram=True, activation_bits=4), ["Branches", "FunctionalWeights", "Keywords", "Views"]),
     "dynamic": (
         lambda: EveryOperator(activation="dynamic"),
         ["Residual", "Views", "SharedFunctionalWeight", "Siamese"],

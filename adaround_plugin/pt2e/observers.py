@@ -55,8 +55,8 @@ class AdaRoundActivationObserver(AdaRoundActivationMixin, HistogramObserver):
     ) -> None:
         if dtype != torch.uint8:
             raise InvalidOptionError("dtype", f"{dtype} does not hold unsigned activations", "Pass torch.uint8.")
+        self._check(quant_min, quant_max, qscheme)
         super().__init__(dtype=dtype, qscheme=qscheme, quant_min=quant_min, quant_max=quant_max, **kwargs)
-        self._check()
 
 
 class AdaRoundObserver(AdaRoundWeightMixin, UniformQuantizationObserverBase):
