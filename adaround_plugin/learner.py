@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from adaround_plugin.calibration import Sampling
 from adaround_plugin.errors import InvalidBatchError, NonFiniteError
-from adaround_plugin.graph.blocks import Block, layer_exits, network_exits
+from adaround_plugin.graph.blocks import Block, layer_exits
 from adaround_plugin.graph.host import CallSite, Host, WeightedNode
 from adaround_plugin.graph.regions import Exit, Region
 from adaround_plugin.graph.streams import Values, tensors
@@ -103,32 +103,11 @@ class Learner:
             self.roundings[node.name] = self._baseline(node)
             node.set_quantized(self.roundings[node.name])
         pending = [node for node in self.host.nodes if node.name not in self.settings.frozen]
-        relaxation = self.settings.relaxation
-        entry = self._copied() if relaxation is not None and relaxation.finish else []
         for block in self.settings.blocks:
             pending = self._learn_block(block, pending)
         while pending:
             pending = self._stage(pending)
-        if entry and relaxation is not None:
-            self._tune(entry, relaxation.finish)
         self._finish()
-
-    def _copied(self) -> list[BothValues]:
-        """What both streams keep now: the values are shared, which of them are kept is not."""
-        return [(dict(exact), dict(quantized)) for exact, quantized in self.values]
-
-    def _tune(self, entry: list[BothValues], steps: int) -> None:
-        """Learn scales and biases of all layers together by the network's output, from its inputs."""
-        nodes = [node for node in self.host.nodes if node.name not in self.settings.frozen]
-        exits = network_exits(self.host)
-        if not exits:
-            self.block_reports.append(BlockReport("network", (), note="its end is not in the quantized graph"))
-            return
-        changed, report = self._reconstruct(nodes, Block("network", tuple(nodes), exits), entry, steps)
-        self.block_reports.append(report)
-        if changed:
-            self.values = [(exact, again) for (exact, _), (_, again) in zip(self.values, entry, strict=True)]
-            self.streams[1].restart()
 
     def _learn_block(self, block: Block, pending: list[WeightedNode]) -> list[WeightedNode]:
         """Decide a block's layers one by one, then all together from its entry; returns what is left."""
@@ -137,7 +116,7 @@ class Learner:
             return pending
         # as far as the blocks before it allow
         self._forward(self._plan(pending), lambda batch, values: None)
-        entry = self._copied()
+        entry = [(dict(exact), dict(quantized)) for exact, quantized in self.values]
         done = set(self.streams[1].done)
         while any(node.name in names for node in pending):
             pending = self._stage(pending)
@@ -153,16 +132,11 @@ class Learner:
         return pending
 
     def _reconstruct(
-        self, nodes: list[WeightedNode], block: Block, values: list[BothValues], tuning: int = 0
+        self, nodes: list[WeightedNode], block: Block, values: list[BothValues]
     ) -> tuple[bool, BlockReport]:
-        """Learn roundings on samples from where they are; whether any changed, and how the block's error fell.
-
-        With a number of steps for `tuning`, scales and biases alone are learned.
-        """
+        """Learn roundings on samples from where they are; whether any changed, and how the block's error fell."""
         relaxation, recipe = self.settings.relaxation, self.settings.recipe
         assert relaxation is not None
-        if tuning:
-            relaxation = replace(relaxation, iterations=tuning, fisher=False)
         began = time.perf_counter()
         with self._clock("reconstruct", nodes[0] if len(nodes) == 1 else None):
             region = Region(
@@ -173,7 +147,7 @@ class Learner:
             if not region.nodes:
                 return False, BlockReport(block.name, tuple(node.name for node in nodes), note="; ".join(notes))
             starts = [self._start(node) for node in region.nodes]
-            found = reconstruct(region, starts, relaxation, self._step(block.name), rounded=tuning > 0)
+            found = reconstruct(region, starts, relaxation, self._step(block.name))
         if found.better:
             for node, learned in zip(region.nodes, found.weights, strict=True):
                 rounding = replace(

@@ -124,7 +124,6 @@ def reconstruct(
     starts: Sequence[Start],
     settings: Relaxation,
     report: Callable[[int, float], None] | None = None,
-    rounded: bool = False,
 ) -> Reconstruction:
     """Learn the integers of a region's weights, and scales and biases where they may move.
 
@@ -133,7 +132,6 @@ def reconstruct(
         starts: the weights, in the order in which `samples` takes them.
         settings: of the relaxation.
         report: called now and then with the number of iterations and the loss relative to that of the start.
-        rounded: keep the integers; learn scales and biases alone.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     before = [Reconstructed(start.grid, start.integers, start.correction) for start in starts]
@@ -150,12 +148,10 @@ def reconstruct(
             return _square(batch, outputs) / (batch.samples * start_square)
 
         groups = [group for one in learned for group in one.groups]
-        iterations = 0
         # at the end only what is not rounded is learned, on the roundings as they will be
-        last = 0 if not groups else settings.iterations if rounded else int(settings.iterations * _LAST)
-        if not rounded:
-            first = replace(settings, iterations=settings.iterations - last)
-            iterations = descend([one.soft for one in learned], groups, loss, first, report)
+        last = int(settings.iterations * _LAST) if groups else 0
+        first = replace(settings, iterations=settings.iterations - last)
+        iterations = descend([one.soft for one in learned], groups, loss, first, report)
         if last:
             iterations += descend([], groups, lambda progress: loss(None), replace(settings, iterations=last), report)
     after = [one.result() for one in learned]

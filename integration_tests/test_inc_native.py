@@ -206,3 +206,12 @@ def test_nothing_to_quantize_is_an_error() -> None:
         quantize(network(), AdaRoundConfig(white_list=None), run_fn=calibrate(data()))
     with pytest.raises(InvalidModelError):
         quantize(network(), AdaRoundConfig(dtype="fp32"), run_fn=calibrate(data()))
+
+
+def test_a_preset_learns_blocks_on_samples() -> None:
+    quantized = quantize(network(), AdaRoundConfig(bits=2, preset="blocks", **RECIPE), run_fn=calibrate(data()))
+    report = get_report(quantized)
+    assert report.solver == "Relaxation"
+    assert any(block.iterations for block in report.blocks)
+    nearest = quantize(network(), AdaRoundConfig(bits=2, solver="nearest"), run_fn=calibrate(data()))
+    assert report.output_error < get_report(nearest).output_error

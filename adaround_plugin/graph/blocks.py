@@ -20,7 +20,7 @@ from adaround_plugin.graph.regions import Exit
 from adaround_plugin.graph.transforms import origin
 from adaround_plugin.names import select
 
-__all__ = ["Block", "find_blocks", "layer_exits", "named_blocks", "network_exits"]
+__all__ = ["Block", "find_blocks", "layer_exits", "named_blocks"]
 
 # layers that follow one another without branches make blocks of this many
 _CHAIN = 3
@@ -138,13 +138,6 @@ def layer_exits(host: Host, nodes: Iterable[WeightedNode], activation: bool) -> 
             found.append(end or Exit(site.float_node, site.quantized_node, inner=fused and not activation))
         exits[node.name] = tuple(found)
     return exits
-
-
-def network_exits(host: Host) -> tuple[Exit, ...]:
-    """Exits at all outputs of the network that depend on a weight; none if the quantized graph lacks one."""
-    graphs = _Graphs(host)
-    exits = [graphs.exit_at(node) for node in graphs.nodes[-1].all_input_nodes if node in graphs.behind]
-    return tuple(end for end in exits if end is not None) if all(exits) else ()
 
 
 def find_blocks(host: Host) -> list[Block]:

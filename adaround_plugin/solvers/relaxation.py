@@ -49,8 +49,6 @@ class Relaxation:
             arXiv 2102.05426, with the output's own squared error in place of labels); needs samples.
         learn_scale: learn the scale too, where it is ours to choose; needs samples. (Biases are learned with a recipe that
             corrects them.)
-        finish: steps at the very end on scales and biases alone, all roundings as they are, by the error of the network's
-            output; needs samples.
         seed: of the minibatches and of dropping.
     """
 
@@ -67,7 +65,6 @@ class Relaxation:
     drop: float = 0.0
     fisher: bool = False
     learn_scale: bool = False
-    finish: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -167,9 +164,7 @@ def _check(settings: Relaxation) -> None:
         refuse("variant", f"Pass one of {list(VARIANTS)}.")
     if settings.data not in ("samples", "moments"):
         refuse("data", "Pass 'samples' or 'moments'.")
-    if not isinstance(settings.finish, int) or settings.finish < 0:
-        refuse("finish", "Pass a number of steps, or 0.")
-    if settings.data == "moments" and (settings.drop or settings.fisher or settings.learn_scale or settings.finish):
-        refuse("data", "drop, fisher, learn_scale and finish need data='samples'.")
+    if settings.data == "moments" and (settings.drop or settings.fisher or settings.learn_scale):
+        refuse("data", "drop, fisher and learn_scale need data='samples'.")
     if settings.start is not None and not callable(getattr(settings.start, "solve", None)):
         refuse("start", "Pass None, or a solver such as Annealing().")
