@@ -42,7 +42,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # annealed layer by layer, then all roundings of a block together: for 2 bits, and for activations of few bits
     "blocks": {
         **_DEFAULT,
-        "solver": Relaxation(iterations=2000, learning_rate=1e-2, start=Annealing()),
+        "solver": Relaxation(
+            iterations=1000,
+            learning_rate=0.1,
+            regularization=30.0,
+            beta=(8.0, 2.0),
+            start=Annealing(),
+            drop=0.5,
+            learn_scale=True,
+        ),
+        "damping": 0.1,
         "blocks": True,
     },
 }

@@ -23,6 +23,7 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86Induct
 
 from adaround_plugin import adaround, get_adaround_qconfig_mapping, get_report, get_weight_only_backend_config
 from adaround_plugin.pt2e import get_adaround_x86_inductor_config
+from adaround_plugin.presets import PRESETS
 from integration_tests.benchmarks import glyphs, networks
 
 TEST_IMAGES = 10_000
@@ -98,7 +99,8 @@ def rows(
             batches = list(torch.split(calibration[:count], 64))
             prepared = case.prepare(batches)
             start = time.process_time()
-            learned = adaround(prepared, batches, solver=solver, max_columns=max_columns, progress=False)
+            chosen = {"preset" if solver in PRESETS else "solver": solver}
+            learned = adaround(prepared, batches, max_columns=max_columns, progress=False, **chosen)
             seconds = time.process_time() - start
             recipe = get_report(learned).recipe
             score = accuracy(case.convert(learned), *test)
@@ -110,7 +112,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="+", choices=["resnet20", "mobilenet", "vit"])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--solvers", nargs="+", default=["nearest", "coordinate_descent", "annealing"])
+    parser.add_argument(
+        "--solvers", nargs="+", default=["nearest", "coordinate_descent", "annealing"], help="solvers and presets"
+    )
     parser.add_argument(
         "--modes", nargs="+", choices=["weight-only", "activations"], default=["weight-only", "activations"]
     )
