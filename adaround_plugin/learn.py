@@ -68,15 +68,15 @@ def adaround(
             observers.
         batches: unlabelled calibration data: a DataLoader, a list, any iterable of tensors, tuples (positional) or
             dicts (keyword arguments). A few hundred samples do. A one-shot iterator is read once and kept in memory.
-        preset: what `"auto"` means for the options below; an option that is given wins. `"default"`: annealing on second
-            moments. `"paper"`: the relaxation with the paper's settings (10,000 steps a layer, equations 21 to 25).
-            `"blocks"`: annealing, then all roundings of a block learned together on samples; for 2 bits, and for
+        preset: what `"auto"` means for the options below; an option that is given wins. `"default"`: annealing on
+            second moments. `"paper"`: the relaxation with the paper's settings (10,000 steps a layer, equations 21 to
+            25). `"blocks"`: annealing, then all roundings of a block learned together on samples; for 2 bits, and for
             activations of few bits.
-        solver: `"annealing"`, `"coordinate_descent"`, `"cross_entropy"`, `"nearest"`, `"relaxation"`, `"sequential"`, or
-            an object: `Relaxation(...)`, or any with `solve`.
-        blocks: with a `Relaxation` on samples, what is learned together. False: each layer by itself. True: blocks found
-            in the graph (a residual block, layers of a chain in threes). A list: of modules or patterns, each a block;
-            other layers are only started.
+        solver: `"annealing"`, `"coordinate_descent"`, `"cross_entropy"`, `"nearest"`, `"relaxation"`, `"sequential"`,
+            or an object: `Relaxation(...)`, or any with `solve`.
+        blocks: with a `Relaxation` on samples, what is learned together. False: each layer by itself. True: blocks
+            found in the graph (a residual block, layers of a chain in threes). A list: of modules or patterns, each a
+            block; other layers are only started.
         inputs: maps a batch to the model's inputs, such as `lambda batch: batch[0]` to drop labels.
         exclude: names (a parent's name covers its children), regular expressions on names, or module types. Excluded
             layers are rounded to nearest on their own grid.
@@ -86,8 +86,8 @@ def adaround(
         correct_bias: let biases absorb the mean error; a module without a bias gets one.
         column_weighting: `"none"`, or `"inverse_norm"` for networks with massive activations.
         damping: ridge on the hessian relative to its mean diagonal.
-            These four, where the preset leaves them open, are decided together by the error of the network's output on held-out samples,
-            in trials on part of the data.
+            These four, where the preset leaves them open, are decided together by the error of the network's output on
+            held-out samples, in trials on part of the data.
         rounding: `"grid"` lets an integer be any on the grid, `"up_or_down"` only floor or ceil, as in the paper.
         holdout: share of the samples kept out of learning (an eighth by default); a layer that is worse there than
             nearest keeps nearest, a block that is worse than its start keeps its start.

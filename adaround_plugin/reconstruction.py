@@ -19,7 +19,7 @@ from adaround_plugin.solvers.relaxation import Relaxation, descend
 
 __all__ = ["Minibatch", "Reconstructed", "Reconstruction", "Samples", "Start", "reconstruct"]
 
-# learning rate of scales, relative to themselves, and of biases, relative to the root mean square of their layer's output
+# learning rate of scales, relative to themselves, and of biases, relative to the root mean square of the layer's output
 _RATE = 1e-3
 # share of the iterations that is kept for scales and biases, after the weights are rounded
 _LAST = 0.2

@@ -5,7 +5,7 @@ with a share `0 <= h(V) <= 1` (22). Gradient descent moves `V`; something pushes
 
     rectified_sigmoid   h = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1) and the regularizer (23, 24): AdaRound
     sigmoid             h = sigmoid(V) and the regularizer
-    temperature         h = sigmoid(V / T), T falling towards 0: a Hopfield network's relaxation (Hopfield and Tank 1985)
+    temperature         h = sigmoid(V / T), T falling towards 0: a Hopfield network (Hopfield and Tank 1985)
     straight_through    V are the coordinates themselves, rounded in the forward pass, their gradient passed on
 
 Tensor mathematics only: no layer, no data, no optimizer.

@@ -20,7 +20,7 @@ from adaround_plugin import (
     get_report,
     get_weight_only_backend_config,
 )
-from adaround_plugin.graph.blocks import find_blocks, layer_exits, named_blocks
+from adaround_plugin.graph.blocks import find_blocks, layer_exits
 from adaround_plugin.graph.hosts import learned_weights, open_host
 from adaround_plugin.pt2e import AdaRoundWeightOnlyQuantizer
 from adaround_plugin.solvers import Annealing, Relaxation

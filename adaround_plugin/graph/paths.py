@@ -1,4 +1,4 @@
-"""From values that a stream knows to some nodes behind them: what has to run, and how in a graph that can be learned."""
+"""From values that a stream knows to some nodes behind them: what has to run, and how with a gradient."""
 
 from __future__ import annotations
 

@@ -50,9 +50,9 @@ class AdaRoundConfig(SoleConfig):
         act_dtype: `"uint8"`: an eager model becomes one of torch's integer kernels, an exported program one with
             quantize and dequantize operators. `"fp32"`: activations stay in float; the linear layers of an eager
             model become INC's packed ones.
-        preset, solver, scale, asymmetric, correct_bias, column_weighting, damping, rounding, holdout, max_columns, seed: as
-            in `adaround_plugin.adaround`; `preset="paper"` is the paper's own method, `"blocks"` learns the layers of a
-            block together. They and `act_dtype` hold for the whole pass: local parts follow the global one.
+        preset, solver, scale, asymmetric, correct_bias, column_weighting, damping, rounding, holdout, max_columns,
+            seed: as in `adaround_plugin.adaround`; `preset="paper"` is the paper's own method, `"blocks"` learns the
+            layers of a block together. They and `act_dtype` hold for the whole pass: local parts follow the global one.
         white_list: `"*"` for every weighted layer; a list of names, patterns and module types; None for nothing but
             what `set_local` adds. A pattern is what `exclude` of `adaround` takes: a name, the name of a parent, or a
             regular expression on whole names; also the name of a module type.

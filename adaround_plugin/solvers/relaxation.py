@@ -47,8 +47,8 @@ class Relaxation:
             (QDrop, Wei et al. 2022, arXiv 2203.05740); needs samples.
         fisher: weigh the output's entries by their squared gradient of the network's output (BRECQ, Li et al. 2021,
             arXiv 2102.05426, with the output's own squared error in place of labels); needs samples.
-        learn_scale: learn the scale too, where it is ours to choose; needs samples. (Biases are learned with a recipe that
-            corrects them.)
+        learn_scale: learn the scale too, where it is ours to choose; needs samples. (Biases are learned with a recipe
+            that corrects them.)
         seed: of the minibatches and of dropping.
     """
 

@@ -13,6 +13,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,8 +23,8 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
 from adaround_plugin import adaround, get_adaround_qconfig_mapping, get_report, get_weight_only_backend_config
-from adaround_plugin.pt2e import get_adaround_x86_inductor_config
 from adaround_plugin.presets import PRESETS
+from adaround_plugin.pt2e import get_adaround_x86_inductor_config
 from integration_tests.benchmarks import glyphs, networks
 
 TEST_IMAGES = 10_000
@@ -99,7 +100,7 @@ def rows(
             batches = list(torch.split(calibration[:count], 64))
             prepared = case.prepare(batches)
             start = time.process_time()
-            chosen = {"preset" if solver in PRESETS else "solver": solver}
+            chosen: dict[str, Any] = {"preset" if solver in PRESETS else "solver": solver}
             learned = adaround(prepared, batches, max_columns=max_columns, progress=False, **chosen)
             seconds = time.process_time() - start
             recipe = get_report(learned).recipe

@@ -1,7 +1,7 @@
 """Error and accuracy against CPU time: what each way to round buys, at 4, 3 and 2 bits.
 
-Weight-only, per channel, every layer, the model that the host converted. Rows that are in the results file already are not
-run again, so that a run can be cut off and go on.
+Weight-only, per channel, every layer, the model that the host converted. Rows that are in the results file already are
+not run again, so that a run can be cut off and go on.
 
     python -m integration_tests.benchmarks.frontier resnet20 --results frontier.jsonl --figure docs/figures/frontier.png
 """
