@@ -66,7 +66,7 @@ def adaround_as_published(
     learning_rate: float,
     seed: int,
 ) -> nn.Module:
-    """Equations 21 to 25, layer after layer: `|| f_a(W x) - f_a(W~ x^) ||^2 + lambda f_reg(V)` by Adam, 32 samples a step.
+    """Equations 21 to 25, layer after layer: `|| f_a(W x) - f_a(W~ x^) ||^2 + lambda f_reg(V)` by Adam, 32 at a time.
 
     The squared error is summed over channels, and averaged over samples and positions; `f_reg` is summed over weights.
 
