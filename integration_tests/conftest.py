@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+# transformers, of which the documentation has examples, imports torchvision where it finds one
+from integration_tests.benchmarks import torchvision_cpu  # noqa: F401  # isort: split
+
 # torch.ao's own advice, given in its own code, about flows the user is free to use
 _TORCH_ADVICE = (
     "ignore:Please use quant_min and quant_max to specify the range for observers:UserWarning",

@@ -7,6 +7,7 @@ nothing is downloaded when this runs. Sentences come from the docstrings of the 
     python -m integration_tests.benchmarks.minilm --bits 4 3 2
 """
 
+# transformers imports torchvision where it finds one
 import argparse
 import importlib
 import importlib.util
@@ -25,6 +26,7 @@ from transformers import AutoTokenizer, BertModel
 
 from adaround_plugin import adaround, get_report
 from adaround_plugin.pt2e import get_adaround_x86_inductor_config
+from integration_tests.benchmarks import torchvision_cpu  # noqa: F401  # isort: split
 
 TOKENS = 64
 UNSEEN = 400

@@ -7,6 +7,7 @@ say nothing of the accuracy of a trained model.
     python -m integration_tests.benchmarks.transformers_models
 """
 
+# transformers imports torchvision where it finds one
 import argparse
 import copy
 import logging
@@ -28,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adaround_plugin import adaround, get_report
 from adaround_plugin.pt2e import AdaRoundWeightOnlyQuantizer, get_adaround_x86_inductor_config
+from integration_tests.benchmarks import torchvision_cpu  # noqa: F401  # isort: split
 
 BATCHES, BATCH_SIZE = 8, 16
 VOCABULARY, CLASSES = 100, 10
