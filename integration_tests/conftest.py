@@ -8,7 +8,7 @@ import pytest
 import torch
 
 # transformers, of which the documentation has examples, imports torchvision where it finds one
-from integration_tests.benchmarks import torchvision_cpu  # noqa: F401  # isort: split
+from integration_tests.benchmarks import torchvision_cpu  # noqa: F401
 
 # torch.ao's own advice, given in its own code, about flows the user is free to use
 _TORCH_ADVICE = (

@@ -8,6 +8,9 @@ nothing is downloaded when this runs. Sentences come from the docstrings of the 
 """
 
 # transformers imports torchvision where it finds one
+from integration_tests.benchmarks import torchvision_cpu  # noqa: F401
+
+# isort: split
 import argparse
 import importlib
 import importlib.util
@@ -26,7 +29,6 @@ from transformers import AutoTokenizer, BertModel
 
 from adaround_plugin import adaround, get_report
 from adaround_plugin.pt2e import get_adaround_x86_inductor_config
-from integration_tests.benchmarks import torchvision_cpu  # noqa: F401  # isort: split
 
 TOKENS = 64
 UNSEEN = 400

@@ -8,6 +8,9 @@ say nothing of the accuracy of a trained model.
 """
 
 # transformers imports torchvision where it finds one
+from integration_tests.benchmarks import torchvision_cpu  # noqa: F401
+
+# isort: split
 import argparse
 import copy
 import logging
@@ -29,7 +32,6 @@ from transformers.pytorch_utils import Conv1D
 
 from adaround_plugin import adaround, get_report
 from adaround_plugin.pt2e import AdaRoundWeightOnlyQuantizer, get_adaround_x86_inductor_config
-from integration_tests.benchmarks import torchvision_cpu  # noqa: F401  # isort: split
 
 BATCHES, BATCH_SIZE = 8, 16
 VOCABULARY, CLASSES = 100, 10
