@@ -122,7 +122,9 @@ class Region:
             ]
             if not asymmetric:
                 entries = floats
-            mixed = floats if asymmetric and self._settings.drop else []
+            # only what the host quantizes can be left unquantized
+            pairs = zip(self._quantized.entries, entries, floats, strict=True)
+            mixed = [other if unpacks(node) else entry for node, entry, other in pairs] if self._settings.drop else []
             targets = self._targets(of_float)
             weights: list[Tensor] = []
             if self._settings.fisher:
