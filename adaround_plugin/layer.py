@@ -17,6 +17,7 @@ from adaround_plugin.hessian import Hessian
 from adaround_plugin.moments import Moments
 from adaround_plugin.problem import RoundingProblem, Solver
 from adaround_plugin.scale import refit_group_scale, refit_scale, search_grid
+from adaround_plugin.schemes import up_or_down as floor_and_next
 from adaround_plugin.solvers import Nearest
 from adaround_plugin.weighted_op import WeightedOp
 
@@ -165,9 +166,7 @@ class Layer:
         scale = rows(grid.expand(grid.scale, shape)).double()
         zero_point = rows(grid.expand(grid.zero_point, shape))
         if up_or_down:
-            lower = rows(grid.coordinates(self.weight)).floor().long()
-            upper = (lower + 1).clamp(grid.quant_min, grid.quant_max)
-            lower = lower.clamp(grid.quant_min, grid.quant_max)
+            lower, upper = map(rows, floor_and_next(grid, self.weight))
         else:
             lower, upper = torch.full_like(zero_point, grid.quant_min), torch.full_like(zero_point, grid.quant_max)
         nearest, step = rows(grid.nearest(self.weight)), None if self._scale_follows_rows else scale

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adaround_plugin.grid import Grid
+from adaround_plugin.schemes import up_or_down
 from adaround_plugin.soft_rounding import SoftRounding, bracket, soft_rounding
 from adaround_plugin.solvers.relaxation import Relaxation, descend
 
@@ -208,8 +209,7 @@ def _begin(samples: Samples, starts: Sequence[Start], settings: Relaxation) -> l
         if settings.variant == "straight_through":
             lower, upper = lowest, highest
         elif slopes is None:
-            floor = begin.floor().long()
-            lower, upper = torch.clamp(floor, lowest, highest), torch.clamp(floor + 1, lowest, highest)
+            lower, upper = up_or_down(grid, start.weight)
         else:
             lower, upper = bracket(start.integers, slopes[i], lowest, highest)
         soft = soft_rounding(settings.variant, lower, upper, begin, settings.warm_up, settings.beta)
