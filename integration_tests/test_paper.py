@@ -96,6 +96,12 @@ def test_a_cell_runs_on_little_data(cell: Cell) -> None:
     assert 20 < Bench(SMALL, dict(BITS)).score(cell, 0) < 100
 
 
+def test_every_number_of_images_has_a_key_of_its_own() -> None:
+    bench = Bench(SMALL, dict(BITS))
+    keys = [bench.key(Cell("adaround", images=count), 0) for count in (None, 64, 1024)]
+    assert [key["images"] for key in keys] == [SMALL.images, 64, 1024]
+
+
 def test_a_second_call_measures_only_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "results.jsonl"
     call = ["--tables", "1", "--granularity", "tensor", "--images", "16", "--test-images", "50"]

@@ -136,7 +136,8 @@ class Bench:
 
     def key(self, cell: Cell, seed: int) -> dict[str, Any]:
         """All that the score depends on, as plain data."""
-        return {**asdict(cell), "seed": seed, "bits": self._bits(cell), **asdict(self.budget)}
+        chosen = {"seed": seed, "bits": self._bits(cell), "images": cell.images or self.budget.images}
+        return {**asdict(self.budget), **asdict(cell), **chosen}
 
     def _bits(self, cell: Cell) -> int:
         return self.bits[cell.network] if cell.bits is None else cell.bits
