@@ -311,7 +311,7 @@ def test_weight_bits(bits):
     ("options", "match"),
     [
         ({"backend": "cuda"}, "backend.*cuda.*fbgemm"),
-        ({"activation_bits": 4}, "activation_bits.*4"),
+        ({"activation_bits": 9}, "activation_bits.*9"),
         ({"backend": "onednn", "symmetric": False}, "symmetric.*onednn"),
         ({"layer_bits": {"c": 4}, "model": Net()}, r"layer_bits\['c'\].*matches none of"),
         ({"layer_bits": {"[": 4}, "model": Net()}, r"layer_bits"),
