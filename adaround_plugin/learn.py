@@ -60,8 +60,8 @@ def adaround(
     """Learn the rounding of every quantized weight; the line between calibration and conversion.
 
     Layers are decided in the order of the graph, each from the float and the quantized stream of activations
-    (AdaRound, arXiv 2004.10568, equation 25 without its activation function; see docs/explanation/method.md). The
-    result goes into the host's own convert, which reproduces the learned integers exactly.
+    (AdaRound, arXiv 2004.10568, equation 25; see docs/explanation/method.md). The result goes into the host's own
+    convert, which reproduces the learned integers exactly.
 
     Args:
         prepared: a calibrated model from `prepare_fx` or `prepare_pt2e`, with AdaRound's or the host's own weight
@@ -95,7 +95,8 @@ def adaround(
             of an output channel where that is more.
         backend_config: the one given to `prepare_fx`, if any (the weight-only one is recognized).
         progress: show a progress bar.
-        seed: shifts the subsample of columns. The same seed, data and machine give the same integers.
+        seed: shifts the subsample of columns; a `Relaxation` has a seed of its own. The same seeds, data and machine
+            give the same integers.
         inplace: change `prepared` itself instead of a deep copy.
 
     Returns:
@@ -103,7 +104,8 @@ def adaround(
         `get_report` reads what was done.
 
     Raises:
-        InvalidOptionError: an option is out of range, or a name in `exclude` matches nothing.
+        InvalidOptionError: an option is out of range, a name in `exclude` or `blocks` matches nothing, or blocks
+            share a layer or have no single end.
         InvalidModelError: not prepared, not calibrated, in train mode, not float32, or nothing to quantize.
         InvalidBatchError: no batches, or one that does not fit the model.
         NonFiniteError: NaN or infinity in weights or activations; the layer is named.
@@ -210,7 +212,8 @@ def _solvers(solver: str | Solver, blocks: Any) -> tuple[Solver, Relaxation | No
         return chosen.start or Nearest(), chosen
     if blocks is not False:
         raise InvalidOptionError(
-            "blocks", f"{type(chosen).__name__} takes layers one by one", "Pass preset='blocks', or a Relaxation."
+            *("blocks", f"{type(chosen).__name__} takes layers one by one"),
+            "Pass a Relaxation as solver (preset='blocks' has one), or blocks=False.",
         )
     return chosen, None
 
@@ -219,7 +222,8 @@ def _blocks(host: Host, blocks: Any) -> tuple[Block, ...]:
     """What is learned together."""
     if isinstance(blocks, bool):
         return tuple(find_blocks(host)) if blocks else ()
-    if isinstance(blocks, str) or not isinstance(blocks, Sequence) or not all(isinstance(one, str) for one in blocks):
+    names = isinstance(blocks, Sequence) and not isinstance(blocks, str) and all(isinstance(one, str) for one in blocks)
+    if not names or not blocks:
         raise InvalidOptionError("blocks", f"{blocks!r} has no names", "Pass True, False or a list of names.")
     return tuple(named_blocks(host, blocks))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +23,7 @@ from adaround_plugin.moments import Moments
 from adaround_plugin.problem import Solver
 from adaround_plugin.reconstruction import Start, reconstruct
 from adaround_plugin.report import BlockReport, LayerReport
+from adaround_plugin.schemes import up_or_down
 from adaround_plugin.solvers.relaxation import Relaxation
 
 __all__ = ["Learner", "Settings"]
@@ -111,19 +112,22 @@ class Learner:
 
     def _learn_block(self, block: Block, pending: list[WeightedNode]) -> list[WeightedNode]:
         """Decide a block's layers one by one, then all together from its entry; returns what is left."""
-        names = {node.name for node in block.nodes} - self.settings.frozen
-        if not names:
+        nodes = [node for node in block.nodes if node.name not in self.settings.frozen]
+        names = {node.name for node in nodes}
+        if not nodes:
             return pending
         # as far as the blocks before it allow
         self._forward(self._plan(pending), lambda batch, values: None)
-        entry = [(dict(exact), dict(quantized)) for exact, quantized in self.values]
+        entry = [(dict(exact), dict(quantized)) for exact, quantized in self.values] if block.exits else []
         done = set(self.streams[1].done)
         while any(node.name in names for node in pending):
-            pending = self._stage(pending)
-        if block.exits:
-            changed, report = self._reconstruct([node for node in block.nodes if node.name in names], block, entry)
-        else:
-            changed, report = False, BlockReport(block.name, tuple(names), note=block.note)
+            pending = self._stage(pending, names)
+        if not block.exits:
+            if block.note:
+                layers = tuple(node.name for node in nodes)
+                self.block_reports.append(BlockReport(block.name, layers, note=block.note))
+            return pending
+        changed, report = self._reconstruct(nodes, block, entry)
         self.block_reports.append(report)
         if changed:
             # the quantized stream runs again, from the block's entry, on the roundings learned
@@ -175,11 +179,18 @@ class Learner:
         """Where the relaxation of a weight begins."""
         rounding, relaxation = self.roundings[node.name], self.settings.relaxation
         assert relaxation is not None
+        grid, bounded = rounding.grid, self.settings.up_or_down
+        lowest, highest = (
+            up_or_down(grid, node.weight)
+            if bounded
+            else (torch.full_like(rounding.integers, end) for end in (grid.quant_min, grid.quant_max))
+        )
         moves_bias = self.settings.recipe.correct_bias and node.bias != "fixed"
+        moves_scale = relaxation.learn_scale and self._searches(node) and not bounded
         outputs = node.op.rows(node.weight).shape[:2].numel()
         return Start(
-            *(node.weight, rounding.grid, rounding.integers, outputs, rounding.bias_correction),
-            *(moves_bias, relaxation.learn_scale and self._searches(node), relaxation.start is None),
+            *(node.weight, grid, rounding.integers, lowest, highest, outputs, rounding.bias_correction),
+            *(moves_bias, moves_scale, relaxation.start is None),
         )
 
     def _accept(self, node: WeightedNode, rounding: LayerRounding) -> None:
@@ -187,8 +198,7 @@ class Learner:
         self.roundings[node.name] = rounding
         node.set_quantized(rounding)
         if node.name in self.reports:
-            flipped = float((rounding.integers != rounding.grid.nearest(node.weight)).float().mean())
-            self.reports[node.name] = replace(self.reports[node.name], flipped=flipped)
+            self.reports[node.name] = _after_block(self.reports[node.name], node, rounding)
 
     def _step(self, name: str) -> Callable[[int, float], None] | None:
         on_step = self.on_step
@@ -197,16 +207,19 @@ class Learner:
     def _baseline(self, node: WeightedNode) -> LayerRounding:
         return LayerRounding(node.grid, node.grid.nearest(node.weight), None, False, 0.0, 0.0, None, None)
 
-    def _stage(self, pending: list[WeightedNode]) -> list[WeightedNode]:
-        """Advance both streams to the next weighted nodes and decide these; returns what is left."""
+    def _stage(self, pending: list[WeightedNode], names: Collection[str] = ()) -> list[WeightedNode]:
+        """Advance both streams to the next weighted nodes and decide these; returns what is left.
+
+        Of the nodes reached those of `names` come first, the others when none of these is.
+        """
         plan = self._plan(pending)
-        ready = [node for node in pending if all(self._reached(site, plan) for site in node.sites)]
-        if not ready:
+        reached = [node for node in pending if all(self._reached(site, plan) for site in node.sites)]
+        if not reached:
             # a weight that feeds itself through another call site: look ahead with roundings as they are
-            first = pending[0]
+            first = next((node for node in pending if node.name in names), pending[0])
             self._decide(first, *self._look_ahead(first))
-            return pending[1:]
-        ready = _fitting(ready)
+            return [node for node in pending if node is not first]
+        ready = _fitting([node for node in reached if node.name in names] or reached)
         gathered = {node.name: _no_moments(node) for node in ready}
 
         def gather(batch: int, values: BothValues) -> None:
@@ -373,10 +386,24 @@ class Learner:
             self.layer_seconds[node.name] += seconds
 
 
+def _after_block(report: LayerReport, node: WeightedNode, rounding: LayerRounding) -> LayerReport:
+    """What a layer's report says after its rounding was learned again, with others on samples."""
+    notes = [note for note in report.note.split("; ") if note and not note.startswith("nearest kept")]
+    touched = "corrected" if node.bias == "present" else "added"
+    return replace(
+        report,
+        learned=True,
+        flipped=float((rounding.integers != rounding.grid.nearest(node.weight)).float().mean()),
+        bias="kept" if rounding.bias_correction is None else touched,
+        note="; ".join(notes),
+    )
+
+
 def _region_notes(region: Region, nodes: list[WeightedNode], recipe: Recipe) -> list[str]:
     """What is unusual about a region."""
     left = [node.name for node in nodes if node not in region.nodes]
-    notes = [f"not learned on samples, called elsewhere or with a computed bias: {', '.join(left)}"] if left else []
+    why = "called elsewhere, with a computed bias, or only before what is no float"
+    notes = [f"not learned on samples ({why}): {', '.join(left)}"] if left else []
     if not region.resampled:
         notes.append("minibatches are the caller's batches: samples cannot be told apart at its entry")
     if region.without_twin and not recipe.asymmetric:

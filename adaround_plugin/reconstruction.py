@@ -63,6 +63,7 @@ class Start:
     Attributes:
         weight: the float weight.
         grid, integers: its rounding.
+        lowest, highest: int64 bounds of the integers, of the weight's shape.
         outputs: length of the bias.
         correction: `(outputs,)` what is added to the bias; None for nothing.
         moves_bias: whether the bias is learned too.
@@ -73,6 +74,8 @@ class Start:
     weight: Tensor
     grid: Grid
     integers: Tensor
+    lowest: Tensor
+    highest: Tensor
     outputs: int
     correction: Tensor | None
     moves_bias: bool
@@ -172,17 +175,17 @@ class _Learned:
         self.start, self.soft = start, soft
         self.correction = start.correction
         self.groups: list[dict[str, Any]] = []
-        self._stretch = torch.ones_like(start.grid.scale)
+        self._log_stretch = torch.zeros_like(start.grid.scale)
         if start.moves_bias:
             zeros = start.weight.new_zeros(start.outputs)
             self.correction = (zeros if start.correction is None else start.correction.clone()).requires_grad_()
             self.groups.append({"params": [self.correction], "lr": _RATE * output_scale})
         if start.moves_scale:
-            self.groups.append({"params": [self._stretch.requires_grad_()], "lr": _RATE})
+            self.groups.append({"params": [self._log_stretch.requires_grad_()], "lr": _RATE})
 
     def _grid(self) -> Grid:
         grid = self.start.grid
-        return grid.at(grid.scale * self._stretch, grid.zero_point) if self.start.moves_scale else grid
+        return grid.at(grid.scale * self._log_stretch.exp(), grid.zero_point) if self.start.moves_scale else grid
 
     def weight(self, progress: float | None) -> Tensor:
         """The weight at a share of the iterations; None for rounded."""
@@ -203,15 +206,13 @@ def _begin(samples: Samples, starts: Sequence[Start], settings: Relaxation) -> l
     learned = []
     for i, start in enumerate(starts):
         grid = start.grid
-        lowest = torch.full_like(start.integers, grid.quant_min)
-        highest = torch.full_like(start.integers, grid.quant_max)
         begin = grid.coordinates(start.weight) if start.from_weight else start.integers
         if settings.variant == "straight_through":
-            lower, upper = lowest, highest
+            lower, upper = start.lowest, start.highest
         elif slopes is None:
             lower, upper = up_or_down(grid, start.weight)
         else:
-            lower, upper = bracket(start.integers, slopes[i], lowest, highest)
+            lower, upper = bracket(start.integers, slopes[i], start.lowest, start.highest)
         soft = soft_rounding(settings.variant, lower, upper, begin, settings.warm_up, settings.beta)
         learned.append(_Learned(start, soft, scales[i]))
     return learned
@@ -241,15 +242,26 @@ def _square(batch: Minibatch, outputs: Sequence[Tensor]) -> Tensor:
 
 def _errors(batches: Iterator[Minibatch], weights: Sequence[Reconstructed]) -> tuple[float, float | None]:
     """Squared error of the exits per sample, and over the variance of the float values (None without samples)."""
-    square = power = 0.0
+    square = 0.0
     count = 0
+    # of the float values at each exit: sum of weights, weighted sum, weighted sum of squares
+    sums: list[tuple[float, float, float]] = []
     dequantized = [weight.weight for weight in weights]
     with torch.no_grad():
         for batch in batches:
             square += float(_square(batch, batch.run(dequantized, [weight.correction for weight in weights])))
-            means = [target.mean(0, keepdim=True).expand_as(target) for target in batch.target]
-            power += float(_square(batch, means))
+            found = [_sums(batch, i) for i in range(len(batch.target))]
+            before = sums or [(0.0, 0.0, 0.0)] * len(found)
+            sums = [(a + x, b + y, c + z) for (a, b, c), (x, y, z) in zip(before, found, strict=True)]
             count += batch.samples
     if not count:
         return 0.0, None
+    power = sum(squares - total * total / weight for weight, total, squares in sums if weight > 0)
     return square / count, square / power if power > 0 else square
+
+
+def _sums(batch: Minibatch, i: int) -> tuple[float, float, float]:
+    """Sum of the weights of an exit's entries, of its float values times these, and of the values' squares."""
+    target = batch.target[i].double()
+    weight = torch.ones_like(target) if batch.importance is None else batch.importance[i].double()
+    return float(weight.sum()), float((weight * target).sum()), float((weight * target.square()).sum())

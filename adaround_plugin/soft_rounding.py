@@ -41,6 +41,8 @@ Variant = Literal["rectified_sigmoid", "sigmoid", "temperature", "straight_throu
 ZETA, GAMMA = 1.1, -0.1
 # an unrectified sigmoid never reaches 0 or 1: shares start, and count as settled, this far from them
 _MARGIN = 1e-3
+# shares start no closer to their ends than this
+_INSIDE = 1e-4
 # first and last temperature, geometric between
 _HOT, _COLD = 1.0, 0.02
 
@@ -106,7 +108,7 @@ class SoftRounding(Protocol):
     def integers(self) -> Tensor:
         """The coordinates as they would be rounded now, int64."""
 
-    def settled(self) -> bool:
+    def settled(self, progress: float) -> bool:
         """Whether every coordinate is an integer that no gradient moves any more."""
 
 
@@ -117,7 +119,8 @@ class _Share:
         self.lower, self.span = lower.float(), (upper - lower).float()
         self.warm_up, self.beta = warm_up, beta
         share = (start.float() - self.lower) / self.span.clamp_min(1.0)
-        self.parameter = self._inverse(share.clamp(0.0, 1.0)).requires_grad_()
+        # a share that starts at an end must still have a gradient
+        self.parameter = self._inverse(share.clamp(_INSIDE, 1 - _INSIDE)).requires_grad_()
 
     def _inverse(self, share: Tensor) -> Tensor:
         return inverse_rectified_sigmoid(share)
@@ -136,8 +139,8 @@ class _Share:
         # a share of one half is reached at V = 0 by every variant
         return (self.lower + (self.parameter.detach() >= 0) * self.span).long()
 
-    def settled(self) -> bool:
-        share = self._share(1.0).detach()
+    def settled(self, progress: float) -> bool:
+        share = self._share(progress).detach()
         return bool((torch.minimum(share, 1 - share) * self.span <= 0).all())
 
 
@@ -148,8 +151,8 @@ class _Sigmoid(_Share):
     def _share(self, progress: float) -> Tensor:
         return torch.sigmoid(self.parameter)
 
-    def settled(self) -> bool:
-        share = self._share(1.0).detach()
+    def settled(self, progress: float) -> bool:
+        share = self._share(progress).detach()
         return bool((torch.minimum(share, 1 - share) * self.span <= _MARGIN).all())
 
 
@@ -178,7 +181,7 @@ class _StraightThrough:
     def integers(self) -> Tensor:
         return torch.clamp(self.parameter.detach().round(), self.lower, self.upper).long()
 
-    def settled(self) -> bool:
+    def settled(self, progress: float) -> bool:
         return False
 
 

@@ -23,6 +23,7 @@ from adaround_plugin import (
 from adaround_plugin.graph.blocks import find_blocks, layer_exits
 from adaround_plugin.graph.hosts import learned_weights, open_host
 from adaround_plugin.pt2e import AdaRoundWeightOnlyQuantizer
+from adaround_plugin.schemes import up_or_down
 from adaround_plugin.solvers import Annealing, Relaxation
 
 FAST = Relaxation(iterations=60, learning_rate=3e-2, batch_size=8, regularization=10.0, beta=(8.0, 2.0))
@@ -165,6 +166,7 @@ def test_blocks_can_be_named_and_the_rest_is_learned_one_by_one():
         (["a|b|short", "b"], "share"),
         (["nothing"], "matches none"),
         ("a", "Pass True, False or a list"),
+        ([], "Pass True, False or a list"),
         (3, "Pass True, False or a list"),
     ],
 )
@@ -175,8 +177,9 @@ def test_bad_blocks_are_refused_before_work_starts(blocks, message):
 
 def test_blocks_need_a_relaxation_and_presets_a_name():
     prepared = prepared_fx()
-    with pytest.raises(InvalidOptionError, match=r"blocks.*preset='blocks'"):
-        adaround(prepared, samples(), blocks=True, progress=False)
+    for options in ({"blocks": True}, {"preset": "blocks", "solver": "annealing"}):
+        with pytest.raises(InvalidOptionError, match=r"blocks.*Annealing takes layers one by one"):
+            adaround(prepared, samples(), progress=False, **options)
     with pytest.raises(InvalidOptionError, match=r"preset.*paper"):
         adaround(prepared, samples(), preset="best", progress=False)
 
@@ -234,24 +237,112 @@ def test_a_program_of_one_batch_size_gets_minibatches_of_that_size():
 
 
 class ByBatch(nn.Module):
-    """The batch's size is a number that is alive at the entry of the second layer."""
+    """The batch's size is a number that is alive at the entry of the second layer, and used behind it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 1)
+        self.first, self.second, self.third = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(64, 3)
 
     def forward(self, x):
         count = x.size(0)
-        y = F.relu(self.first(x))
-        return self.second(y).reshape(count, -1)
+        y = self.second(F.relu(self.first(x)))
+        return self.third(y.reshape(count, -1))
 
 
-def test_samples_that_cannot_be_told_apart_are_taken_batch_by_batch():
-    prepared = prepared_fx(net=ByBatch())
-    learned = adaround(prepared, samples(), preset="blocks", solver=JOINT, progress=False, **RECIPE)
-    blocks = get_report(learned).blocks
-    assert any("caller's batches" in block.note for block in blocks) or all(block.iterations for block in blocks)
-    assert output_error(prepared, preset="blocks", solver=JOINT) <= output_error(prepared)
+class Positions(ByBatch):
+    """A tensor is alive there whose leading axis is no axis of samples, though as long as a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.third = nn.Linear(6, 3)
+
+    def forward(self, x):
+        positions = torch.arange(x.size(2)).float()
+        y = self.second(F.relu(self.first(x))).flatten(1)
+        return self.third(y[:, :6] + positions)
+
+
+@pytest.mark.parametrize("net", [ByBatch, Positions])
+@pytest.mark.parametrize("size", [3, 6])
+@pytest.mark.parametrize("holdout", [0.125, 0.0])
+def test_samples_that_cannot_be_told_apart_are_taken_batch_by_batch(net, size, holdout):
+    options = {"preset": "blocks", "blocks": ["first", "second|third"], "solver": replace(JOINT, batch_size=size)}
+    learned = adaround(prepared_fx(net=net()), samples(size=6), progress=False, holdout=holdout, **options, **RECIPE)
+    first, second = get_report(learned).blocks
+    assert "caller's batches" not in first.note
+    assert "caller's batches" in second.note
+    assert second.iterations
+
+
+class Heads(nn.Module):
+    """Two towers and two outputs, one of which is integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(2, 2, 3, padding=1) for _ in range(4))
+
+    def forward(self, x):
+        left = self.b(F.relu(self.a(x)))
+        right = self.d(F.relu(self.c(x)))
+        return left, right.argmax(1)
+
+
+def test_outputs_that_are_integers_are_not_learned_from():
+    prepared = prepared_fx(net=Heads())
+    report = get_report(adaround(prepared, samples(), preset="blocks", solver=JOINT, progress=False, **RECIPE))
+    assert {layer.name for layer in report.layers} == {"a", "b", "c", "d"}
+    first, second = report.blocks
+    assert (first.layers, second.layers) == (("a", "b"), ("c", "d"))
+    assert first.iterations
+    assert not second.iterations
+    assert "not learned on samples" in second.note
+
+
+def test_towers_side_by_side_are_blocks_of_their_own():
+    class Sum(Heads):
+        def forward(self, x):
+            return self.b(F.relu(self.a(x))) + self.d(F.relu(self.c(x)))
+
+    prepared = prepared_fx(net=Sum())
+    options = {"preset": "blocks", "blocks": ["a|b|c|d"], "solver": JOINT}
+    report = get_report(adaround(prepared, samples(), progress=False, **options, **RECIPE))
+    assert [set(block.layers) for block in report.blocks] == [{"a", "b", "c", "d"}]
+
+
+class Twice(nn.Module):
+    """One convolution at two call sites, the second behind the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x):
+        return self.a(F.relu(self.a(x)))
+
+
+@pytest.mark.parametrize("options", [{}, {"fisher": True}])
+def test_a_weight_with_two_call_sites_is_learned_from_both(options):
+    prepared = prepared_fx(net=Twice())
+    nearest = output_error(prepared, solver="nearest", asymmetric=False, correct_bias=False)
+    assert output_error(prepared, solver=replace(FAST, **options)) < nearest
+
+
+def test_a_static_program_takes_the_paper_s_preset():
+    report = get_report(adaround(prepared_pt2e(dynamic=False), samples(), preset="paper", solver=FAST, progress=False))
+    assert all(block.iterations for block in report.blocks)
+
+
+@pytest.mark.parametrize("variant", ["rectified_sigmoid", "straight_through"])
+def test_up_or_down_holds_for_the_relaxation_too(variant):
+    prepared = prepared_fx(3)
+    solver = replace(JOINT, variant=variant)
+    learned = adaround(
+        prepared, samples(), preset="blocks", solver=solver, rounding="up_or_down", progress=False, **RECIPE
+    )
+    weights = {node.name: node.weight for node in open_host(prepared).nodes}
+    for name, (integers, grid) in learned_weights(learned).items():
+        lower, upper = up_or_down(grid, weights[name])
+        assert ((integers == lower) | (integers == upper)).all()
 
 
 def test_nothing_of_the_user_s_is_changed_and_no_gradient_left():

@@ -90,7 +90,7 @@ class _Graphs:
         return None if counterpart is None else Exit(node, counterpart, inner)
 
     def activation(self, node: fx.Node) -> fx.Node | None:
-        """The activation function or normalization that alone uses a node's value, if one does."""
+        """The activation function that alone uses a node's value, if one does."""
         users = list(node.users)
         while len(users) == 1 and users[0].target is torch.clone:
             users = list(users[0].users)
@@ -244,11 +244,12 @@ def _end(graphs: _Graphs, every: Sequence[WeightedNode], nodes: Sequence[Weighte
             if first <= graphs.position[site.float_node] <= graphs.position[cut] and site.float_node not in own
         ]
         end = graphs.exit_at(_after_activation(graphs, cuts, i))
-        if not strangers and end is not None:
+        if strangers:
+            raise InvalidOptionError(
+                "blocks",
+                f"no single node ends {pattern!r} before {strangers}",
+                "Name a module whose only output ends it, with all of its layers.",
+            )
+        if end is not None:
             return end
-        raise InvalidOptionError(
-            "blocks",
-            f"no single node ends {pattern!r} before {strangers or 'the quantized graph goes another way'}",
-            "Name a module whose only output ends it, with all of its layers.",
-        )
     raise InvalidOptionError("blocks", f"no single node ends {pattern!r}", "Name a module with one output.")

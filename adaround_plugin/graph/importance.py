@@ -33,7 +33,8 @@ def importance(
         seed: of the projections.
 
     Returns:
-        For each node a tensor of the shape of its value.
+        For each node a tensor of the shape of its value: what reaches the output by no other of the nodes counts; ones
+        where no output has a derivative.
     """
     ends: list[fx.Node] = []
     map_arg(stream.output_node.args[0], ends.append)
@@ -46,10 +47,15 @@ def importance(
         for node in path.order:
             found[node] = run_node(stream, node, found)
         outputs = tensors(map_arg(stream.output_node.args[0], found.__getitem__))
+        outputs = [output for output in outputs if output.requires_grad]
+        if not outputs:
+            return [torch.ones_like(leaf) for leaf in leaves]
         total = [torch.zeros_like(leaf) for leaf in leaves]
         for _ in range(projections):
             draws = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
             value = torch.stack([(output * draw).sum() for output, draw in zip(outputs, draws, strict=True)]).sum()
-            for one, gradient in zip(total, torch.autograd.grad(value, leaves, retain_graph=True), strict=True):
-                one += gradient.square() / projections
+            gradients = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+            for one, gradient in zip(total, gradients, strict=True):
+                if gradient is not None:
+                    one += gradient.square() / projections
     return total

@@ -7,6 +7,7 @@ given weights, and activations are quantized by torch's differentiable fake quan
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from adaround_plugin.calibration import Sampling
 from adaround_plugin.graph.host import WeightedNode
 from adaround_plugin.graph.importance import importance
 from adaround_plugin.graph.paths import Path, fake_quantized, quantizes, run_node
-from adaround_plugin.graph.samples import gathered, stack
+from adaround_plugin.graph.samples import Rows, gathered, stack
 from adaround_plugin.graph.streams import Stream, Values, unpacks
 from adaround_plugin.graph.transforms import origin
 from adaround_plugin.layer import LayerRounding
@@ -27,6 +28,8 @@ from adaround_plugin.reconstruction import Minibatch
 from adaround_plugin.solvers.relaxation import Relaxation
 
 __all__ = ["Exit", "Region"]
+
+_log = logging.getLogger(__name__)
 
 BothValues = tuple[Values, Values]
 # of a batch or of all samples: targets, entries, their float twins, importance; a value for each node
@@ -86,24 +89,31 @@ class Region:
         asymmetric: bool,
         batch_size: int | None,
     ) -> None:
-        self._streams, self._exits, self._settings, self._sampling = streams, exits, settings, sampling
+        self._streams, self._settings, self._sampling = streams, settings, sampling
+        self._exits = list(exits)
         self._sites = {site.quantized_node: site for node in host_nodes for site in node.sites if site.call is not None}
         self._name = {site.quantized_node: node.name for node in host_nodes for site in node.sites}
         exact, quantized = streams
         known = values[0][0].keys(), values[0][1].keys()
+        self.nodes, self.without_twin, self.resampled = list(nodes), list[str](), True
         self._exact = Path(exact, [end.float_node for end in exits], known[0], {})
-        self._quantized = Path(quantized, [end.quantized_node for end in exits], known[1], self._sites)
+        targets = self._targets(values[0][0])
+        # integers, such as the index of the largest logit, have no error that could be learned from
+        self._exits = [end for end, target in zip(exits, targets, strict=True) if _is_learnable(target)]
+        self._exact = Path(exact, [end.float_node for end in self._exits], known[0], {})
+        self._quantized = Path(quantized, [end.quantized_node for end in self._exits], known[1], self._sites)
         inside = {node for node in self._quantized.order if node in self._sites}
         self.nodes = [node for node in nodes if inside.issuperset(site.quantized_node for site in node.sites)]
         self._index = {node.name: i for i, node in enumerate(self.nodes)}
         self._fixed = {
             name: (rounding.grid.dequantize(rounding.integers), rounding.bias_correction)
             for name, rounding in others.items()
-            if name not in self._index
+            if name not in self._index and name in {self._name[node] for node in inside}
         }
         self._fixed_size = batch_size
         self._size = min(settings.batch_size, sampling.total) if batch_size is None else batch_size
-        self._collect(values, asymmetric)
+        if self.nodes:
+            self._collect(values, asymmetric)
 
     def _collect(self, values: list[BothValues], asymmetric: bool) -> None:
         """What minibatches are made of: targets, entries, their twins in the float stream, and importance."""
@@ -124,7 +134,7 @@ class Region:
                 entries = floats
             # only what the host quantizes can be left unquantized
             pairs = zip(self._quantized.entries, entries, floats, strict=True)
-            mixed = [other if unpacks(node) else entry for node, entry, other in pairs] if self._settings.drop else []
+            mixed = [other if unpacks(node) else None for node, _, other in pairs] if self._settings.drop else []
             targets = self._targets(of_float)
             weights: list[Tensor] = []
             if self._settings.fisher:
@@ -134,12 +144,34 @@ class Region:
         held = [self._sampling.held_out(batch, size) for batch, size in enumerate(sizes)]
         try:
             columns = zip(*batches, strict=True)
-            stacked = tuple(
+            stacked: _Parts | None = tuple(
                 [stack(entry, sizes, self._size) for entry in zip(*column, strict=True)] for column in columns
             )
-            self._batches, self._held, self.resampled = [stacked], [torch.cat(held)], True
         except ValueError:
-            self._batches, self._held, self.resampled = batches, held, False
+            stacked = None
+        self.resampled = stacked is not None and self._separable(stacked[1], batches)
+        if stacked is not None and self.resampled:
+            self._batches, self._held = [stacked], [torch.cat(held)]
+        else:
+            self._batches, self._held = batches, held
+
+    def _separable(self, stacked: list[Any], batches: list[_Parts]) -> bool:
+        """Whether samples give the same however they are put together: tried on the float weights."""
+        weights, none = [node.weight for node in self.nodes], [None] * len(self.nodes)
+        some = batches[:1] if self._fixed_size else batches[:2]
+        count = sum(self._sampling.size[: len(some)])
+        # in another order, and one less where the graphs take any number
+        index = torch.arange(count).flip(0)[: count if self._fixed_size else max(1, count - 1)]
+        try:
+            with torch.no_grad():
+                apart = [self._forward(parts[1], weights, none, None) for parts in some]
+                together = self._forward(gathered(stacked, index), weights, none, None)
+        except Exception as error:
+            # whatever a graph raises whose values depend on the size of the batch
+            _log.debug("samples cannot be told apart: %s", error)
+            return False
+        pairs = zip(zip(*apart, strict=True), together, strict=True)
+        return all(_same_rows(torch.cat(outputs), output, count, index) for outputs, output in pairs)
 
     def _twins(self, of_float: Values) -> list[fx.Node | None]:
         """The node of the float stream that is known and that an entry is the quantized value of."""
@@ -174,7 +206,8 @@ class Region:
     def draw(self, generator: torch.Generator) -> Minibatch:
         """Some learning samples at random: of all, or one of the caller's batches where these cannot be taken apart."""
         if not self.resampled:
-            batch = int(torch.randint(len(self._batches), (), generator=generator))
+            usable = [batch for batch, held in enumerate(self._held) if not held.all()]
+            batch = usable[int(torch.randint(len(usable), (), generator=generator))]
             return self._minibatch(self._batches[batch], ~self._held[batch], generator)
         learning = (~self._held[0]).nonzero().flatten()
         chosen = learning[torch.randperm(len(learning), generator=generator)[: self._size]]
@@ -188,6 +221,8 @@ class Region:
                     yield self._minibatch(parts, kept, None)
             return
         chosen_of_all = (self._held[0] == held_out).nonzero().flatten()
+        if not len(chosen_of_all):
+            return
         for chosen in torch.split(chosen_of_all, self._fixed_size or _CHUNK):
             yield self._taken(chosen, None)
 
@@ -201,7 +236,7 @@ class Region:
 
     def _minibatch(self, parts: _Parts, kept: Tensor, generator: torch.Generator | None) -> Minibatch:
         targets, entries, mixed, weights = parts
-        pairs = zip(entries, mixed or entries, strict=True)
+        pairs = zip(entries, mixed or [None] * len(entries), strict=True)
         entries = [self._dropped(entry, exact, generator) for entry, exact in pairs]
 
         def run(weights: Sequence[Tensor], corrections: Sequence[Tensor | None]) -> list[Tensor]:
@@ -254,7 +289,7 @@ class Region:
                 (inner if node in before else values)[node] = output
                 if squares is not None:
                     squares.setdefault(name, []).append(output.square().mean())
-            elif quantizes(node):
+            elif quantizes(node) and not stream.is_remade(node):
                 values[node] = self._dropped(fake_quantized(node, values), values[node.all_input_nodes[0]], generator)
             elif unpacks(node) and values[node.all_input_nodes[0]].is_floating_point():
                 values[node] = values[node.all_input_nodes[0]]
@@ -265,10 +300,22 @@ class Region:
     def _dropped(self, quantized: Any, exact: Any, generator: torch.Generator | None) -> Any:
         """`quantized`, or with the probability `drop` entry by entry `exact`."""
         drop = self._settings.drop
-        if generator is None or not drop or quantized is exact or not isinstance(quantized, Tensor):
+        if generator is None or not drop or not isinstance(quantized, Tensor) or not isinstance(exact, Tensor):
             return quantized
         chosen = (torch.rand(quantized.shape, generator=generator) < drop).to(quantized.device)
         return torch.where(chosen, exact, quantized)
+
+
+def _is_learnable(target: Any) -> bool:
+    return isinstance(target, Tensor) and target.is_floating_point() and target.dim() > 0
+
+
+def _same_rows(outputs: Tensor, output: Tensor, count: int, index: Tensor) -> bool:
+    """Whether `output` has the runs of `outputs` (`count` of them) that `index` names, but for rounding."""
+    if outputs.shape[0] % count:
+        return False
+    expected = Rows(outputs.reshape(count, -1, *outputs.shape[1:])).take(index)
+    return expected.shape == output.shape and bool((expected - output).square().sum() <= 1e-3 * expected.square().sum())
 
 
 def _selected(output: Tensor, kept: Tensor) -> Tensor:

@@ -45,6 +45,10 @@ class Stream(fx.Interpreter):
         self._remade.discard(self.output_node)
         self.done: set[fx.Node] = set(self.placeholders)
 
+    def is_remade(self, node: fx.Node) -> bool:
+        """Whether a node depends on no input, or only unpacks a quantized value: it is run again at each use."""
+        return node in self._remade
+
     def restart(self) -> None:
         """Forget what has run."""
         self.done = set(self.placeholders)

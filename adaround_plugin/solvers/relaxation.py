@@ -33,7 +33,7 @@ class Relaxation:
 
     Attributes:
         iterations: steps of Adam for each layer or block; fewer if every weight has settled at 0 or 1 before.
-        batch_size: samples in a minibatch.
+        batch_size: samples in a minibatch; a program exported for one batch size has that.
         learning_rate: of Adam, for `V`; the paper keeps Adam's default.
         regularization: lambda.
         warm_up: share of the iterations without `f_reg`.
@@ -137,7 +137,7 @@ def descend(
         if (i + 1) % _CHECK == 0:
             if report is not None:
                 report(i + 1, float(value.detach()))
-            if softs and all(soft.settled() for soft in softs):
+            if softs and progress >= settings.warm_up and all(soft.settled(progress) for soft in softs):
                 return i + 1
     return settings.iterations
 
@@ -166,5 +166,7 @@ def _check(settings: Relaxation) -> None:
         refuse("data", "Pass 'samples' or 'moments'.")
     if settings.data == "moments" and (settings.drop or settings.fisher or settings.learn_scale):
         refuse("data", "drop, fisher and learn_scale need data='samples'.")
+    if settings.fisher and not settings.activation:
+        refuse("fisher", "It needs activation=True: what follows a layer is seen behind its activation function.")
     if settings.start is not None and not callable(getattr(settings.start, "solve", None)):
         refuse("start", "Pass None, or a solver such as Annealing().")
