@@ -17,7 +17,7 @@ from adaround_plugin.errors import InvalidBatchError, NonFiniteError
 from adaround_plugin.graph.blocks import Block, layer_exits
 from adaround_plugin.graph.host import CallSite, Host, WeightedNode
 from adaround_plugin.graph.regions import Exit, Region
-from adaround_plugin.graph.streams import Values, tensors
+from adaround_plugin.graph.streams import BothValues, tensors
 from adaround_plugin.layer import Layer, LayerRounding, Recipe
 from adaround_plugin.moments import Moments
 from adaround_plugin.problem import Solver
@@ -28,7 +28,6 @@ from adaround_plugin.solvers.relaxation import Relaxation
 
 __all__ = ["Learner", "Settings"]
 
-BothValues = tuple[Values, Values]
 Plan = tuple[list[fx.Node], list[fx.Node]]
 
 # the moments of layers that are ready together are gathered together, as many as fit in this many bytes

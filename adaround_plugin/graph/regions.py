@@ -21,7 +21,7 @@ from adaround_plugin.graph.host import WeightedNode
 from adaround_plugin.graph.importance import importance
 from adaround_plugin.graph.paths import Path, fake_quantized, quantizes, run_node
 from adaround_plugin.graph.samples import Rows, gathered, stack
-from adaround_plugin.graph.streams import Stream, Values, unpacks
+from adaround_plugin.graph.streams import BothValues, Stream, Values, unpacks
 from adaround_plugin.graph.transforms import origin
 from adaround_plugin.layer import LayerRounding
 from adaround_plugin.reconstruction import Minibatch
@@ -31,7 +31,6 @@ __all__ = ["Exit", "Region"]
 
 _log = logging.getLogger(__name__)
 
-BothValues = tuple[Values, Values]
 # of a batch or of all samples: targets, entries, their float twins, importance; a value for each node
 _Parts = tuple[list[Any], ...]
 
@@ -145,7 +144,7 @@ class Region:
         try:
             columns = zip(*batches, strict=True)
             stacked: _Parts | None = tuple(
-                [stack(entry, sizes, self._size) for entry in zip(*column, strict=True)] for column in columns
+                [stack(entry, sizes) for entry in zip(*column, strict=True)] for column in columns
             )
         except ValueError:
             stacked = None

@@ -23,15 +23,14 @@ class Rows:
         return self.values[index.to(self.values.device)].flatten(0, 1)
 
 
-def stack(values: Sequence[Any], sizes: Sequence[int], minibatch: int) -> Any:
+def stack(values: Sequence[Any], sizes: Sequence[int]) -> Any:
     """The values that one node has in every batch, as `Rows`; in a tuple or list, entry by entry.
 
-    Values that are the same in all batches stay as they are.
+    Values that are the same in all batches stay as they are: whether they depend on the size of these is not seen here.
 
     Args:
         values: one for each batch.
         sizes: samples in each batch.
-        minibatch: samples that will be taken at a time.
 
     Raises:
         ValueError: samples cannot be told apart in the values, which may depend on the size of the batch.
@@ -42,8 +41,8 @@ def stack(values: Sequence[Any], sizes: Sequence[int], minibatch: int) -> Any:
     if isinstance(first, tuple | list):
         if type(first) not in (tuple, list) or len({len(value) for value in values}) > 1:
             raise ValueError("a structure of its own")
-        return type(first)(stack(entries, sizes, minibatch) for entries in zip(*values, strict=True))
-    if any(value != first for value in values) or (isinstance(first, int) and first in sizes and first != minibatch):
+        return type(first)(stack(entries, sizes) for entries in zip(*values, strict=True))
+    if any(value != first for value in values):
         raise ValueError("a number that depends on the batch")
     return first
 

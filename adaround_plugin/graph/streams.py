@@ -16,9 +16,11 @@ from torch.fx.node import map_arg
 
 from adaround_plugin.graph.compat import operator_name
 
-__all__ = ["Stream", "Values", "tensors", "unpacks"]
+__all__ = ["BothValues", "Stream", "Values", "tensors", "unpacks"]
 
 Values = dict[fx.Node, Any]
+# of the float and of the quantized stream, for one batch
+BothValues = tuple[Values, Values]
 
 
 class Stream(fx.Interpreter):
