@@ -32,14 +32,15 @@ class Recipe:
         asymmetric: imitate the float output from the *quantized* input (equation 25 without its activation), else
             only undo the weight's own error.
         correct_bias: let the bias absorb the mean error, where the layer's bias can be written.
-        column_weighting: `"none"`, or `"inverse_norm"` to weigh each column by `1 / |x|^2`, so that a few columns
-            with massive activations do not decide for all.
+        column_weighting: `"none"`; `"inverse_norm"` to weigh each column by `1 / |x|^2`, so that a few columns with
+            massive activations do not decide for all; or `"fisher"` to weigh it by the squared derivative of the
+            network's output by the layer's output there.
         damping: ridge on the hessian, relative to the mean of its diagonal.
     """
 
     asymmetric: bool = True
     correct_bias: bool = True
-    column_weighting: Literal["none", "inverse_norm"] = "none"
+    column_weighting: Literal["none", "inverse_norm", "fisher"] = "none"
     damping: float = 0.01
 
 

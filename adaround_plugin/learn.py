@@ -47,7 +47,7 @@ def adaround(
     scale: Literal["auto", "observer", "search"] = "auto",
     asymmetric: bool | Literal["auto"] = "auto",
     correct_bias: bool | Literal["auto"] = "auto",
-    column_weighting: Literal["auto", "none", "inverse_norm"] = "auto",
+    column_weighting: Literal["auto", "none", "inverse_norm", "fisher"] = "auto",
     damping: float | Literal["auto"] = "auto",
     rounding: Literal["auto", "grid", "up_or_down"] = "auto",
     holdout: float | Literal["auto"] = "auto",
@@ -84,7 +84,8 @@ def adaround(
             by default it searches for `AdaRoundObserver`, and keeps the scale of other observers and for `"nearest"`.
         asymmetric: imitate the float output from the quantized input, else from the same input.
         correct_bias: let biases absorb the mean error; a module without a bias gets one.
-        column_weighting: `"none"`, or `"inverse_norm"` for networks with massive activations.
+        column_weighting: `"none"`; `"inverse_norm"` for networks with massive activations; or `"fisher"`, by how much
+            the network's output changes with the layer's there: one more forward and two backward passes.
         damping: ridge on the hessian relative to its mean diagonal.
             These four, where the preset leaves them open, are decided together by the error of the network's output on
             held-out samples, in trials on part of the data.
@@ -178,7 +179,7 @@ def adaround(
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "scale": ("auto", "observer", "search"),
     "rounding": ("grid", "up_or_down"),
-    "column_weighting": ("auto", "none", "inverse_norm"),
+    "column_weighting": ("auto", "none", "inverse_norm", "fisher"),
     "asymmetric": ("auto", True, False),
     "correct_bias": ("auto", True, False),
 }

@@ -16,6 +16,7 @@ from adaround_plugin.calibration import Sampling
 from adaround_plugin.errors import InvalidBatchError, NonFiniteError
 from adaround_plugin.graph.blocks import Block, layer_exits
 from adaround_plugin.graph.host import CallSite, Host, WeightedNode
+from adaround_plugin.graph.importance import column_importance
 from adaround_plugin.graph.regions import Exit, Region
 from adaround_plugin.graph.streams import BothValues, tensors
 from adaround_plugin.layer import Layer, LayerRounding, Recipe
@@ -32,6 +33,10 @@ Plan = tuple[list[fx.Node], list[fx.Node]]
 
 # the moments of layers that are ready together are gathered together, as many as fit in this many bytes
 _MOMENT_BYTES = 2 * 2**30
+# random projections of the network's output in an estimate of how much a column matters; there are many columns
+_PROJECTIONS = 2
+# what every column weighs beside its importance, relative to the mean of that: derivatives are local
+_EVEN_WEIGHT = 0.3
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,8 @@ class Learner:
         self.exits: dict[str, tuple[Exit, ...]] = {}
         if settings.relaxation is not None and not settings.blocks:
             self.exits = layer_exits(host, host.nodes, settings.relaxation.activation)
+        # by call site, for each batch the importance of its columns
+        self.importance: dict[fx.Node, list[Tensor]] = {}
         self.output_error = 0.0
         self.seconds: dict[str, float] = defaultdict(float)
         self.layer_seconds: dict[str, float] = defaultdict(float)
@@ -102,12 +109,30 @@ class Learner:
         for node in self.host.nodes:
             self.roundings[node.name] = self._baseline(node)
             node.set_quantized(self.roundings[node.name])
+        if self.settings.recipe.column_weighting == "fisher":
+            self._weigh_columns()
         pending = [node for node in self.host.nodes if node.name not in self.settings.frozen]
         for block in self.settings.blocks:
             pending = self._learn_block(block, pending)
         while pending:
             pending = self._stage(pending)
         self._finish()
+
+    def _weigh_columns(self) -> None:
+        """Find how much each column matters, relative to the mean of its group at all call sites of the weight."""
+        with self._clock("importance"):
+            found = [
+                column_importance(self.streams[0], self.host.nodes, self.sampling, batch, values[0], _PROJECTIONS)
+                for batch, values in enumerate(self.values)
+            ]
+            for node in self.host.nodes:
+                sites = [site.float_node for site in node.sites]
+                if not all(site in of_batch for of_batch in found for site in sites):
+                    continue
+                count = sum(of_batch[site].shape[1] for of_batch in found for site in sites)
+                total = torch.stack([of_batch[site].sum(1) for of_batch in found for site in sites]).sum(0)
+                mean = (total / max(1, count)).clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
+                self.importance |= {site: [of_batch[site] / mean for of_batch in found] for site in sites}
 
     def _learn_block(self, block: Block, pending: list[WeightedNode]) -> list[WeightedNode]:
         """Decide a block's layers one by one, then all together from its entry; returns what is left."""
@@ -306,7 +331,12 @@ class Learner:
         exact = node.op.patches(x_float, shape).columns(index, position)
         rows = node.op.rows(node.weight)
         deviation = (exact - quantized) @ rows.transpose(1, 2)
-        weight = _column_weight(exact, index, patches.samples, self.settings.recipe)
+        important = self.importance.get(site.float_node)
+        weight = (
+            _column_weight(exact, index, patches.samples, self.settings.recipe)
+            if important is None
+            else important[batch] + _EVEN_WEIGHT
+        )
         if not (torch.isfinite(deviation).all() and torch.isfinite(quantized.sum())):
             raise NonFiniteError(
                 f"layer {node.name!r}", "its input holds NaN or infinity", "Check the model and the calibration data."
@@ -345,6 +375,8 @@ class Learner:
                 rounding = layer.rounded(decided.grid, decided.integers, decided.bias_correction)
             notes += [learned.note] if learned.note else []
             self.block_reports.append(learned)
+        if wanted.column_weighting == "fisher" and node.sites[0].float_node not in self.importance:
+            notes.append("columns weighed alike: the network's output has no derivative that could be followed")
         if search and not layer.can_search_scale:
             notes.append("scale kept: it runs along the input channels")
         report = _layer_report(
@@ -437,7 +469,7 @@ def _fitting(ready: list[WeightedNode]) -> list[WeightedNode]:
 
 def _column_weight(exact: Tensor, index: Tensor, length: int, recipe: Recipe) -> Tensor:
     """`(G, n)` weights: 1, or `1 / |x|^2` with the norm floored at a hundredth of the mean in the same sample."""
-    if recipe.column_weighting == "none":
+    if recipe.column_weighting != "inverse_norm":
         return torch.ones(exact.shape[:2], device=exact.device)
     power = exact.square().sum(2)
     total = power.new_zeros(power.shape[0], length).index_add_(1, index, power)

@@ -64,6 +64,24 @@ class WeightedOp:
         """`(groups, rows)` values as one vector over the output channels, in the bias's order."""
         return per_row.reshape(-1)
 
+    def outputs_at(self, y: Tensor, weight_shape: torch.Size, sample: Tensor, position: Tensor) -> Tensor:
+        """Outputs of chosen columns: what `rows` gives for the patches that `Patches.columns` takes at the same place.
+
+        Args:
+            y: the operator's output: `(N, C, *spatial)` or `(C, *spatial)`; `(N, ..., out)` or `(out,)` if linear.
+            weight_shape: shape of the operator's weight.
+            sample, position: `(n,)` each.
+
+        Returns:
+            `(groups, n, rows)`.
+        """
+        if self.kind == "linear":
+            y = y.reshape(1, 1, 1, -1) if y.dim() == 1 else y.reshape(y.shape[0], -1, 1, y.shape[-1])
+        else:
+            y = y if y.dim() == len(weight_shape) else y.unsqueeze(0)
+            y = y.reshape(y.shape[0], self.groups, y.shape[1] // self.groups, -1).permute(0, 3, 1, 2)
+        return y[sample, position].transpose(0, 1)
+
     def accepts(self, x: Tensor, weight_shape: torch.Size) -> bool:
         """Whether an input's dimensions and channels fit a weight of this shape."""
         if self.kind == "linear":

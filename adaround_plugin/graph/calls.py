@@ -11,9 +11,10 @@ from torch.func import functional_call
 
 from adaround_plugin.graph.compat import unfused
 
-__all__ = ["Call", "function_call", "module_call"]
+__all__ = ["Call", "Tap", "function_call", "module_call"]
 
 Operator = Callable[[tuple[Any, ...], dict[str, Any], Tensor, Tensor | None], Any]
+Tap = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,15 @@ class Call:
         whole: from positional and keyword arguments (of which a function needs its input alone), the weight and a
             correction of the bias `(out,)` or None, to the node's value: with the activation function that is fused.
         inner: the same without a fused activation function.
+        tapped: from the arguments, the weight and a function to the node's value, with the function applied to what the
+            weighted operator gives, before the activation function that is fused.
         is_fused: whether there is one.
         arguments: the arguments of a node that have to be evaluated, out of those it has.
     """
 
     whole: Operator
     inner: Operator
+    tapped: Callable[[tuple[Any, ...], dict[str, Any], Tensor, Tap], Any]
     is_fused: bool
     arguments: Callable[[fx.Node], tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -53,7 +57,14 @@ def module_call(outer: nn.Module) -> Call:
         # what is fused may take a second argument, such as the other summand
         return operator(module, "")(args[:1], kwargs, weight, correction)
 
-    return Call(whole, inner, module is not outer, lambda node: (node.args, node.kwargs))
+    def tapped(args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, tap: Tap) -> Any:
+        handle = module.register_forward_hook(lambda _, inputs, output: tap(output))
+        try:
+            return whole(args, kwargs, weight, None)
+        finally:
+            handle.remove()
+
+    return Call(whole, inner, tapped, module is not outer, lambda node: (node.args, node.kwargs))
 
 
 def function_call(node: fx.Node, bias: Tensor | None) -> Call:
@@ -74,7 +85,10 @@ def function_call(node: fx.Node, bias: Tensor | None) -> Call:
     def arguments(call: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (call.args[0] if call.args else call.kwargs["input"],), {}
 
-    return Call(run, run, False, arguments)
+    def tapped(args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, tap: Tap) -> Any:
+        return tap(run(args, kwargs, weight, None))
+
+    return Call(run, run, tapped, False, arguments)
 
 
 def _corrected(bias: Tensor | None, correction: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class AdaRoundConfig(SoleConfig):
         scale: Tunable[Literal["auto", "observer", "search"]] = "auto",
         asymmetric: Tunable[bool | Literal["auto"]] = "auto",
         correct_bias: Tunable[bool | Literal["auto"]] = "auto",
-        column_weighting: Tunable[Literal["auto", "none", "inverse_norm"]] = "auto",
+        column_weighting: Tunable[Literal["auto", "none", "inverse_norm", "fisher"]] = "auto",
         damping: Tunable[Annotated[float, Field(gt=0)] | Literal["auto"]] = "auto",
         rounding: Tunable[Literal["auto", "grid", "up_or_down"]] = "auto",
         holdout: Tunable[Annotated[float, Field(ge=0, le=0.5)] | Literal["auto"]] = "auto",

@@ -24,13 +24,15 @@ def by_design_matrix(op: WeightedOp, weight: Tensor, x: Tensor, shape: torch.Siz
     """The operator's output, of `shape`, as products of rows and columns."""
     patches = op.patches(x, weight.shape)
     samples, positions = patches.samples, patches.positions
-    index = torch.arange(samples).repeat_interleave(positions)
-    columns = patches.columns(index, torch.arange(positions).repeat(samples))  # (G, n, D)
+    index, position = torch.arange(samples).repeat_interleave(positions), torch.arange(positions).repeat(samples)
+    columns = patches.columns(index, position)  # (G, n, D)
     rows = op.rows(weight)
     assert columns.shape == (rows.shape[0], samples * positions, rows.shape[2])
-    y = columns @ rows.transpose(1, 2)  # (G, n, R)
-    y = y.permute(1, 0, 2).reshape(samples, positions, -1)  # channels in the bias's order
-    return y.reshape(shape) if op.kind == "linear" else y.transpose(1, 2).reshape(shape)
+    products = columns @ rows.transpose(1, 2)  # (G, n, R)
+    y = products.permute(1, 0, 2).reshape(samples, positions, -1)  # channels in the bias's order
+    y = y.reshape(shape) if op.kind == "linear" else y.transpose(1, 2).reshape(shape)
+    assert torch.equal(op.outputs_at(y, weight.shape, index, position), products)
+    return y
 
 
 def assert_is_the_module(module: nn.Module, x: Tensor) -> None:
