@@ -39,7 +39,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "damping": 0.01,
         "holdout": 0.0,
     },
-    # annealed layer by layer, then all roundings of a block together: for 2 bits, and for activations of few bits
+    # annealed layer by layer, then all roundings of a block together, errors weighed by what they do to the network's
+    # output: for 2 bits, and for activations of few bits
     "blocks": {
         **_DEFAULT,
         "solver": Relaxation(
@@ -49,9 +50,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             beta=(8.0, 2.0),
             start=Annealing(),
             drop=0.5,
+            fisher=True,
             learn_scale=True,
         ),
-        "damping": 0.1,
+        "column_weighting": "fisher",
         "blocks": True,
     },
 }

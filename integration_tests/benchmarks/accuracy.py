@@ -7,6 +7,8 @@ with 8-bit activations of the x86 backend (W/A8). All layers are quantized, firs
 
 `--activation-bits 4` gives W/A4 instead. FX quantizes every value between layers; the logits, which enter no layer,
 keep 8 bits then. `--host pt2e` takes `convert_pt2e` for X86InductorQuantizer, which quantizes the inputs of layers.
+`--ends 8` keeps the first and the last layer at 8 bits (with PT2E their inputs too), as the papers on BRECQ and QDrop
+do in all their tables.
 """
 
 import argparse
@@ -43,17 +45,33 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """A network, and how it is quantized: `bits` of its weights, `activation_bits` None for weights alone."""
+    """A network, and how it is quantized.
+
+    Attributes:
+        bits: of the weights.
+        activation_bits: None for weights alone.
+        affine: whether weights have a zero point.
+        host: `"fx"` or `"pt2e"`.
+        ends: bits of the first and the last layer, None for the same as everywhere.
+    """
 
     network: nn.Module
     bits: int
     activation_bits: int | None = 8
     affine: bool = False
     host: str = "fx"
+    ends: int | None = None
 
     def __str__(self) -> str:
         activations = "" if self.activation_bits is None else f"A{self.activation_bits}"
-        return f"W{self.bits}{activations}" + (" affine" if self.affine else "")
+        ends = "" if self.ends is None else f", ends W{self.ends}"
+        return f"W{self.bits}{activations}" + (" affine" if self.affine else "") + ends
+
+    def _ends(self) -> dict[str, int]:
+        """Bits of the layers that differ."""
+        kinds = (nn.Linear, nn.Conv2d)
+        names = [name for name, module in self.network.named_modules() if isinstance(module, kinds)]
+        return {} if self.ends is None else dict.fromkeys((names[0], names[-1]), self.ends)
 
     def prepare(self, batches: list[Tensor]) -> fx.GraphModule:
         """Prepare and calibrate."""
@@ -66,19 +84,25 @@ class Case:
     def _prepare_fx(self, example: Tensor) -> fx.GraphModule:
         backend = get_weight_only_backend_config() if self.activation_bits is None else None
         last = [name for name, module in self.network.named_modules() if isinstance(module, nn.Linear)][-1]
+        logits = {} if self.activation_bits in (8, None) else {last: (self.bits, 8)}
+        ends = {name: bits if self.activation_bits is None else (bits, 8) for name, bits in self._ends().items()}
         mapping = get_adaround_qconfig_mapping(
             "x86",
             weight_bits=self.bits,
             activation_bits=self.activation_bits,
             symmetric=not self.affine,
-            layer_bits={} if self.activation_bits in (8, None) else {last: (self.bits, 8)},
+            layer_bits={**logits, **ends},
         )
         return prepare_fx(self.network, mapping, (example,), backend_config=backend)
 
     def _prepare_pt2e(self, example: Tensor) -> fx.GraphModule:
         config = get_adaround_x86_inductor_config(self.bits, self.activation_bits)
         program = torch.export.export(self.network, (example,), dynamic_shapes=({0: Dim.AUTO},), strict=True)
-        prepared: fx.GraphModule = prepare_pt2e(program.module(), X86InductorQuantizer().set_global(config))
+        quantizer = X86InductorQuantizer().set_global(config)
+        for name, bits in self._ends().items():
+            activation_bits = None if self.activation_bits is None else 8
+            quantizer.set_module_name_qconfig(name, get_adaround_x86_inductor_config(bits, activation_bits))
+        prepared: fx.GraphModule = prepare_pt2e(program.module(), quantizer)
         return prepared
 
     def convert(self, learned: fx.GraphModule) -> fx.GraphModule:
@@ -121,6 +145,7 @@ def main() -> None:
     )
     parser.add_argument("--activation-bits", type=int, default=8, help="of the mode with activations")
     parser.add_argument("--host", choices=["fx", "pt2e"], default="fx")
+    parser.add_argument("--ends", type=int, help="bits of the first and the last layer")
     parser.add_argument("--affine", action="store_true", help="affine weights, zero point searched with the scale")
     parser.add_argument("--images", type=int, nargs="+", default=IMAGES, help="calibration images, at most 1024")
     parser.add_argument("--test-images", type=int, default=TEST_IMAGES, help="the first ones")
@@ -139,7 +164,7 @@ def main() -> None:
         for mode in options.modes:
             activations = None if mode == "weight-only" else options.activation_bits
             for bits in options.bits:
-                case = Case(network, bits, activations, options.affine, options.host)
+                case = Case(network, bits, activations, options.affine, options.host, options.ends)
                 for row in rows(case, exact, options.solvers, options.images, options.max_columns, test):
                     print(f"| {' | '.join(row)} |", flush=True)
 
