@@ -157,7 +157,10 @@ def reconstruct(
         first = replace(settings, iterations=settings.iterations - last)
         iterations = descend([one.soft for one in learned], groups, loss, first, report)
         if last:
-            iterations += descend([], groups, lambda progress: loss(None), replace(settings, iterations=last), report)
+            made = iterations
+            goes_on = None if report is None else lambda step, value: report(made + step, value)
+            second = replace(settings, iterations=last)
+            iterations += descend([], groups, lambda progress: loss(None), second, goes_on)
     after = [one.result() for one in learned]
     _, learned_error = _errors(samples.all(held_out=False), after)
     _, learned_holdout = _errors(samples.all(held_out=True), after)

@@ -121,6 +121,21 @@ def test_the_quantized_stream_is_the_converted_model_bit_for_bit(activation_bits
             assert torch.equal(found[0] if activation_bits == "pt2e" else found, converted(batch))
 
 
+def test_the_steps_shown_of_a_block_only_rise(monkeypatch):
+    steps = []
+
+    class Told(Learner):
+        def _step(self, name):
+            return lambda iterations, loss: steps.append((name, iterations))
+
+    monkeypatch.setattr("adaround_plugin.learn.Learner", Told)
+    solver = replace(JOINT, iterations=300, warm_up=0.99)
+    adaround(prepared_fx(), samples(), preset="blocks", solver=solver, progress=False, **RECIPE)
+    for _, told in itertools.groupby(steps, key=lambda step: step[0]):
+        iterations = [iteration for _, iteration in told]
+        assert iterations == [50, 100, 150, 200, 290]
+
+
 @pytest.mark.parametrize("activation_bits", [None, 8])
 def test_the_converted_model_holds_the_integers_that_were_learned(activation_bits):
     prepared = prepared_fx(3, activation_bits)
