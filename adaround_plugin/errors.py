@@ -1,5 +1,8 @@
 """One family of errors. Each names the node or argument it is about and says what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = [
     "AdaRoundError",
     "InvalidBatchError",
@@ -7,6 +10,7 @@ __all__ = [
     "InvalidOptionError",
     "MissingDependencyError",
     "NonFiniteError",
+    "taking_derivatives",
 ]
 
 
@@ -44,3 +48,12 @@ class NonFiniteError(AdaRoundError, ArithmeticError):
 
 class MissingDependencyError(AdaRoundError, ImportError):
     """An optional dependency of this package is not installed."""
+
+
+@contextmanager
+def taking_derivatives(option: str, remedy: str) -> Iterator[None]:
+    """Raise `InvalidOptionError` about the option that asks for derivatives where torch cannot take one."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise InvalidOptionError(option, f"no derivative could be taken ({error})", remedy) from error

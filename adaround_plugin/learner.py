@@ -131,6 +131,8 @@ class Learner:
                     continue
                 count = sum(of_batch[site].shape[1] for of_batch in found for site in sites)
                 total = torch.stack([of_batch[site].sum(1) for of_batch in found for site in sites]).sum(0)
+                if not torch.isfinite(total).all():
+                    continue
                 mean = (total / max(1, count)).clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
                 self.importance |= {site: [of_batch[site] / mean for of_batch in found] for site in sites}
 

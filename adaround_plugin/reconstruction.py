@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from adaround_plugin.errors import taking_derivatives
 from adaround_plugin.grid import Grid
 from adaround_plugin.schemes import up_or_down
 from adaround_plugin.soft_rounding import SoftRounding, bracket, soft_rounding
-from adaround_plugin.solvers.relaxation import Relaxation, descend
+from adaround_plugin.solvers.relaxation import NO_DERIVATIVE, Relaxation, descend
 
 __all__ = ["Minibatch", "Reconstructed", "Reconstruction", "Samples", "Start", "reconstruct"]
 
@@ -228,7 +229,9 @@ def _slopes(samples: Samples, starts: Sequence[Start]) -> list[Tensor]:
     for batch in samples.all(held_out=False):
         weights = [start.grid.dequantize(q) for start, q in zip(starts, coordinates, strict=True)]
         square = _square(batch, batch.run(weights, [start.correction for start in starts]))
-        for slope, gradient in zip(slopes, torch.autograd.grad(square, coordinates), strict=True):
+        with taking_derivatives("solver", NO_DERIVATIVE):
+            gradients = torch.autograd.grad(square, coordinates)
+        for slope, gradient in zip(slopes, gradients, strict=True):
             slope += gradient
     return slopes
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.ao.quantization.quantize_fx import prepare_fx
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
-from adaround_plugin import adaround, get_adaround_qconfig_mapping, get_report, get_weight_only_backend_config
+from adaround_plugin import (
+    InvalidOptionError,
+    adaround,
+    get_adaround_qconfig_mapping,
+    get_report,
+    get_weight_only_backend_config,
+)
 from adaround_plugin.calibration import Sampling
 from adaround_plugin.graph.hosts import open_host
 from adaround_plugin.graph.importance import column_importance
 from adaround_plugin.pt2e import AdaRoundWeightOnlyQuantizer
+from adaround_plugin.solvers import Annealing, Relaxation
 
 RECIPE = {"asymmetric": True, "correct_bias": True, "damping": 0.01}
 
@@ -180,6 +189,63 @@ def test_the_report_says_where_no_derivative_could_be_followed():
         prepared_fx(HalfUnseen(), data(32, 8, 12)), data(32, 8, 12), column_weighting="fisher", progress=False
     )
     assert not any("no derivative" in layer.note for layer in get_report(learned).layers)
+
+
+class Root(nn.Module):
+    """The derivative of a square root at zero is infinite, and times zero no number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(torch.sqrt(y * (y > 0)))
+
+
+def test_derivatives_that_are_no_numbers_are_left_out_and_reported():
+    batches = data(32, 12)
+    prepared = prepared_fx(Root(), batches, get_weight_only_backend_config())
+    learned = adaround(prepared, batches, column_weighting="fisher", progress=False)
+    notes = {layer.name: layer.note for layer in get_report(learned).layers}
+    assert "no derivative" in notes["a"]
+    assert "no derivative" not in notes["b"]
+
+
+@torch.library.custom_op("adaround_tests::opaque", mutates_args=())
+def opaque(x: Tensor) -> Tensor:
+    """An operator that was registered without a derivative."""
+    return x.clone()
+
+
+class Opaque(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.ops.adaround_tests.opaque(self.a(x)))
+
+
+FISHER = Relaxation(iterations=2, fisher=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"column_weighting": "fisher"}, "fisher=False"),
+        ({"solver": FISHER, "column_weighting": "none"}, "fisher=False"),
+        ({"solver": replace(FISHER, fisher=False, start=Annealing()), "blocks": True}, "annealing"),
+        ({"solver": replace(FISHER, fisher=False), "blocks": True}, "annealing"),
+    ],
+)
+def test_an_operator_without_a_derivative_is_an_error_with_a_remedy(options, remedy):
+    batches = data(32, 12)
+    prepared = prepared_fx(Opaque(), batches)
+    with pytest.raises(InvalidOptionError, match=remedy):
+        adaround(prepared, batches, progress=False, **options)
+    learned = adaround(prepared, batches, progress=False)
+    assert len(get_report(learned).layers) == 2
 
 
 def test_the_same_call_gives_the_same_integers():

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from adaround_plugin.calibration import Sampling
+from adaround_plugin.errors import taking_derivatives
 from adaround_plugin.graph.host import WeightedNode
 from adaround_plugin.graph.paths import Path, run_node
 from adaround_plugin.graph.streams import Stream, Values, tensors
@@ -38,6 +39,9 @@ def importance(
     Returns:
         For each node a tensor of the shape of its value: what reaches the output by no other of the nodes counts; ones
         where no output has a derivative.
+
+    Raises:
+        InvalidOptionError: an operator has no derivative.
     """
     path = Path(stream, _ends(stream), {*values, *nodes}, {})
     with torch.enable_grad():
@@ -49,7 +53,7 @@ def importance(
         total = [torch.zeros_like(leaf) for leaf in leaves]
         count = 0
         for value in _projections(stream, found, projections, seed):
-            gradients = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+            gradients = _gradients(value, leaves)
             for one, gradient in zip(total, gradients, strict=True):
                 if gradient is not None:
                     one += gradient.square() / projections
@@ -74,6 +78,9 @@ def column_importance(
         By call site, its node in the float graph, `(G, n)`: for the columns of `sampling.columns`, summed over the rows
         of each group. A site is left out if its operator cannot be run from outside, or if no output has a derivative
         by what it gives.
+
+    Raises:
+        InvalidOptionError: an operator has no derivative.
     """
     sites = {site.float_node: (site.call, node) for node in nodes for site in node.sites if site.call is not None}
     path = Path(stream, _ends(stream), values, {})
@@ -93,8 +100,15 @@ def column_importance(
             tap = _tap(node, weighted, columns, zero, total)
             found[node] = call.tapped(args, kwargs, weighted.weight, tap)
         for value in _projections(stream, found, projections, batch):
-            torch.autograd.grad(value, zero, retain_graph=True, allow_unused=True)
+            _gradients(value, [zero])
     return total
+
+
+def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Derivatives of a projection, kept for the next; None where it does not depend on a leaf."""
+    remedy = "Pass column_weighting='none', and a Relaxation with fisher=False."
+    with taking_derivatives("column_weighting, fisher", remedy):
+        return torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
 
 
 def _tap(

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.errors import InvalidOptionError, taking_derivatives
 from adaround_plugin.problem import Rounding, RoundingProblem, Solver
 from adaround_plugin.soft_rounding import VARIANTS, SoftRounding, Variant, bracket, soft_rounding
 
-__all__ = ["Relaxation", "descend"]
+__all__ = ["NO_DERIVATIVE", "Relaxation", "descend"]
 
+NO_DERIVATIVE = "Pass solver='annealing', or blocks without the operator that has none."
 # how often it is asked whether every weight has settled
 _CHECK = 50
 
@@ -131,7 +132,9 @@ def descend(
             if penalty is not None:
                 total = total + settings.regularization * share * penalty
         # not backward(): modules along the way are shared, and must not be left with gradients
-        for parameter, gradient in zip(learned, torch.autograd.grad(total, learned), strict=True):
+        with taking_derivatives("solver", NO_DERIVATIVE):
+            gradients = torch.autograd.grad(total, learned)
+        for parameter, gradient in zip(learned, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
         if (i + 1) % _CHECK == 0:
