@@ -115,7 +115,12 @@ class Case:
 
 
 def rows(
-    case: Case, exact: float, solvers: list[str], counts: list[int], max_columns: int, test: tuple[Tensor, Tensor]
+    case: Case,
+    exact: float,
+    solvers: list[str],
+    counts: list[int],
+    given: dict[str, Any],
+    test: tuple[Tensor, Tensor],
 ) -> Iterator[list[str]]:
     """Table rows: mode, solver, images, top-1, loss against float, CPU seconds of `adaround`, recipe."""
     calibration, _ = glyphs.load("train", IMAGES[0], seed=1)
@@ -124,8 +129,8 @@ def rows(
             batches = list(torch.split(calibration[:count], 64))
             prepared = case.prepare(batches)
             start = time.process_time()
-            chosen: dict[str, Any] = {"preset" if solver in PRESETS else "solver": solver}
-            learned = adaround(prepared, batches, max_columns=max_columns, progress=False, **chosen)
+            chosen: dict[str, Any] = {**given, "preset" if solver in PRESETS else "solver": solver}
+            learned = adaround(prepared, batches, progress=False, **chosen)
             seconds = time.process_time() - start
             recipe = get_report(learned).recipe
             score = accuracy(case.convert(learned), *test)
@@ -150,10 +155,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=IMAGES, help="calibration images, at most 1024")
     parser.add_argument("--test-images", type=int, default=TEST_IMAGES, help="the first ones")
     parser.add_argument("--max-columns", type=int, default=16384)
+    parser.add_argument("--column-weighting", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     images, labels = glyphs.load("test", TEST_IMAGES, seed=TEST_SEED)
+    given = {"max_columns": options.max_columns, "column_weighting": options.column_weighting}
     test = images[: options.test_images], labels[: options.test_images]
     for name in options.networks:
         network = networks.load(name)
@@ -165,7 +172,7 @@ def main() -> None:
             activations = None if mode == "weight-only" else options.activation_bits
             for bits in options.bits:
                 case = Case(network, bits, activations, options.affine, options.host, options.ends)
-                for row in rows(case, exact, options.solvers, options.images, options.max_columns, test):
+                for row in rows(case, exact, options.solvers, options.images, given, test):
                     print(f"| {' | '.join(row)} |", flush=True)
 
 
