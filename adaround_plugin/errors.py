@@ -52,8 +52,13 @@ class MissingDependencyError(AdaRoundError, ImportError):
 
 @contextmanager
 def taking_derivatives(option: str, remedy: str) -> Iterator[None]:
-    """Raise `InvalidOptionError` about the option that asks for derivatives where torch cannot take one."""
+    """Raise `InvalidOptionError` about the option that asks for derivatives where torch cannot take one.
+
+    Running out of memory stays what it is.
+    """
     try:
         yield
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+            raise
         raise InvalidOptionError(option, f"no derivative could be taken ({error})", remedy) from error

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from adaround_plugin.calibration import Sampling
-from adaround_plugin.errors import InvalidBatchError, NonFiniteError
+from adaround_plugin.errors import NonFiniteError
 from adaround_plugin.graph.blocks import Block, layer_exits
 from adaround_plugin.graph.host import CallSite, Host, WeightedNode
 from adaround_plugin.graph.importance import column_importance
@@ -134,7 +134,7 @@ class Learner:
                 if not torch.isfinite(total).all():
                     continue
                 mean = (total / max(1, count)).clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
-                self.importance |= {site: [of_batch[site] / mean for of_batch in found] for site in sites}
+                self.importance |= {site: [of_batch.pop(site).div_(mean) for of_batch in found] for site in sites}
 
     def _learn_block(self, block: Block, pending: list[WeightedNode]) -> list[WeightedNode]:
         """Decide a block's layers one by one, then all together from its entry; returns what is left."""
@@ -321,12 +321,7 @@ class Learner:
         x_float = self.streams[0].value(_input(site.float_node), values[0])
         x_quantized = self.streams[1].value(_input(site.quantized_node), values[1])
         shape = node.weight.shape
-        if not node.op.accepts(x_float, shape):
-            raise InvalidBatchError(
-                f"layer {node.name!r}",
-                f"its input of shape {tuple(x_float.shape)} in batch {batch} does not fit its weight {tuple(shape)}",
-                "Check the shape of the batches.",
-            )
+        node.check_input(x_float, batch)
         patches = node.op.patches(x_quantized.float(), shape)
         index, position = self.sampling.columns(batch, patches, len(node.sites))
         quantized = patches.columns(index, position)
@@ -366,6 +361,7 @@ class Learner:
             )
             node.set_quantized(rounding)
         self.roundings[node.name] = rounding
+        weighed = all(self.importance.pop(site.float_node, None) is not None for site in node.sites)
         if not self.settings.judge:
             return
         notes = [] if moments.count else ["no learning sample reached it"]
@@ -377,8 +373,8 @@ class Learner:
                 rounding = layer.rounded(decided.grid, decided.integers, decided.bias_correction)
             notes += [learned.note] if learned.note else []
             self.block_reports.append(learned)
-        if wanted.column_weighting == "fisher" and node.sites[0].float_node not in self.importance:
-            notes.append("columns weighed alike: the network's output has no derivative that could be followed")
+        if wanted.column_weighting == "fisher" and not weighed:
+            notes.append("columns weighed alike: no derivative by what it computes could be followed")
         if search and not layer.can_search_scale:
             notes.append("scale kept: it runs along the input channels")
         report = _layer_report(
@@ -439,6 +435,8 @@ def _region_notes(region: Region, nodes: list[WeightedNode], recipe: Recipe) -> 
     notes = [f"not learned on samples ({why}): {', '.join(left)}"] if left else []
     if not region.resampled:
         notes.append("minibatches are the caller's batches: samples cannot be told apart at its entry")
+    if region.is_unweighed:
+        notes.append("entries weighed alike: no derivative by its output could be followed")
     if region.without_twin and not recipe.asymmetric:
         notes.append(f"quantized input taken for {', '.join(region.without_twin)}, which the float stream lacks")
     return notes

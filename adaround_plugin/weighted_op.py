@@ -76,10 +76,10 @@ class WeightedOp:
             `(groups, n, rows)`.
         """
         if self.kind == "linear":
-            y = y.reshape(1, 1, 1, -1) if y.dim() == 1 else y.reshape(y.shape[0], -1, 1, y.shape[-1])
+            y = y.reshape(1, 1, 1, -1) if y.dim() == 1 else y.reshape(y.shape[0], prod(y.shape[1:-1]), 1, -1)
         else:
             y = y if y.dim() == len(weight_shape) else y.unsqueeze(0)
-            y = y.reshape(y.shape[0], self.groups, y.shape[1] // self.groups, -1).permute(0, 3, 1, 2)
+            y = y.reshape(y.shape[0], self.groups, y.shape[1] // self.groups, prod(y.shape[2:])).permute(0, 3, 1, 2)
         return y[sample, position].transpose(0, 1)
 
     def accepts(self, x: Tensor, weight_shape: torch.Size) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, fx, nn
 
+from adaround_plugin.errors import InvalidBatchError
 from adaround_plugin.graph.calls import Call
 from adaround_plugin.graph.streams import Stream
 from adaround_plugin.grid import Grid
@@ -57,6 +58,16 @@ class WeightedNode:
     bias: Literal["present", "addable", "fixed"]
     keeps_scale: bool
     set_quantized: Callable[[LayerRounding], None]
+
+    def check_input(self, x: Tensor, batch: int) -> None:
+        """Raise `InvalidBatchError` if an input of the float operator does not fit the weight."""
+        if not self.op.accepts(x, self.weight.shape):
+            raise InvalidBatchError(
+                f"layer {self.name!r}",
+                f"its input of shape {tuple(x.shape)} in batch {batch} does not fit its weight "
+                f"{tuple(self.weight.shape)}",
+                "Check the shape of the batches.",
+            )
 
 
 @dataclass(frozen=True)

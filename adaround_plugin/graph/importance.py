@@ -2,12 +2,13 @@
 
 BRECQ (Li et al. 2021, arXiv 2102.05426, equation 10) weighs errors by the diagonal of the Fisher information, for a
 loss with labels. Without labels the network's own output is kept: its squared error has the Hessian `2 J^T J`, and
-`E (J^T v)^2` over standard normal `v` is the diagonal of `J^T J`.
+`E (J^T v)^2` over random signs `v` is the diagonal of `J^T J` (Hutchinson 1990).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ __all__ = ["column_importance", "importance"]
 
 def importance(
     stream: Stream, nodes: Sequence[fx.Node], at: Sequence[Tensor], values: Values, projections: int, seed: int
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """Mean squared derivative of random projections of the network's output by every entry of some nodes' values.
 
     Args:
@@ -37,28 +38,25 @@ def importance(
         seed: of the projections.
 
     Returns:
-        For each node a tensor of the shape of its value: what reaches the output by no other of the nodes counts; ones
-        where no output has a derivative.
+        For each node a tensor of the shape of its value: what reaches the output by no other of the nodes counts; None
+        where no output has a derivative by it, or one that is no number.
 
     Raises:
         InvalidOptionError: an operator has no derivative.
     """
     path = Path(stream, _ends(stream), {*values, *nodes}, {})
-    with torch.enable_grad():
+    total: list[Tensor | None] = [None] * len(nodes)
+    with torch.enable_grad(), _differentiating():
         leaves = [value.detach().requires_grad_() for value in at]
         found: dict[fx.Node, Any] = {node: stream.value(node, values) for node in path.entries if node not in nodes}
         found.update(zip(nodes, leaves, strict=True))
         for node in path.order:
             found[node] = run_node(stream, node, found)
-        total = [torch.zeros_like(leaf) for leaf in leaves]
-        count = 0
         for value in _projections(stream, found, projections, seed):
-            gradients = _gradients(value, leaves)
-            for one, gradient in zip(total, gradients, strict=True):
-                if gradient is not None:
-                    one += gradient.square() / projections
-            count += 1
-    return total if count else [torch.ones_like(leaf) for leaf in leaves]
+            gradients = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+            squares = [None if gradient is None else gradient.square() / projections for gradient in gradients]
+            total = [square if one is None else one + square for one, square in zip(total, squares, strict=True)]
+    return [one if one is not None and bool(torch.isfinite(one).all()) else None for one in total]
 
 
 def column_importance(
@@ -81,12 +79,13 @@ def column_importance(
 
     Raises:
         InvalidOptionError: an operator has no derivative.
+        InvalidBatchError: an input does not fit its layer.
     """
     sites = {site.float_node: (site.call, node) for node in nodes for site in node.sites if site.call is not None}
     path = Path(stream, _ends(stream), values, {})
     found: dict[fx.Node, Any] = {node: stream.value(node, values) for node in path.entries}
     total: dict[fx.Node, Tensor] = {}
-    with torch.enable_grad():
+    with torch.enable_grad(), _differentiating():
         # added to every operator's output, so that each has a derivative, and no weight needs one
         zero = torch.zeros((), requires_grad=True)
         for node in path.order:
@@ -95,20 +94,20 @@ def column_importance(
                 continue
             call, weighted = sites[node]
             args, kwargs = map_arg(call.arguments(node), found.__getitem__)
-            patches = weighted.op.patches(args[0] if args else kwargs["input"], weighted.weight.shape)
+            x = args[0] if args else kwargs["input"]
+            weighted.check_input(x, batch)
+            patches = weighted.op.patches(x, weighted.weight.shape)
             columns = sampling.columns(batch, patches, len(weighted.sites))
             tap = _tap(node, weighted, columns, zero, total)
             found[node] = call.tapped(args, kwargs, weighted.weight, tap)
         for value in _projections(stream, found, projections, batch):
-            _gradients(value, [zero])
+            torch.autograd.grad(value, zero, retain_graph=True, allow_unused=True)
     return total
 
 
-def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Derivatives of a projection, kept for the next; None where it does not depend on a leaf."""
-    remedy = "Pass column_weighting='none', and a Relaxation with fisher=False."
-    with taking_derivatives("column_weighting, fisher", remedy):
-        return torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+def _differentiating() -> AbstractContextManager[None]:
+    remedy = "Pass column_weighting='none' and a Relaxation with fisher=False, or preset='default'."
+    return taking_derivatives("column_weighting, fisher", remedy)
 
 
 def _tap(
@@ -142,5 +141,6 @@ def _projections(stream: Stream, found: Values, count: int, seed: int) -> Iterat
         output for output in tensors(map_arg(stream.output_node.args[0], found.__getitem__)) if output.requires_grad
     ]
     for _ in range(count if outputs else 0):
-        draws = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
-        yield torch.stack([(output * draw).sum() for output, draw in zip(outputs, draws, strict=True)]).sum()
+        signs = [torch.randint(2, output.shape, generator=generator).to(output) * 2 - 1 for output in outputs]
+        sums = [(output * sign).sum() for output, sign in zip(outputs, signs, strict=True)]
+        yield torch.stack([one.to(sums[0].device) for one in sums]).sum()

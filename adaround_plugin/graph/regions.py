@@ -72,6 +72,7 @@ class Region:
     Attributes:
         nodes: those of the weights all of whose call sites are in the region and can be run with another weight.
         without_twin: entries that the float stream has no value for, which are taken from the quantized stream always.
+        is_unweighed: whether entries at an exit should be weighed by their importance, which is not known.
         resampled: whether minibatches are drawn from all samples; else they are the caller's batches.
     """
 
@@ -95,6 +96,7 @@ class Region:
         exact, quantized = streams
         known = values[0][0].keys(), values[0][1].keys()
         self.nodes, self.without_twin, self.resampled = list(nodes), list[str](), True
+        self.is_unweighed = False
         self._exact = Path(exact, [end.float_node for end in exits], known[0], {})
         targets = self._targets(values[0][0])
         # integers, such as the index of the largest logit, have no error that could be learned from
@@ -138,8 +140,12 @@ class Region:
             weights: list[Tensor] = []
             if self._settings.fisher:
                 goals = [end.float_node for end in self._exits]
-                weights = importance(exact, goals, targets, of_float, _PROJECTIONS, self._settings.seed)
+                found = importance(exact, goals, targets, of_float, _PROJECTIONS, self._settings.seed)
+                weights = [weight for weight in found if weight is not None]
+                self.is_unweighed |= len(weights) < len(found)
             batches.append((targets, entries, mixed, weights))
+        if self.is_unweighed:
+            batches = [(*parts[:3], []) for parts in batches]
         held = [self._sampling.held_out(batch, size) for batch, size in enumerate(sizes)]
         try:
             columns = zip(*batches, strict=True)
