@@ -70,8 +70,7 @@ def adaround(
             dicts (keyword arguments). A few hundred samples do. A one-shot iterator is read once and kept in memory.
         preset: what `"auto"` means for the options below; an option that is given wins. `"default"`: annealing on
             second moments. `"paper"`: the relaxation with the paper's settings (10,000 steps a layer, equations 21 to
-            25). `"blocks"`: annealing, then all roundings of a block learned together on samples; for 2 bits, and for
-            activations of few bits.
+            25). `"blocks"`: annealing, then all roundings of a block learned together on samples; for 2 bits.
         solver: `"annealing"`, `"coordinate_descent"`, `"cross_entropy"`, `"nearest"`, `"relaxation"`, `"sequential"`,
             or an object: `Relaxation(...)`, or any with `solve`.
         blocks: with a `Relaxation` on samples, what is learned together. False: each layer by itself. True: blocks

@@ -40,7 +40,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "holdout": 0.0,
     },
     # annealed layer by layer, then all roundings of a block together, errors weighed by what they do to the network's
-    # output: for 2 bits, and for activations of few bits
+    # output: for 2 bits
     "blocks": {
         **_DEFAULT,
         "solver": Relaxation(

@@ -99,8 +99,8 @@ class Report:
         blocks: what was learned on samples. The errors of `layers` are then those before it, but where a block is one
             layer.
         output_error: squared error of the network's output over its variance on held-out samples (on all without any).
-        seconds: wall time by phase: `setup` (checks and the reference conversion), `forward`, `moments`, `solve`,
-            `reconstruct` (learning on samples), `trials`, `total`.
+        seconds: wall time by phase: `setup` (checks and the reference conversion), `importance` (of columns),
+            `forward`, `moments`, `solve`, `reconstruct` (learning on samples), `trials`, `total`.
     """
 
     solver: str

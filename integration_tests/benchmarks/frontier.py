@@ -68,19 +68,27 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     widths = sorted({row["bits"] for row in rows}, reverse=True)
     figure = Figure(figsize=(4.2 * len(widths), 4.2), layout="constrained")
+    markers = dict(zip(METHODS, "xs*v^Do", strict=True))
     for axes, bits in zip(figure.subplots(1, len(widths), squeeze=False)[0], widths, strict=True):
         for row in (row for row in rows if row["bits"] == bits):
-            axes.plot(row["seconds"], row["error"], "o", color="tab:blue")
+            color = f"C{list(METHODS).index(row['method'])}"
+            axes.plot(row["seconds"], row["error"], markers[row["method"]], color=color, label=row["method"])
             axes.annotate(
-                f"{row['method']}\n{row['top1']:.1f} %",
+                f"{row['top1']:.1f} %",
                 (row["seconds"], row["error"]),
-                xytext=(4, 4),
+                xytext=(0, 6),
                 textcoords="offset points",
-                fontsize=7,
+                ha="center",
+                fontsize=8,
             )
         axes.set(xscale="log", yscale="log", title=f"{bits} bits", xlabel="CPU seconds")
-        axes.margins(0.25)
-    figure.axes[0].set_ylabel("error of the output, over its variance, unseen images")
+        axes.margins(0.15)
+    figure.axes[0].set_ylabel("output error over its variance, unseen images")
+    handles = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    names = [name for name in METHODS if name in handles]
+    figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=len(names), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
