@@ -30,7 +30,8 @@ def scale_of(weight: Tensor, bits: int) -> float:
         q = torch.clamp(torch.round(weight / scale), -high, high - 1)
         return float((q * scale - weight).square().sum())
 
-    return min(candidates, key=error)
+    best: float = min(candidates, key=error)
+    return best
 
 
 def nearest(model: nn.Module, bits: int) -> nn.Module:
@@ -42,7 +43,7 @@ def nearest(model: nn.Module, bits: int) -> nn.Module:
     return model
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
+def _layers(model: nn.Module) -> list[nn.Conv2d | nn.Linear]:
     return [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
 
 
@@ -106,7 +107,7 @@ def adaround_as_published(
     return rounded
 
 
-def _apply(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+def _apply(layer: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor) -> Tensor:
     if isinstance(layer, nn.Conv2d):
         return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
     return F.linear(x, weight, layer.bias)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -46,7 +47,7 @@ def by_hand(
     model: nn.Module, bits: int, images: Tensor, iterations: int, learning_rate: float, seeds: Sequence[int]
 ) -> list[nn.Module]:
     """Models rounded by the independent implementation, one for each seed."""
-    folded = fuse(model)
+    folded: Any = fuse(model)
     relu = _followed_by_relu(folded)
     return [
         adaround_as_published(folded, bits, images, relu.__contains__, iterations, learning_rate, seed)
@@ -87,12 +88,13 @@ def main() -> None:
     images = glyphs.load("train", 1024, seed=1)[0][: options.images]
     how = options.iterations, options.learning_rate, range(options.seeds)
     print("| method | top-1 % by seed | mean | deviation | CPU s |\n|---|---|---|---|---|")
-    for name, models in {
+    rows: dict[str, Callable[[], list[nn.Module]]] = {
         "float": lambda: [network],
         "nearest": lambda: [rounded_to_nearest(network, options.bits)],
         "paper preset": lambda: by_preset(network, options.bits, list(torch.split(images, 64)), *how),
         "independent": lambda: by_hand(network, options.bits, images, *how),
-    }.items():
+    }
+    for name, models in rows.items():
         start = time.process_time()
         found = models()
         seconds = time.process_time() - start
