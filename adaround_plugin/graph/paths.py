@@ -54,11 +54,7 @@ class Path:
 def run_node(stream: Stream, node: fx.Node, values: Values) -> Any:
     """The value of one node by the stream's own operator."""
     args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-    try:
-        return getattr(stream, node.op)(node.target, args, kwargs)
-    except Exception as error:
-        error.add_note(f"while running node {node.name} ({node.op} {node.target})")
-        raise
+    return stream.apply(node, args, kwargs)
 
 
 def quantizes(node: fx.Node) -> bool:

@@ -92,7 +92,10 @@ class Stream(fx.Interpreter):
         return map_arg(node, lambda n: values[n] if n in values else self._execute(n, values))
 
     def _execute(self, node: fx.Node, values: Values) -> Any:
-        args, kwargs = self.value(node.args, values), self.value(node.kwargs, values)
+        return self.apply(node, self.value(node.args, values), self.value(node.kwargs, values))
+
+    def apply(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """What a node makes of values for its arguments; an error tells which node it was."""
         try:
             return getattr(self, node.op)(node.target, args, kwargs)
         except Exception as error:
