@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,10 @@ class Net(nn.Module):
 
 
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The model in eval mode, with channels of different ranges, and batch norm that has seen something."""
+    """The model in eval mode with all drawn anew: channels of different ranges, batch norm that has seen something.
+
+    Nothing is left of the initial weights, which are drawn where a test file is imported, before any seed is set.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def noise(like: Tensor) -> Tensor:
@@ -55,7 +59,10 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
                     module.weight.copy_(noise(module.weight) * noise(module.weight).exp())
                     module.bias.copy_(noise(module.bias))
             elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-                module.weight.mul_(noise(module.weight[:, :1]).exp())
+                fan_in = module.weight[0].numel()
+                module.weight.copy_(noise(module.weight) * noise(module.weight[:, :1]).exp() / math.sqrt(fan_in))
+                if module.bias is not None:
+                    module.bias.copy_(noise(module.bias) / math.sqrt(fan_in))
     return model.eval()
 
 
