@@ -12,7 +12,7 @@ from adaround_plugin.activation_range import min_mse_qparams
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.grid import check_bits
 
-__all__ = ["AdaRoundActivationMixin", "AdaRoundActivationObserver"]
+__all__ = ["AdaRoundActivationMixin", "AdaRoundActivationObserver", "grid_ends"]
 
 
 class AdaRoundActivationMixin:
@@ -29,6 +29,8 @@ class AdaRoundActivationMixin:
     min_val: Tensor
     max_val: Tensor
     eps: Tensor
+    # in place of the scale with the least squared error
+    learned_scale: float | None = None
 
     @staticmethod
     def _check(quant_min: int, quant_max: int, qscheme: torch.qscheme) -> None:
@@ -49,15 +51,21 @@ class AdaRoundActivationMixin:
             return super().calculate_qparams(**kwargs)  # type: ignore[misc, no-any-return]
         scale, zero_point = min_mse_qparams(self.histogram, low, high, self.quant_min, self.quant_max)
         device = self.min_val.device
+        scale = scale if self.learned_scale is None else self.learned_scale
         scales = torch.tensor([scale], dtype=torch.float32, device=device).clamp_min(float(self.eps))
         return scales, torch.tensor([zero_point], device=device)
 
     def bounds(self) -> tuple[float, float]:
         """The least and the greatest value on the grid."""
         scale, zero_point = self.calculate_qparams()
-        ends = torch.tensor([self.quant_min, self.quant_max], device=scale.device)
-        low, high = ((ends - zero_point) * scale).tolist()
-        return low, high
+        return grid_ends(float(scale), int(zero_point), self.quant_min, self.quant_max)
+
+
+def grid_ends(scale: float, zero_point: int, quant_min: int, quant_max: int) -> tuple[float, float]:
+    """The least and the greatest value of an affine grid, as float32 has them."""
+    ends = torch.tensor([quant_min - zero_point, quant_max - zero_point])
+    low, high = (ends * torch.tensor(scale, dtype=torch.float32)).tolist()
+    return low, high
 
 
 class AdaRoundActivationObserver(AdaRoundActivationMixin, HistogramObserver):

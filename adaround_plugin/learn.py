@@ -22,6 +22,7 @@ from adaround_plugin.learner import Learner, Settings
 from adaround_plugin.names import select
 from adaround_plugin.presets import resolve
 from adaround_plugin.problem import Solver
+from adaround_plugin.refinement import Refinement
 from adaround_plugin.report import KEY, LayerReport, RecipeTrial, Report
 from adaround_plugin.solvers import Nearest, Relaxation, Sequential, get_solver
 
@@ -42,6 +43,7 @@ def adaround(
     preset: Literal["default", "paper", "blocks"] = "default",
     solver: str | Solver = "auto",
     blocks: bool | Sequence[str] | Literal["auto"] = "auto",
+    refine: bool | Refinement = False,
     inputs: Callable[[Any], Any] | None = None,
     exclude: Exclude = (),
     scale: Literal["auto", "observer", "search"] = "auto",
@@ -76,6 +78,9 @@ def adaround(
         blocks: with a `Relaxation` on samples, what is learned together. False: each layer by itself. True: blocks
             found in the graph (a residual block, layers of a chain in threes). A list: of modules or patterns, each a
             block; other layers are only started.
+        refine: when all is rounded, learn scales and biases of the whole network by the error of its output, integers
+            as they are: scales of weights and biases as the options above leave them free, and step sizes of the
+            activations that AdaRound's observers watch. True for the defaults of `Refinement`. For 4-bit activations.
         inputs: maps a batch to the model's inputs, such as `lambda batch: batch[0]` to drop labels.
         exclude: names (a parent's name covers its children), regular expressions on names, or module types. Excluded
             layers are rounded to nearest on their own grid.
@@ -121,6 +126,8 @@ def adaround(
         raise InvalidOptionError("inputs", f"{inputs!r} is not callable", "Pass a function of one batch.")
     if backend_config is not None and not isinstance(backend_config, BackendConfig):
         raise InvalidOptionError("backend_config", f"{backend_config!r} is none", "Pass a torch.ao BackendConfig.")
+    if not isinstance(refine, bool | Refinement):
+        raise InvalidOptionError("refine", f"{refine!r} is not known", "Pass True, False or a Refinement.")
     chosen, relaxation = _solvers(options["solver"], options["blocks"])
     host = open_host(prepared, backend_config)
     frozen = _excluded(host, exclude)
@@ -135,6 +142,7 @@ def adaround(
     settings = Settings(
         *(chosen, recipes[0], options["scale"], options["rounding"] == "up_or_down", frozen),
         relaxation=relaxation,
+        refinement=Refinement() if refine is True else refine or None,
         blocks=grouped,
     )
     setup = time.perf_counter() - start
@@ -160,7 +168,7 @@ def adaround(
         bound.clear()
         learner.run()
         model = host.prepared if inplace else host.copy()
-        host.write(model, learner.roundings)
+        host.write(model, learner.roundings, learner.scales)
     skipped = [*host.skipped, *_excluded_entries(host, frozen)]
     model.meta[KEY] = Report(
         solver=type(chosen if relaxation is None else relaxation).__name__,
@@ -169,6 +177,7 @@ def adaround(
         skipped=[(entry.name, entry.kind, entry.reason) for entry in skipped],
         trials=trials,
         blocks=learner.block_reports,
+        refinement=learner.refinement_report,
         output_error=learner.output_error,
         seconds={"setup": setup, **learner.seconds, "trials": tried, "total": time.perf_counter() - start},
     )
@@ -297,7 +306,9 @@ def _try(
     for recipe in recipes:
         # damped as so few samples need it
         tried = replace(recipe, damping=0.1) if options["damping"] == "auto" else recipe
-        quick = replace(settings, solver=Sequential(), recipe=tried, judge=False, relaxation=None, blocks=())
+        quick = replace(
+            settings, solver=Sequential(), recipe=tried, judge=False, relaxation=None, refinement=None, blocks=()
+        )
         learner = Learner(host, part, sampling, quick)
         learner.run()
         trials.append(RecipeTrial(_describe(tried), learner.output_error))

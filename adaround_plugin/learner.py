@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from adaround_plugin.calibration import Sampling
 from adaround_plugin.errors import NonFiniteError
-from adaround_plugin.graph.blocks import Block, layer_exits
+from adaround_plugin.graph.blocks import Block, layer_exits, output_exits
 from adaround_plugin.graph.host import CallSite, Host, WeightedNode
 from adaround_plugin.graph.importance import column_importance
 from adaround_plugin.graph.regions import Exit, Region
@@ -23,6 +23,7 @@ from adaround_plugin.layer import Layer, LayerRounding, Recipe
 from adaround_plugin.moments import Moments
 from adaround_plugin.problem import Solver
 from adaround_plugin.reconstruction import Start, reconstruct
+from adaround_plugin.refinement import Refinement, refine
 from adaround_plugin.report import BlockReport, LayerReport
 from adaround_plugin.schemes import up_or_down
 from adaround_plugin.solvers.relaxation import Relaxation
@@ -46,6 +47,7 @@ class Settings:
     Attributes:
         solver: of the rounding problem of each layer.
         relaxation: how roundings are learned on samples after that, None for not at all.
+        refinement: how scales and biases of the whole network are learned in the end, None for not at all.
         blocks: what is learned together on samples; empty for layer by layer.
         recipe: what layers imitate.
         scale: `"auto"`, `"observer"` or `"search"`.
@@ -61,6 +63,7 @@ class Settings:
     frozen: frozenset[str]
     judge: bool = True
     relaxation: Relaxation | None = None
+    refinement: Refinement | None = None
     blocks: tuple[Block, ...] = ()
 
 
@@ -71,6 +74,8 @@ class Learner:
         roundings: what was decided, by name of the weighted node; round-to-nearest until then.
         reports: one per learned layer, by name, in the order solved.
         block_reports: one per block.
+        scales: what was learned for activations, by name of the observer.
+        refinement_report: of the whole network's refinement.
         output_error: of the network's output, relative to its variance.
         seconds: by phase; `layer_seconds` by weighted node.
     """
@@ -93,6 +98,8 @@ class Learner:
         self.roundings: dict[str, LayerRounding] = {}
         self.reports: dict[str, LayerReport] = {}
         self.block_reports: list[BlockReport] = []
+        self.scales: dict[str, float] = {}
+        self.refinement_report: BlockReport | None = None
         self.exits: dict[str, tuple[Exit, ...]] = {}
         if settings.relaxation is not None and not settings.blocks:
             self.exits = layer_exits(host, host.nodes, settings.relaxation.activation)
@@ -109,6 +116,8 @@ class Learner:
         for node in self.host.nodes:
             self.roundings[node.name] = self._baseline(node)
             node.set_quantized(self.roundings[node.name])
+        # kept only where the network runs from its inputs again
+        entry = [(dict(exact), dict(quantized)) for exact, quantized in self.values if self.settings.refinement]
         if self.settings.recipe.column_weighting == "fisher":
             self._weigh_columns()
         pending = [node for node in self.host.nodes if node.name not in self.settings.frozen]
@@ -116,7 +125,45 @@ class Learner:
             pending = self._learn_block(block, pending)
         while pending:
             pending = self._stage(pending)
+        if self.settings.refinement is not None:
+            self.refinement_report = self._refine(self.settings.refinement, entry)
         self._finish()
+
+    def _refine(self, refinement: Refinement, entry: list[BothValues]) -> BlockReport:
+        """Learn scales and biases by the network's output, from its inputs."""
+        began = time.perf_counter()
+        nodes = [node for node in self.host.nodes if node.name not in self.settings.frozen]
+        with self._clock("refine"):
+            region = Region(
+                *(nodes, output_exits(self.streams), self.roundings, self.host.nodes, self.streams, entry),
+                *(self.sampling, refinement, True, self.host.batch_size, self.host.quantizers),
+            )
+            notes = _region_notes(region, nodes, self.settings.recipe)
+            names = tuple(node.name for node in region.nodes)
+            if not region.nodes and not region.quantizers:
+                return BlockReport("network", names, note="; ".join([*notes, "nothing to learn"]))
+            starts = [self._start(node, self._searches(node), from_weight=False) for node in region.nodes]
+            found = refine(region, starts, len(region.quantizers), refinement, self._step("network"))
+        moved = [start.moves_scale for start in starts], [start.moves_bias for start in starts], found.stretches
+        counts = f"{sum(moved[0])} weights, {sum(moved[1])} biases, {len(moved[2])} activations"
+        if found.better:
+            for node, learned in zip(region.nodes, found.weights, strict=True):
+                rounding = self.roundings[node.name]
+                changed = replace(rounding, grid=learned.grid, bias_correction=learned.correction)
+                self._accept(node, changed)
+            for quantizer, stretch in zip(region.quantizers, found.stretches, strict=True):
+                # a number of float32, as the host's observers have it
+                scale = float(torch.tensor(quantizer.scale * stretch, dtype=torch.float32))
+                quantizer.set_scale(scale)
+                self.scales |= dict.fromkeys(quantizer.names, scale)
+            self.values = [(exact, again) for (exact, _), (_, again) in zip(self.values, entry, strict=True)]
+            self.streams[1].restart()
+        else:
+            notes.append("start kept: what was learned is no better")
+        return BlockReport(
+            *("network", names, found.start_error, found.learned_error, found.start_holdout, found.learned_holdout),
+            *(found.iterations, time.perf_counter() - began, "; ".join([*notes, f"scales of {counts}"])),
+        )
 
     def _weigh_columns(self) -> None:
         """Find how much each column matters, relative to the mean of its group at all call sites of the weight."""
@@ -176,7 +223,11 @@ class Learner:
             notes = _region_notes(region, nodes, recipe)
             if not region.nodes:
                 return False, BlockReport(block.name, tuple(node.name for node in nodes), note="; ".join(notes))
-            starts = [self._start(node) for node in region.nodes]
+            moves_scale = relaxation.learn_scale
+            starts = [
+                self._start(node, moves_scale and self._searches(node), relaxation.start is None)
+                for node in region.nodes
+            ]
             found = reconstruct(region, starts, relaxation, self._step(block.name))
         if found.better:
             for node, learned in zip(region.nodes, found.weights, strict=True):
@@ -201,10 +252,9 @@ class Learner:
         scale = self.settings.scale
         return scale == "search" or (scale == "auto" and not node.keeps_scale)
 
-    def _start(self, node: WeightedNode) -> Start:
-        """Where the relaxation of a weight begins."""
-        rounding, relaxation = self.roundings[node.name], self.settings.relaxation
-        assert relaxation is not None
+    def _start(self, node: WeightedNode, moves_scale: bool, from_weight: bool) -> Start:
+        """Where learning of a weight on samples begins."""
+        rounding = self.roundings[node.name]
         grid, bounded = rounding.grid, self.settings.up_or_down
         lowest, highest = (
             up_or_down(grid, node.weight)
@@ -212,11 +262,10 @@ class Learner:
             else (torch.full_like(rounding.integers, end) for end in (grid.quant_min, grid.quant_max))
         )
         moves_bias = self.settings.recipe.correct_bias and node.bias != "fixed"
-        moves_scale = relaxation.learn_scale and self._searches(node) and not bounded
         outputs = node.op.rows(node.weight).shape[:2].numel()
         return Start(
             *(node.weight, grid, rounding.integers, lowest, highest, outputs, rounding.bias_correction),
-            *(moves_bias, moves_scale, relaxation.start is None),
+            *(moves_bias, moves_scale and not bounded, from_weight),
         )
 
     def _accept(self, node: WeightedNode, rounding: LayerRounding) -> None:

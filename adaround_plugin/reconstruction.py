@@ -7,7 +7,7 @@ A region is one layer with its activation function (AdaRound, equation 25), or a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,17 @@ from adaround_plugin.schemes import up_or_down
 from adaround_plugin.soft_rounding import SoftRounding, bracket, soft_rounding
 from adaround_plugin.solvers.relaxation import NO_DERIVATIVE, Relaxation, descend
 
-__all__ = ["Minibatch", "Reconstructed", "Reconstruction", "Samples", "Start", "reconstruct"]
+__all__ = [
+    "Minibatch",
+    "Moving",
+    "Reconstructed",
+    "Reconstruction",
+    "Samples",
+    "Start",
+    "reconstruct",
+    "relative_errors",
+    "squared_error",
+]
 
 # learning rate of scales, relative to themselves, and of biases, relative to the root mean square of the layer's output
 _RATE = 1e-3
@@ -35,13 +45,14 @@ class Minibatch:
         samples: how many.
         target: the float model's values at the region's exits.
         importance: weights of the entries of `target`, or None.
-        run: from weights, and corrections of their biases, to values at the exits.
+        run: from weights, corrections of their biases, and factors of the learnable scales of activations (None leaves
+            them as they are), to values at the exits.
     """
 
     samples: int
     target: Sequence[Tensor]
     importance: Sequence[Tensor] | None
-    run: Callable[[Sequence[Tensor], Sequence[Tensor | None]], list[Tensor]]
+    run: Callable[[Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor] | None], list[Tensor]]
 
 
 class Samples(Protocol):
@@ -107,6 +118,7 @@ class Reconstruction:
         start_error, learned_error: on learning samples.
         start_holdout, learned_holdout: on held-out samples, None without any.
         iterations: steps made.
+        stretches: factors of the scales of activations, where these were learned.
     """
 
     weights: list[Reconstructed]
@@ -115,6 +127,7 @@ class Reconstruction:
     start_holdout: float | None
     learned_holdout: float | None
     iterations: int
+    stretches: list[float] = field(default_factory=list)
 
     @property
     def better(self) -> bool:
@@ -140,8 +153,8 @@ def reconstruct(
     """
     generator = torch.Generator().manual_seed(settings.seed)
     before = [Reconstructed(start.grid, start.integers, start.correction) for start in starts]
-    start_square, start_error = _errors(samples.all(held_out=False), before)
-    _, start_holdout = _errors(samples.all(held_out=True), before)
+    start_square, start_error = relative_errors(samples.all(held_out=False), before)
+    _, start_holdout = relative_errors(samples.all(held_out=True), before)
     if not start_square:
         return Reconstruction(before, 0.0, 0.0, start_holdout, start_holdout, 0)
     with torch.enable_grad():
@@ -149,33 +162,39 @@ def reconstruct(
 
         def loss(progress: float | None) -> Tensor:
             batch = samples.draw(generator)
-            outputs = batch.run([one.weight(progress) for one in learned], [one.correction for one in learned])
-            return _square(batch, outputs) / (batch.samples * start_square)
+            outputs = batch.run([one.weight(progress) for one in learned], [one.correction for one in learned], None)
+            return squared_error(batch, outputs) / (batch.samples * start_square)
 
         groups = [group for one in learned for group in one.groups]
         # at the end only what is not rounded is learned, on the roundings as they will be
         last = int(settings.iterations * _LAST) if groups else 0
         first = replace(settings, iterations=settings.iterations - last)
-        iterations = descend([one.soft for one in learned], groups, loss, first, report)
+        iterations = descend([one.soft for one in learned if one.soft is not None], groups, loss, first, report)
         if last:
             made = iterations
             goes_on = None if report is None else lambda step, value: report(made + step, value)
             second = replace(settings, iterations=last)
             iterations += descend([], groups, lambda progress: loss(None), second, goes_on)
     after = [one.result() for one in learned]
-    _, learned_error = _errors(samples.all(held_out=False), after)
-    _, learned_holdout = _errors(samples.all(held_out=True), after)
+    _, learned_error = relative_errors(samples.all(held_out=False), after)
+    _, learned_holdout = relative_errors(samples.all(held_out=True), after)
     return Reconstruction(after, start_error or 0.0, learned_error or 0.0, start_holdout, learned_holdout, iterations)
 
 
-class _Learned:
+class Moving:
     """One weight on its way: soft coordinates, and the bias and the scale where they move.
+
+    Args:
+        start: where it begins.
+        soft: its coordinates; None if its integers stay.
+        output_scale: root mean square of the output of its operator.
+        rate: learning rate of the scale, relative to itself, and of the bias, relative to `output_scale`.
 
     Attributes:
         groups: parameter groups of the optimizer for bias and scale.
     """
 
-    def __init__(self, start: Start, soft: SoftRounding, output_scale: float) -> None:
+    def __init__(self, start: Start, soft: SoftRounding | None, output_scale: float, rate: float = _RATE) -> None:
         self.start, self.soft = start, soft
         self.correction = start.correction
         self.groups: list[dict[str, Any]] = []
@@ -183,9 +202,9 @@ class _Learned:
         if start.moves_bias:
             zeros = start.weight.new_zeros(start.outputs)
             self.correction = (zeros if start.correction is None else start.correction.clone()).requires_grad_()
-            self.groups.append({"params": [self.correction], "lr": _RATE * output_scale})
+            self.groups.append({"params": [self.correction], "lr": rate * output_scale})
         if start.moves_scale:
-            self.groups.append({"params": [self._log_stretch.requires_grad_()], "lr": _RATE})
+            self.groups.append({"params": [self._log_stretch.requires_grad_()], "lr": rate})
 
     def _grid(self) -> Grid:
         grid = self.start.grid
@@ -193,17 +212,21 @@ class _Learned:
 
     def weight(self, progress: float | None) -> Tensor:
         """The weight at a share of the iterations; None for rounded."""
-        q = self.soft.integers() if progress is None else self.soft.coordinates(progress)
-        return self._grid().dequantize(q)
+        if self.soft is None or progress is None:
+            return self._grid().dequantize(self._integers())
+        return self._grid().dequantize(self.soft.coordinates(progress))
+
+    def _integers(self) -> Tensor:
+        return self.start.integers if self.soft is None else self.soft.integers()
 
     def result(self) -> Reconstructed:
         """What was learned."""
         correction = None if self.correction is None else self.correction.detach()
         with torch.no_grad():
-            return Reconstructed(self._grid(), self.soft.integers(), correction)
+            return Reconstructed(self._grid(), self._integers(), correction)
 
 
-def _begin(samples: Samples, starts: Sequence[Start], settings: Relaxation) -> list[_Learned]:
+def _begin(samples: Samples, starts: Sequence[Start], settings: Relaxation) -> list[Moving]:
     """Every weight where it begins."""
     slopes = None if all(start.from_weight for start in starts) else _slopes(samples, starts)
     scales = samples.output_scale() if any(start.moves_bias for start in starts) else [0.0] * len(starts)
@@ -218,7 +241,7 @@ def _begin(samples: Samples, starts: Sequence[Start], settings: Relaxation) -> l
         else:
             lower, upper = bracket(start.integers, slopes[i], start.lowest, start.highest)
         soft = soft_rounding(settings.variant, lower, upper, begin, settings.warm_up, settings.beta)
-        learned.append(_Learned(start, soft, scales[i]))
+        learned.append(Moving(start, soft, scales[i]))
     return learned
 
 
@@ -228,7 +251,7 @@ def _slopes(samples: Samples, starts: Sequence[Start]) -> list[Tensor]:
     slopes = [torch.zeros_like(q) for q in coordinates]
     for batch in samples.all(held_out=False):
         weights = [start.grid.dequantize(q) for start, q in zip(starts, coordinates, strict=True)]
-        square = _square(batch, batch.run(weights, [start.correction for start in starts]))
+        square = squared_error(batch, batch.run(weights, [start.correction for start in starts], None))
         with taking_derivatives("solver", NO_DERIVATIVE):
             gradients = torch.autograd.grad(square, coordinates)
         for slope, gradient in zip(slopes, gradients, strict=True):
@@ -236,7 +259,7 @@ def _slopes(samples: Samples, starts: Sequence[Start]) -> list[Tensor]:
     return slopes
 
 
-def _square(batch: Minibatch, outputs: Sequence[Tensor]) -> Tensor:
+def squared_error(batch: Minibatch, outputs: Sequence[Tensor]) -> Tensor:
     """Sum of squared errors at the exits."""
     total = torch.zeros(())
     for i, (target, output) in enumerate(zip(batch.target, outputs, strict=True)):
@@ -246,7 +269,9 @@ def _square(batch: Minibatch, outputs: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _errors(batches: Iterator[Minibatch], weights: Sequence[Reconstructed]) -> tuple[float, float | None]:
+def relative_errors(
+    batches: Iterator[Minibatch], weights: Sequence[Reconstructed], stretches: Sequence[Tensor] | None = None
+) -> tuple[float, float | None]:
     """Squared error of the exits per sample, and over the variance of the float values (None without samples)."""
     square = 0.0
     count = 0
@@ -255,7 +280,8 @@ def _errors(batches: Iterator[Minibatch], weights: Sequence[Reconstructed]) -> t
     dequantized = [weight.weight for weight in weights]
     with torch.no_grad():
         for batch in batches:
-            square += float(_square(batch, batch.run(dequantized, [weight.correction for weight in weights])))
+            outputs = batch.run(dequantized, [weight.correction for weight in weights], stretches)
+            square += float(squared_error(batch, outputs))
             found = [_sums(batch, i) for i in range(len(batch.target))]
             before = sums or [(0.0, 0.0, 0.0)] * len(found)
             sums = [(a + x, b + y, c + z) for (a, b, c), (x, y, z) in zip(before, found, strict=True)]

@@ -98,9 +98,10 @@ class Report:
         trials: recipes tried by `"auto"`.
         blocks: what was learned on samples. The errors of `layers` are then those before it, but where a block is one
             layer.
+        refinement: the whole network, where its scales and biases were learned on samples in the end.
         output_error: squared error of the network's output over its variance on held-out samples (on all without any).
         seconds: wall time by phase: `setup` (checks and the reference conversion), `importance` (of columns),
-            `forward`, `moments`, `solve`, `reconstruct` (learning on samples), `trials`, `total`.
+            `forward`, `moments`, `solve`, `reconstruct` (learning on samples), `refine`, `trials`, `total`.
     """
 
     solver: str
@@ -109,6 +110,7 @@ class Report:
     skipped: list[tuple[str, str, str]]
     trials: list[RecipeTrial] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
+    refinement: BlockReport | None = None
     output_error: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -118,8 +120,9 @@ class Report:
 
     def __str__(self) -> str:
         lines = _table(_HEAD, [_row(layer) for layer in self.layers])
-        if self.blocks:
-            lines += _table(_BLOCK_HEAD, [_block_row(block) for block in self.blocks])
+        learned = [*self.blocks, *([] if self.refinement is None else [self.refinement])]
+        if learned:
+            lines += _table(_BLOCK_HEAD, [_block_row(block) for block in learned])
         lines += [f"skipped {name} ({kind}): {reason}" for name, kind, reason in self.skipped]
         lines += [f"tried {trial.recipe}: output error {_number(trial.output_error)}" for trial in self.trials]
         kept = sum(layer.learned for layer in self.layers)

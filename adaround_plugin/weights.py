@@ -185,7 +185,7 @@ def _written(host: Host, integers: Mapping[str, Tensor], inplace: bool) -> fx.Gr
         roundings[node.name] = LayerRounding(node.grid, values, None, False, nan, nan, None, None)
     with torch.no_grad():
         model = host.prepared if inplace else host.copy()
-        host.write(model, roundings)
+        host.write(model, roundings, {})
     # a report that the model carries is about other integers
     model.meta.pop(KEY, None)
     return model

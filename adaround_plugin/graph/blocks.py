@@ -12,15 +12,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.graph.compat import operator_name
 from adaround_plugin.graph.host import Host, WeightedNode
 from adaround_plugin.graph.regions import Exit
+from adaround_plugin.graph.streams import Stream
 from adaround_plugin.graph.transforms import origin
 from adaround_plugin.names import select
 
-__all__ = ["Block", "find_blocks", "layer_exits", "named_blocks"]
+__all__ = ["Block", "find_blocks", "layer_exits", "named_blocks", "output_exits"]
 
 # layers that follow one another without branches make blocks of this many
 _CHAIN = 3
@@ -65,6 +67,16 @@ class Block:
     nodes: tuple[WeightedNode, ...]
     exits: tuple[Exit, ...] = ()
     note: str = ""
+
+
+def output_exits(streams: tuple[Stream, Stream]) -> list[Exit]:
+    """The values that the network returns."""
+    returned: list[list[fx.Node]] = []
+    for stream in streams:
+        nodes: list[fx.Node] = []
+        map_arg(stream.output_node.args, nodes.append)
+        returned.append(nodes)
+    return [Exit(exact, quantized) for exact, quantized in zip(*returned, strict=True)]
 
 
 class _Graphs:

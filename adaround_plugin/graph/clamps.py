@@ -14,7 +14,7 @@ from torch import fx, nn
 from adaround_plugin.activation_observer import AdaRoundActivationMixin
 from adaround_plugin.graph.compat import is_observed, share_attributes
 
-__all__ = ["insert_clamps", "remove_clamps"]
+__all__ = ["insert_clamps", "is_clamp", "remove_clamps"]
 
 _MARK = "adaround_clamp"
 
@@ -44,11 +44,16 @@ def insert_clamps(prepared: fx.GraphModule) -> None:
 
 def remove_clamps(graph: fx.GraphModule) -> bool:
     """Take such clamps out of one graph, in place; whether there were any."""
-    found = [node for node in graph.graph.nodes if node.meta.get(_MARK)]
+    found = [node for node in graph.graph.nodes if is_clamp(node)]
     for node in found:
         node.replace_all_uses_with(node.args[0])
         graph.graph.erase_node(node)
     return bool(found)
+
+
+def is_clamp(node: fx.Node) -> bool:
+    """Whether a node is one of these, also in the host's conversion of the model."""
+    return bool(node.meta.get(_MARK))
 
 
 def _graphs(prepared: nn.Module) -> list[fx.GraphModule]:

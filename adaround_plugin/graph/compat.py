@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 from torch.ao.nn.quantized.reference.modules.utils import ReferenceQuantizedModule
 from torch.ao.quantization.observer import _is_activation_post_process
@@ -21,6 +21,7 @@ __all__ = [
     "is_observed",
     "is_observer",
     "is_quantized",
+    "learnable_fake_quantize",
     "operator_name",
     "returns_view",
     "share_attributes",
@@ -52,6 +53,15 @@ def share_attributes(prepared: fx.GraphModule, sources: dict[fx.Node, fx.Node]) 
         extended[field] = {**known, **added}
     # a new object: copies of a graph share the old one
     prepared.meta["_observed_graph_module_attrs"] = replace(attributes, **extended)
+
+
+def learnable_fake_quantize(x: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:
+    """Fake quantization with gradients by the value and, as in LSQ (arXiv 1902.08153), by the scale `()`."""
+    offset = torch.tensor([float(zero_point)], device=x.device)
+    found: Tensor = torch._fake_quantize_learnable_per_tensor_affine(
+        x, scale.to(x.device).reshape(1), offset, low, high, 1.0
+    )
+    return found
 
 
 def is_quantized(module: nn.Module) -> bool:

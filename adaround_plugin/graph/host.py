@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -16,7 +16,7 @@ from adaround_plugin.grid import Grid
 from adaround_plugin.layer import LayerRounding
 from adaround_plugin.weighted_op import WeightedOp
 
-__all__ = ["CallSite", "Host", "Skipped", "WeightedNode"]
+__all__ = ["ActivationQuantizer", "CallSite", "Host", "Skipped", "WeightedNode"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,29 @@ class WeightedNode:
 
 
 @dataclass(frozen=True)
+class ActivationQuantizer:
+    """Activations that are quantized with one scale, which an observer of ours chose.
+
+    Attributes:
+        names: qualified names of the observers in the prepared model.
+        nodes: the quantize nodes of the quantized graph.
+        clamps: nodes before them that keep their range.
+        scale, zero_point: as observed.
+        quant_min, quant_max: the integer range.
+        set_scale: put another scale into the quantized graph.
+    """
+
+    names: tuple[str, ...]
+    nodes: tuple[fx.Node, ...]
+    clamps: tuple[fx.Node, ...]
+    scale: float
+    zero_point: int
+    quant_min: int
+    quant_max: int
+    set_scale: Callable[[float], None]
+
+
+@dataclass(frozen=True)
 class Skipped:
     """A weighted node that is not learned, and why."""
 
@@ -89,6 +112,7 @@ class Host(Protocol):
         quantized_stream: the host's own conversion of it, with the weights of `nodes` as they were last set.
         nodes: the weighted nodes that the host quantizes and that can be learned, in graph order.
         skipped: the weighted nodes that are not, with reasons.
+        quantizers: of activations, whose scales are ours to choose.
         batch_size: the number of samples that the graphs are made for; None where any will do.
     """
 
@@ -98,6 +122,7 @@ class Host(Protocol):
     quantized_stream: Stream
     nodes: list[WeightedNode]
     skipped: list[Skipped]
+    quantizers: list[ActivationQuantizer]
     batch_size: int | None
 
     def flatten(self, arguments: inspect.BoundArguments) -> list[Any]:
@@ -109,5 +134,6 @@ class Host(Protocol):
     def is_type(self, node: WeightedNode, kind: type[nn.Module]) -> bool:
         """Whether a weighted node is, or belongs to, a module of this type."""
 
-    def write(self, model: fx.GraphModule, roundings: dict[str, LayerRounding]) -> None:
-        """Write roundings, by name of the weighted node, into `prepared` or a deep copy of it."""
+    def write(self, model: fx.GraphModule, roundings: Mapping[str, LayerRounding], scales: Mapping[str, float]) -> None:
+        """Write roundings, by name of the weighted node, and scales of activations, by name of the observer, into
+        `prepared` or a deep copy of it."""

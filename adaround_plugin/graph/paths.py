@@ -28,6 +28,7 @@ class Path:
     Attributes:
         entries: nodes whose values are known, and unpacked quantized values of such.
         order: nodes to run, in order.
+        dead: by node, the nodes whose values nothing needs once it has run.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Path:
         needed, known = set(goals), set(known)
         self.entries: list[fx.Node] = []
         self.order: list[fx.Node] = []
+        self.dead: dict[fx.Node, set[fx.Node]] = {}
         for node in reversed(stream.nodes):
             if node not in needed:
                 continue
@@ -44,10 +46,12 @@ class Path:
                 continue
             self.order.append(node)
             site = sites.get(node)
-            if site is None or site.call is None:
-                needed.update(node.all_input_nodes)
-            else:
-                map_arg(site.call.arguments(node), needed.add)
+            sources = set(node.all_input_nodes)
+            if site is not None and site.call is not None:
+                sources.clear()
+                map_arg(site.call.arguments(node), sources.add)
+            self.dead[node] = sources - needed
+            needed |= sources
         self.order.reverse()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from adaround_plugin.graph.clamps import insert_clamps, remove_clamps
 from adaround_plugin.graph.compat import is_observed, is_observer, unfused
 from adaround_plugin.graph.fx_nodes import Finder, attribute, owner
 from adaround_plugin.graph.host import WeightedNode
+from adaround_plugin.graph.quantizers import activation_quantizers, write_scales
 from adaround_plugin.graph.streams import Stream
 from adaround_plugin.graph.transforms import functionalize, inline, strip
 from adaround_plugin.grid import Grid
@@ -44,7 +46,7 @@ class PreparedFX:
     Attributes:
         float_stream: the model without observers.
         quantized_stream: the host's reference conversion.
-        signature, nodes, skipped, batch_size: as in `Host`.
+        signature, nodes, skipped, quantizers, batch_size: as in `Host`.
 
     Raises:
         InvalidModelError: not prepared, in train mode, not calibrated, not in float32, or without a weighted node.
@@ -70,8 +72,10 @@ class PreparedFX:
         }
         flat_reference = inline(reference, lambda module: id(module) in inlined)
         self.nodes, self.skipped = Finder(graph, flat_reference).find()
+        quantized = functionalize(strip(flat_reference, is_observer))
+        self.quantizers = activation_quantizers(graph, quantized)
         self.float_stream = Stream(functionalize(strip(graph, is_observer)))
-        self.quantized_stream = Stream(functionalize(strip(flat_reference, is_observer)))
+        self.quantized_stream = Stream(quantized)
 
     def flatten(self, arguments: inspect.BoundArguments) -> list[Any]:
         """Arguments in the order of the graph's placeholders."""
@@ -86,8 +90,9 @@ class PreparedFX:
         found = attribute(self.prepared, node.name)
         return isinstance(found, kind) or isinstance(unfused(found), kind)
 
-    def write(self, model: fx.GraphModule, roundings: dict[str, LayerRounding]) -> None:
-        """Write roundings (by name of the weighted node) into `model`, this prepared model or a deep copy of it."""
+    def write(self, model: fx.GraphModule, roundings: Mapping[str, LayerRounding], scales: Mapping[str, float]) -> None:
+        """Write roundings (by name of the weighted node) and scales of activations (by name of the observer) into
+        `model`, this prepared model or a deep copy of it."""
         written: set[int] = set()
         for node in self.nodes:
             for name in node.names if node.name in roundings else ():
@@ -95,6 +100,7 @@ class PreparedFX:
                 if key not in written:
                     _write(model, name, roundings[node.name])
                 written.add(key)
+        write_scales(model, scales)
         insert_clamps(model)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from adaround_plugin.graph.pt2e_nodes import (
     parameter_node,
     set_argument,
 )
+from adaround_plugin.graph.quantizers import activation_quantizers, write_scales
 from adaround_plugin.graph.streams import Stream
 from adaround_plugin.graph.transforms import functionalize, inline, origin, strip
 from adaround_plugin.layer import LayerRounding
@@ -68,8 +70,10 @@ class PreparedPT2E:
         graph = _without_guards(inline(prepared, lambda module: False))
         converted = _without_guards(inline(_converted(self.copy()), lambda module: False))
         self.nodes, self.skipped, self._uses = Finder(graph, converted).find()
+        quantized = functionalize(strip(converted, is_torchao_observer))
+        self.quantizers = activation_quantizers(graph, quantized, _sources_of_derived(graph))
         self.float_stream = Stream(functionalize(_without_observers(graph)))
-        self.quantized_stream = Stream(functionalize(strip(converted, is_torchao_observer)))
+        self.quantized_stream = Stream(quantized)
 
     def flatten(self, arguments: inspect.BoundArguments) -> list[Any]:
         """Arguments as leaves, checked against the shapes that the program was exported for."""
@@ -116,14 +120,22 @@ class PreparedPT2E:
             innermost_module(site.float_node)[1] == f"{kind.__module__}.{kind.__qualname__}" for site in node.sites
         )
 
-    def write(self, model: fx.GraphModule, roundings: dict[str, LayerRounding]) -> None:
-        """Write roundings (by name of the weighted node) into `model`, this prepared model or a deep copy of it."""
+    def write(self, model: fx.GraphModule, roundings: Mapping[str, LayerRounding], scales: Mapping[str, float]) -> None:
+        """Write roundings (by name of the weighted node) and scales of activations (by name of the observer) into
+        `model`, this prepared model or a deep copy of it."""
         by_name = {node.name: node for node in model.graph.nodes}
         for node in self.nodes:
             if node.name in roundings:
                 calls = [by_name[origin(use.site.float_node)] for use in self._uses[node.name]]
                 _write(model, calls, roundings[node.name])
+        write_scales(model, scales)
         model.recompile()
+
+
+def _sources_of_derived(model: nn.Module) -> set[nn.Module]:
+    """Observers from whose scales others derive theirs, such as those of quantized biases."""
+    derived = [module for module in model.modules() if isinstance(module, DerivedObserverOrFakeQuantize)]
+    return {source for module in derived for source in module.obs_or_fqs}
 
 
 def _batch_size(prepared: fx.GraphModule) -> int | None:

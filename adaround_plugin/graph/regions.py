@@ -10,14 +10,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from adaround_plugin.calibration import Sampling
-from adaround_plugin.graph.host import WeightedNode
+from adaround_plugin.graph.compat import learnable_fake_quantize
+from adaround_plugin.graph.host import ActivationQuantizer, WeightedNode
 from adaround_plugin.graph.importance import importance
 from adaround_plugin.graph.paths import Path, fake_quantized, quantizes, run_node
 from adaround_plugin.graph.samples import Rows, gathered, stack
@@ -25,7 +26,6 @@ from adaround_plugin.graph.streams import BothValues, Stream, Values, unpacks
 from adaround_plugin.graph.transforms import origin
 from adaround_plugin.layer import LayerRounding
 from adaround_plugin.reconstruction import Minibatch
-from adaround_plugin.solvers.relaxation import Relaxation
 
 __all__ = ["Exit", "Region"]
 
@@ -54,6 +54,26 @@ class Exit:
     inner: bool = False
 
 
+class RegionSettings(Protocol):
+    """How samples are drawn: those of `Relaxation` and of `Refinement`, whose attributes these are."""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a minibatch."""
+
+    @property
+    def drop(self) -> float:
+        """Probability with which the quantization of an activation is dropped."""
+
+    @property
+    def fisher(self) -> bool:
+        """Whether entries at the exits are weighed by their importance."""
+
+    @property
+    def seed(self) -> int:
+        """Of the projections by which importance is estimated."""
+
+
 class Region:
     """Weights between the streams' present place and some exits, and the samples to learn them from.
 
@@ -65,12 +85,14 @@ class Region:
         streams: the float and the quantized stream.
         values: what the streams keep of each batch.
         sampling: which samples are held out.
-        settings: of the relaxation.
+        settings: how samples are drawn.
         asymmetric: take the quantized stream's values at the entry, else the float stream's.
         batch_size: the number of samples that the graphs are made for, if not any.
+        quantizers: of activations whose scales are learned.
 
     Attributes:
         nodes: those of the weights all of whose call sites are in the region and can be run with another weight.
+        quantizers: those of the activations that are quantized in the region.
         without_twin: entries that the float stream has no value for, which are taken from the quantized stream always.
         is_unweighed: whether entries at an exit should be weighed by their importance, which is not known.
         resampled: whether minibatches are drawn from all samples; else they are the caller's batches.
@@ -85,9 +107,10 @@ class Region:
         streams: tuple[Stream, Stream],
         values: list[BothValues],
         sampling: Sampling,
-        settings: Relaxation,
+        settings: RegionSettings,
         asymmetric: bool,
         batch_size: int | None,
+        quantizers: Sequence[ActivationQuantizer] = (),
     ) -> None:
         self._streams, self._settings, self._sampling = streams, settings, sampling
         self._exits = list(exits)
@@ -105,6 +128,10 @@ class Region:
         self._quantized = Path(quantized, [end.quantized_node for end in self._exits], known[1], self._sites)
         inside = {node for node in self._quantized.order if node in self._sites}
         self.nodes = [node for node in nodes if inside.issuperset(site.quantized_node for site in node.sites)]
+        order = set(self._quantized.order)
+        self.quantizers = [one for one in quantizers if order.issuperset(one.nodes)]
+        self._stretched = {node: i for i, one in enumerate(self.quantizers) for node in one.nodes}
+        self._clamps = {clamp for one in self.quantizers for clamp in one.clamps}
         self._index = {node.name: i for i, node in enumerate(self.nodes)}
         self._fixed = {
             name: (rounding.grid.dequantize(rounding.integers), rounding.bias_correction)
@@ -113,7 +140,7 @@ class Region:
         }
         self._fixed_size = batch_size
         self._size = min(settings.batch_size, sampling.total) if batch_size is None else batch_size
-        if self.nodes:
+        if self.nodes or self.quantizers:
             self._collect(values, asymmetric)
 
     def _collect(self, values: list[BothValues], asymmetric: bool) -> None:
@@ -194,10 +221,12 @@ class Region:
     def _targets(self, values: Values) -> list[Tensor]:
         """The float stream's values at the exits, for one batch."""
         exact = self._streams[0]
-        known = {node: exact.value(node, values) for node in self._exact.entries}
-        found = dict(known)
+        found = {node: exact.value(node, values) for node in self._exact.entries}
+        kept = {source for end in self._exits if end.inner for source in end.float_node.all_input_nodes}
         for node in self._exact.order:
             found[node] = run_node(exact, node, found)
+            for dead in self._exact.dead[node] - kept:
+                del found[dead]
         return [self._inner_target(end, found) if end.inner else found[end.float_node] for end in self._exits]
 
     def _inner_target(self, end: Exit, values: Values) -> Tensor:
@@ -244,8 +273,12 @@ class Region:
         pairs = zip(entries, mixed or [None] * len(entries), strict=True)
         entries = [self._dropped(entry, exact, generator) for entry, exact in pairs]
 
-        def run(weights: Sequence[Tensor], corrections: Sequence[Tensor | None]) -> list[Tensor]:
-            outputs = self._forward(entries, weights, corrections, generator)
+        def run(
+            weights: Sequence[Tensor],
+            corrections: Sequence[Tensor | None],
+            stretches: Sequence[Tensor] | None,
+        ) -> list[Tensor]:
+            outputs = self._forward(entries, weights, corrections, generator, stretches)
             return [_selected(output, kept) for output in outputs]
 
         target, weighed = ([_selected(value, kept) for value in values] for values in (targets, weights))
@@ -257,7 +290,9 @@ class Region:
         entries = gathered(self._batches[0][1], index) if self.resampled else self._batches[0][1]
         squares: dict[str, list[Tensor]] = {}
         with torch.no_grad():
-            self._forward(entries, [node.weight for node in self.nodes], [None] * len(self.nodes), None, squares)
+            self._forward(
+                entries, [node.weight for node in self.nodes], [None] * len(self.nodes), None, squares=squares
+            )
         return [float(torch.stack(squares[node.name]).mean().sqrt()) for node in self.nodes]
 
     def _forward(
@@ -266,6 +301,7 @@ class Region:
         weights: Sequence[Tensor],
         corrections: Sequence[Tensor | None],
         generator: torch.Generator | None,
+        stretches: Sequence[Tensor] | None = None,
         squares: dict[str, list[Tensor]] | None = None,
     ) -> list[Tensor]:
         """Values at the exits of the quantized graph.
@@ -274,6 +310,7 @@ class Region:
             entries: values at the entry.
             weights, corrections: of the region's weights.
             generator: for dropping quantization; None drops nothing.
+            stretches: factors of the scales of the region's activations, None for the scales as they are.
             squares: takes the mean square of every weighted operator's output.
         """
         stream = self._streams[1]
@@ -294,12 +331,25 @@ class Region:
                 (inner if node in before else values)[node] = output
                 if squares is not None:
                     squares.setdefault(name, []).append(output.square().mean())
+            elif stretches is not None and node in self._clamps:
+                # the range that it keeps moves with the scale
+                values[node] = values[node.all_input_nodes[0]]
+            elif stretches is not None and node in self._stretched:
+                i = self._stretched[node]
+                one = self.quantizers[i]
+                values[node] = learnable_fake_quantize(
+                    values[node.all_input_nodes[0]],
+                    one.scale * stretches[i],
+                    *(one.zero_point, one.quant_min, one.quant_max),
+                )
             elif quantizes(node) and not stream.is_remade(node):
                 values[node] = self._dropped(fake_quantized(node, values), values[node.all_input_nodes[0]], generator)
             elif unpacks(node) and values[node.all_input_nodes[0]].is_floating_point():
                 values[node] = values[node.all_input_nodes[0]]
             else:
                 values[node] = run_node(stream, node, values)
+            for dead in self._quantized.dead[node]:
+                del values[dead]
         return [inner[end.quantized_node] if end.inner else values[end.quantized_node] for end in self._exits]
 
     def _dropped(self, quantized: Any, exact: Any, generator: torch.Generator | None) -> Any:

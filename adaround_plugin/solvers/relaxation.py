@@ -105,6 +105,7 @@ def descend(
     loss: Callable[[float], Tensor],
     settings: Relaxation,
     report: Callable[[int, float], None] | None = None,
+    decay: bool = False,
 ) -> int:
     """Adam on soft roundings, until the iterations are spent or every weight has settled.
 
@@ -114,6 +115,7 @@ def descend(
         loss: from the share of the iterations done to the error, relative to that of the start.
         settings: iterations, rates and lambda.
         report: called now and then with the number of iterations and the loss.
+        decay: let the rates fall to zero along a half cosine.
 
     Returns:
         The number of iterations made.
@@ -121,6 +123,7 @@ def descend(
     parameters = [soft.parameter for soft in softs]
     groups = [{"params": parameters, "lr": settings.learning_rate}, *others] if parameters else list(others)
     optimizer = torch.optim.Adam(groups)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.iterations) if decay else None
     learned = [parameter for group in groups for parameter in group["params"]]
     weights = sum(parameter.numel() for parameter in parameters)
     for i in range(settings.iterations):
@@ -137,6 +140,8 @@ def descend(
         for parameter, gradient in zip(learned, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
+        if falling is not None:
+            falling.step()
         if (i + 1) % _CHECK == 0:
             if report is not None:
                 report(i + 1, float(value.detach()))

@@ -28,12 +28,20 @@ LAYERS: list[list[str]] = [
         "channel_scales",
     ],
     ["problem", "qubo", "solvers._sweep", "solvers.nearest", "solvers.sequential", "solvers.coordinate_descent"],
-    ["solvers.annealing", "solvers.cross_entropy", "solvers.relaxation", "solvers", "presets", "reconstruction"],
+    [
+        "solvers.annealing",
+        "solvers.cross_entropy",
+        "solvers.relaxation",
+        "solvers",
+        "presets",
+        "reconstruction",
+        "refinement",
+    ],
     ["scale", "observers", "activation_observer", "qconfig"],
     ["layer", "report", "calibration"],
     ["graph", "graph.compat", "graph.operators", "graph.streams", "graph.transforms", "graph.calls", "graph.host"],
     ["graph.paths", "graph.importance", "graph.samples", "graph.regions", "graph.blocks"],
-    ["graph.checks", "graph.clamps", "graph.grids", "graph.fx_nodes", "graph.prepared_fx"],
+    ["graph.checks", "graph.clamps", "graph.quantizers", "graph.grids", "graph.fx_nodes", "graph.prepared_fx"],
     [
         "capped_relu",
         "graph.homogeneous",
@@ -60,7 +68,7 @@ MATHEMATICS = {
     "scale",
     "layer",
 }
-MATHEMATICS |= {"reconstruction"}
+MATHEMATICS |= {"reconstruction", "refinement"}
 ALLOWED_OUTSIDE = {"torch", PACKAGE, *sys.stdlib_module_names}
 ORDER = [name for layer in LAYERS for name in layer]
 

@@ -1,0 +1,115 @@
+"""Refinement: scales and biases of a whole network learned together, with every integer as it is.
+
+What rounding could not undo is spread over the whole network: steps of activations that are chosen one by one, by the
+squared error of the values that pass, and biases that are corrected layer by layer. As step sizes are learned end to
+end in EfficientQAT (Chen et al. 2024, arXiv 2407.11062), by gradients as in LSQ (Esser et al. 2020, arXiv 1902.08153),
+but from the float network's output in place of labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.reconstruction import (
+    Moving,
+    Reconstructed,
+    Reconstruction,
+    Samples,
+    Start,
+    relative_errors,
+    squared_error,
+)
+from adaround_plugin.solvers.relaxation import Relaxation, descend
+
+__all__ = ["Refinement", "refine"]
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """How scales and biases are learned.
+
+    Attributes:
+        iterations: steps of Adam; the rate falls to zero along a half cosine.
+        batch_size: samples in a minibatch; a program exported for one batch size has that.
+        learning_rate: the first; of scales relative to themselves, of biases relative to the root mean square of the
+            layer's output.
+        seed: of the minibatches.
+
+    Raises:
+        InvalidOptionError: a number is out of range.
+    """
+
+    iterations: int = 300
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+    # as `Relaxation` has them: every activation is quantized, and the network's output is what matters
+    drop: ClassVar[float] = 0.0
+    fisher: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InvalidOptionError(f"Refinement.{name}", f"{value!r} is not accepted", "Pass a positive integer.")
+        if not self.learning_rate > 0:
+            raise InvalidOptionError(
+                "Refinement.learning_rate", f"{self.learning_rate!r} is not accepted", "Pass a positive number."
+            )
+
+
+def refine(
+    samples: Samples,
+    starts: Sequence[Start],
+    activations: int,
+    settings: Refinement,
+    report: Callable[[int, float], None] | None = None,
+) -> Reconstruction:
+    """Learn scales and biases where they may move, and the scales of activations; no integer changes.
+
+    Args:
+        samples: the data, with the network's outputs as exits.
+        starts: the weights, in the order in which `samples` takes them.
+        activations: how many scales of activations `samples` takes.
+        settings: how.
+        report: called now and then with the number of iterations and the loss relative to that of the start.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    before = [Reconstructed(start.grid, start.integers, start.correction) for start in starts]
+    start_square, start_error = relative_errors(samples.all(held_out=False), before)
+    _, start_holdout = relative_errors(samples.all(held_out=True), before)
+    moves_bias = any(start.moves_bias for start in starts)
+    output_scales = samples.output_scale() if moves_bias else [0.0] * len(starts)
+    pairs = zip(starts, output_scales, strict=True)
+    moving = [Moving(start, None, output_scale, settings.learning_rate) for start, output_scale in pairs]
+    logarithms = [torch.zeros((), requires_grad=True) for _ in range(activations)]
+    groups = [group for one in moving for group in one.groups]
+    if logarithms:
+        groups.append({"params": logarithms, "lr": settings.learning_rate})
+    if not (start_square and groups):
+        return Reconstruction(before, start_error or 0.0, start_error or 0.0, start_holdout, start_holdout, 0)
+    with torch.enable_grad():
+
+        def loss(progress: float) -> Tensor:
+            batch = samples.draw(generator)
+            corrections = [one.correction for one in moving]
+            stretches = [logarithm.exp() for logarithm in logarithms]
+            outputs = batch.run([one.weight(None) for one in moving], corrections, stretches)
+            return squared_error(batch, outputs) / (batch.samples * start_square)
+
+        descend([], groups, loss, Relaxation(iterations=settings.iterations), report, decay=True)
+    after = [one.result() for one in moving]
+    stretches = [logarithm.detach().exp() for logarithm in logarithms]
+    _, learned_error = relative_errors(samples.all(held_out=False), after, stretches)
+    _, learned_holdout = relative_errors(samples.all(held_out=True), after, stretches)
+    return Reconstruction(
+        *(after, start_error or 0.0, learned_error or 0.0, start_holdout, learned_holdout, settings.iterations),
+        [float(stretch) for stretch in stretches],
+    )
