@@ -14,6 +14,7 @@ from adaround_plugin.errors import (
 from adaround_plugin.learn import adaround
 from adaround_plugin.observers import AdaRoundObserver
 from adaround_plugin.qconfig import get_adaround_qconfig_mapping, get_weight_only_backend_config
+from adaround_plugin.refinement import Refinement
 from adaround_plugin.report import get_report
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "InvalidOptionError",
     "MissingDependencyError",
     "NonFiniteError",
+    "Refinement",
     "__version__",
     "adaround",
     "equalize",

@@ -140,12 +140,14 @@ class Learner:
             )
             notes = _region_notes(region, nodes, self.settings.recipe)
             names = tuple(node.name for node in region.nodes)
-            if not region.nodes and not region.quantizers:
-                return BlockReport("network", names, note="; ".join([*notes, "nothing to learn"]))
             starts = [self._start(node, self._searches(node), from_weight=False) for node in region.nodes]
+            if not region.quantizers and not any(start.moves_scale or start.moves_bias for start in starts):
+                return BlockReport("network", names, note="; ".join([*notes, "nothing that may move"]))
             found = refine(region, starts, len(region.quantizers), refinement, self._step("network"))
-        moved = [start.moves_scale for start in starts], [start.moves_bias for start in starts], found.stretches
-        counts = f"{sum(moved[0])} weights, {sum(moved[1])} biases, {len(moved[2])} activations"
+        notes.append(
+            f"{sum(start.moves_scale for start in starts)} scales of weights, "
+            f"{sum(start.moves_bias for start in starts)} biases, {len(region.quantizers)} step sizes of activations"
+        )
         if found.better:
             for node, learned in zip(region.nodes, found.weights, strict=True):
                 rounding = self.roundings[node.name]
@@ -162,7 +164,7 @@ class Learner:
             notes.append("start kept: what was learned is no better")
         return BlockReport(
             *("network", names, found.start_error, found.learned_error, found.start_holdout, found.learned_holdout),
-            *(found.iterations, time.perf_counter() - began, "; ".join([*notes, f"scales of {counts}"])),
+            *(found.iterations, time.perf_counter() - began, "; ".join(notes)),
         )
 
     def _weigh_columns(self) -> None:
@@ -273,7 +275,7 @@ class Learner:
         self.roundings[node.name] = rounding
         node.set_quantized(rounding)
         if node.name in self.reports:
-            self.reports[node.name] = _after_block(self.reports[node.name], node, rounding)
+            self.reports[node.name] = _learned_again(self.reports[node.name], node, rounding)
 
     def _step(self, name: str) -> Callable[[int, float], None] | None:
         on_step = self.on_step
@@ -464,13 +466,15 @@ class Learner:
             self.layer_seconds[node.name] += seconds
 
 
-def _after_block(report: LayerReport, node: WeightedNode, rounding: LayerRounding) -> LayerReport:
-    """What a layer's report says after its rounding was learned again, with others on samples."""
-    notes = [note for note in report.note.split("; ") if note and not note.startswith("nearest kept")]
+def _learned_again(report: LayerReport, node: WeightedNode, rounding: LayerRounding) -> LayerReport:
+    """What a layer's report says after its rounding, scale or bias was learned again, with others on samples."""
+    notes = [note for note in report.note.split("; ") if note]
+    if rounding.learned:
+        notes = [note for note in notes if not note.startswith("nearest kept")]
     touched = "corrected" if node.bias == "present" else "added"
     return replace(
         report,
-        learned=True,
+        learned=rounding.learned,
         flipped=float((rounding.integers != rounding.grid.nearest(node.weight)).float().mean()),
         bias="kept" if rounding.bias_correction is None else touched,
         note="; ".join(notes),

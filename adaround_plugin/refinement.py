@@ -29,6 +29,8 @@ from adaround_plugin.solvers.relaxation import Relaxation, descend
 
 __all__ = ["Refinement", "refine"]
 
+_BLAME = ("refine", "Pass refine=False.")
+
 
 @dataclass(frozen=True)
 class Refinement:
@@ -93,7 +95,7 @@ def refine(
     groups = [group for one in moving for group in one.groups]
     if logarithms:
         groups.append({"params": logarithms, "lr": settings.learning_rate})
-    if not (start_square and groups):
+    if not start_square or not groups:
         return Reconstruction(before, start_error or 0.0, start_error or 0.0, start_holdout, start_holdout, 0)
     with torch.enable_grad():
 
@@ -104,7 +106,7 @@ def refine(
             outputs = batch.run([one.weight(None) for one in moving], corrections, stretches)
             return squared_error(batch, outputs) / (batch.samples * start_square)
 
-        descend([], groups, loss, Relaxation(iterations=settings.iterations), report, decay=True)
+        descend([], groups, loss, Relaxation(iterations=settings.iterations), report, decay=True, blame=_BLAME)
     after = [one.result() for one in moving]
     stretches = [logarithm.detach().exp() for logarithm in logarithms]
     _, learned_error = relative_errors(samples.all(held_out=False), after, stretches)

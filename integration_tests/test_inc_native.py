@@ -215,3 +215,11 @@ def test_a_preset_learns_blocks_on_samples() -> None:
     assert any(block.iterations for block in report.blocks)
     nearest = quantize(network(), AdaRoundConfig(bits=2, solver="nearest"), run_fn=calibrate(data()))
     assert report.output_error < get_report(nearest).output_error
+
+
+def test_scales_and_biases_are_refined() -> None:
+    quantized = quantize(network(), AdaRoundConfig(bits=2, refine=True, **RECIPE), run_fn=calibrate(data()))
+    refined = get_report(quantized).refinement
+    assert refined is not None
+    assert refined.iterations == 300
+    assert "0 step sizes" in refined.note

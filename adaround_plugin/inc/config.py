@@ -51,8 +51,9 @@ class AdaRoundConfig(SoleConfig):
             quantize and dequantize operators. `"fp32"`: activations stay in float; the linear layers of an eager
             model become INC's packed ones.
         preset, solver, scale, asymmetric, correct_bias, column_weighting, damping, rounding, holdout, max_columns,
-            seed: as in `adaround_plugin.adaround`; `preset="paper"` is the paper's own method, `"blocks"` learns the
-            layers of a block together. They and `act_dtype` hold for the whole pass: local parts follow the global one.
+            refine, seed: as in `adaround_plugin.adaround`; `preset="paper"` is the paper's own method, `"blocks"`
+            learns the layers of a block together. They and `act_dtype` hold for the whole pass: local parts follow the
+            global one.
         white_list: `"*"` for every weighted layer; a list of names, patterns and module types; None for nothing but
             what `set_local` adds. A pattern is what `exclude` of `adaround` takes: a name, the name of a parent, or a
             regular expression on whole names; also the name of a module type.
@@ -84,6 +85,7 @@ class AdaRoundConfig(SoleConfig):
         rounding: Tunable[Literal["auto", "grid", "up_or_down"]] = "auto",
         holdout: Tunable[Annotated[float, Field(ge=0, le=0.5)] | Literal["auto"]] = "auto",
         max_columns: Tunable[Annotated[int, Field(ge=1)]] = 16384,
+        refine: Tunable[bool] = False,
         seed: Tunable[int] = 0,
         white_list: list[str | type[nn.Module]] | Literal["*"] | None = DEFAULT_WHITE_LIST,
         **kwargs: Any,

@@ -34,7 +34,7 @@ META = "adaround_parts"
 LAYER_SETTINGS = ("dtype", "bits", "use_sym", "w_granularity", "group_size")
 PASS_OPTIONS = (
     *("preset", "solver", "scale", "asymmetric", "correct_bias", "column_weighting", "damping", "rounding"),
-    *("holdout", "max_columns", "seed"),
+    *("holdout", "max_columns", "refine", "seed"),
 )
 PASS_SETTINGS = ("act_dtype", *PASS_OPTIONS)
 

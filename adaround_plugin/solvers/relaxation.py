@@ -106,6 +106,7 @@ def descend(
     settings: Relaxation,
     report: Callable[[int, float], None] | None = None,
     decay: bool = False,
+    blame: tuple[str, str] = ("solver", NO_DERIVATIVE),
 ) -> int:
     """Adam on soft roundings, until the iterations are spent or every weight has settled.
 
@@ -116,6 +117,7 @@ def descend(
         settings: iterations, rates and lambda.
         report: called now and then with the number of iterations and the loss.
         decay: let the rates fall to zero along a half cosine.
+        blame: the option and the remedy that an error names where no derivative can be taken.
 
     Returns:
         The number of iterations made.
@@ -135,7 +137,7 @@ def descend(
             if penalty is not None:
                 total = total + settings.regularization * share * penalty
         # not backward(): modules along the way are shared, and must not be left with gradients
-        with taking_derivatives("solver", NO_DERIVATIVE):
+        with taking_derivatives(*blame):
             gradients = torch.autograd.grad(total, learned)
         for parameter, gradient in zip(learned, gradients, strict=True):
             parameter.grad = gradient

@@ -156,11 +156,13 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=TEST_IMAGES, help="the first ones")
     parser.add_argument("--max-columns", type=int, default=16384)
     parser.add_argument("--column-weighting", default="auto")
+    parser.add_argument("--refine", action="store_true", help="learn scales and biases of the whole network in the end")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     images, labels = glyphs.load("test", TEST_IMAGES, seed=TEST_SEED)
     given = {"max_columns": options.max_columns, "column_weighting": options.column_weighting}
+    given["refine"] = options.refine
     test = images[: options.test_images], labels[: options.test_images]
     for name in options.networks:
         network = networks.load(name)

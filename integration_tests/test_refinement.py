@@ -1,0 +1,313 @@
+"""Scales and biases of the whole network, learned in the end (`refine=True`), in FX and PT2E."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.ao.quantization import get_default_qconfig_mapping
+from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx
+from torch.export import Dim
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
+
+from adaround_plugin import (
+    InvalidOptionError,
+    Refinement,
+    adaround,
+    get_adaround_qconfig_mapping,
+    get_report,
+    get_weight_only_backend_config,
+)
+from adaround_plugin.activation_observer import AdaRoundActivationMixin
+from adaround_plugin.graph.hosts import learned_weights, open_host
+from adaround_plugin.graph.paths import quantizes
+from adaround_plugin.learner import Learner
+from adaround_plugin.pt2e import AdaRoundWeightOnlyQuantizer, get_adaround_x86_inductor_config
+from adaround_plugin.solvers import Annealing, Relaxation
+from integration_tests.test_column_importance import Opaque
+from integration_tests.test_relaxation import RECIPE, samples
+
+QUICK = Refinement(iterations=120, batch_size=16, learning_rate=3e-3)
+CASES = [("fx", 4), ("fx", None), ("pt2e", 4), ("pt2e", None)]
+
+
+class Dense(nn.Module):
+    """A network with an output for every position, a branch, and values that are quantized with one scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(2, 4, 3, padding=1)
+        self.pool, self.c = nn.MaxPool2d(3, 1, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.d, self.head = nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c(self.pool(torch.cat([self.a(x), self.b(x)], 1))).relu()
+        return self.head((x + self.d(x)).relu())
+
+
+def prepared_by(host: str, activation_bits: int | None, net: nn.Module | None = None, batches=None) -> fx.GraphModule:
+    net = (net or Dense()).eval()
+    batches = batches or samples(96)
+    if host == "fx":
+        backend = get_weight_only_backend_config() if activation_bits is None else None
+        mapping = get_adaround_qconfig_mapping("x86", 3, activation_bits, model=net)
+        prepared = prepare_fx(net, mapping, (batches[0],), backend_config=backend)
+    else:
+        quantizer = (
+            AdaRoundWeightOnlyQuantizer(weight_bits=3)
+            if activation_bits is None
+            else X86InductorQuantizer().set_global(get_adaround_x86_inductor_config(3, activation_bits))
+        )
+        program = torch.export.export(net, (batches[0],), dynamic_shapes=({0: Dim.AUTO},), strict=True).module()
+        prepared = prepare_pt2e(program, quantizer)
+    with torch.no_grad():
+        for batch in batches:
+            prepared(batch)
+    return prepared
+
+
+def converted(host: str, activation_bits: int | None, learned: fx.GraphModule) -> fx.GraphModule:
+    learned = copy.deepcopy(learned)
+    if host == "pt2e":
+        return convert_pt2e(learned)
+    backend = get_weight_only_backend_config() if activation_bits is None else None
+    return convert_to_reference_fx(learned, backend_config=backend)
+
+
+@pytest.fixture
+def learners(monkeypatch):
+    kept = []
+
+    class Kept(Learner):
+        def run(self):
+            kept.append(self)
+            super().run()
+
+    monkeypatch.setattr("adaround_plugin.learn.Learner", Kept)
+    return kept
+
+
+@pytest.mark.parametrize(("host", "activation_bits"), CASES)
+def test_the_output_error_falls_and_no_integer_changes(host, activation_bits):
+    prepared = prepared_by(host, activation_bits)
+    plain = adaround(prepared, samples(96), progress=False, **RECIPE)
+    refined = adaround(prepared, samples(96), refine=QUICK, progress=False, **RECIPE)
+    before, after = get_report(plain), get_report(refined)
+    assert before.refinement is None
+    assert after.refinement.learned_holdout < after.refinement.start_holdout
+    assert after.output_error < before.output_error
+    assert after.refinement.iterations == QUICK.iterations
+    assert ("0 step sizes" in after.refinement.note) == (activation_bits is None)
+    assert "network" in str(after)
+    one, other = learned_weights(plain), learned_weights(refined)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name][0], other[name][0]) for name in one)
+    assert any(not torch.equal(one[name][1].scale, other[name][1].scale) for name in one)
+
+
+@pytest.mark.parametrize(("host", "activation_bits"), CASES)
+def test_the_converted_model_is_the_quantized_stream_bit_for_bit(host, activation_bits, learners):
+    prepared = prepared_by(host, activation_bits)
+    learned = adaround(prepared, samples(96), refine=QUICK, progress=False, **RECIPE)
+    assert get_report(learned).refinement.learned_holdout < get_report(learned).refinement.start_holdout
+    model = converted(host, activation_bits, learned)
+    with torch.no_grad():
+        for batch in samples(96):
+            found = fx.Interpreter(learners[-1].host.quantized_stream.module).run(batch)
+            assert torch.equal(found[0] if isinstance(found, tuple) else found, model(batch))
+
+
+@pytest.mark.parametrize("host", ["fx", "pt2e"])
+def test_observers_report_the_scales_that_were_learned(host):
+    prepared = prepared_by(host, 4)
+    learned = adaround(prepared, samples(96), refine=QUICK, progress=False, **RECIPE)
+    watched = {
+        name: observer
+        for name, observer in learned.named_modules(remove_duplicate=False)
+        if isinstance(observer, AdaRoundActivationMixin) and observer.quant_max == 15
+    }
+    moved = [name for name, observer in watched.items() if observer.learned_scale is not None]
+    assert len(moved) >= 4
+    for name in moved:
+        before = float(prepared.get_submodule(name).calculate_qparams()[0])
+        after = float(learned.get_submodule(name).calculate_qparams()[0])
+        assert 0.5 < after / before < 2
+    assert any(prepared.get_submodule(name).learned_scale is None for name in moved)
+    held = {
+        float(node.args[1]) if host == "pt2e" else float(getattr(model, str(node.args[1].target)))
+        for model in [converted(host, 4, learned)]
+        for node in model.graph.nodes
+        if quantizes(node)
+    }
+    assert {float(learned.get_submodule(name).calculate_qparams()[0]) for name in moved} <= held
+    # a second pass over the result begins at the scales learned
+    quantizers = open_host(learned).quantizers
+    scales = {name: quantizer.scale for quantizer in quantizers for name in quantizer.names}
+    assert all(scales[name] == learned.get_submodule(name).learned_scale for name in moved)
+
+
+def test_fx_keeps_four_bits_after_refinement(engine):
+    engine("onednn")
+    learned = adaround(prepared_by("fx", 4), samples(96), refine=QUICK, progress=False, **RECIPE)
+    model = convert_fx(copy.deepcopy(learned))
+    loud = 10 * torch.cat(samples(96))
+    found: list[Tensor] = []
+
+    class Watched(fx.Interpreter):
+        def run_node(self, n):
+            value = super().run_node(n)
+            if quantizes(n):
+                found.append(value.int_repr())
+            return value
+
+    Watched(model).run(loud)
+    assert found
+    assert all(int(integers.max()) <= 15 for integers in found[:-1])
+
+
+@pytest.mark.parametrize("host", ["fx", "pt2e"])
+def test_scales_that_are_shared_stay_shared(host, learners):
+    prepared = prepared_by(host, 4, Dense())
+    tied = [one for one in open_host(prepared).quantizers if len(one.nodes) > 1]
+    assert tied
+    learned = adaround(prepared, samples(96), refine=QUICK, progress=False, **RECIPE)
+    assert get_report(learned).refinement.learned_holdout < get_report(learned).refinement.start_holdout
+    for one in tied:
+        assert len({learned.get_submodule(name).learned_scale for name in one.names}) == 1
+    model = converted(host, 4, learned)
+    with torch.no_grad():
+        found = fx.Interpreter(learners[-1].host.quantized_stream.module).run(samples()[0])
+        assert torch.equal(found[0] if isinstance(found, tuple) else found, model(samples()[0]))
+
+
+def test_the_step_of_one_activation_is_the_best_one():
+    """Against brute force: a linear layer with weights on the grid, one activation at 2 bits, nothing else free."""
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 4)).eval()
+    # what is small in the squared error of the activations is large in that of the output
+    with torch.no_grad():
+        net[0].weight.copy_(torch.randint(0, 2, (4, 6), generator=generator) * 1.0)
+        net[0].weight[:, 0] = 3.0
+    sizes = torch.tensor([1.0, 4.0, 4.0, 4.0, 4.0, 4.0])
+    data = [sizes * torch.rand(64, 6, generator=generator) for _ in range(4)]
+    quantizer = X86InductorQuantizer().set_global(get_adaround_x86_inductor_config(3, 2))
+    program = torch.export.export(net, (data[0],), dynamic_shapes=({0: Dim.AUTO},), strict=True).module()
+    prepared = prepare_pt2e(program, quantizer)
+    for batch in data:
+        prepared(batch)
+    options = {"solver": "nearest", "scale": "observer", "holdout": 0.0, "progress": False}
+    long = Refinement(iterations=600, batch_size=256, learning_rate=1e-2)
+    report = get_report(adaround(prepared, data, refine=long, **options))
+    assert report.refinement.note == "0 scales of weights, 0 biases, 1 step sizes of activations"
+    (one,) = open_host(prepared).quantizers
+    x, weight = torch.cat(data).double(), net[0].weight.detach().double()
+
+    def error(scale: float) -> float:
+        q = (x / scale).round().add(one.zero_point).clamp(one.quant_min, one.quant_max).sub(one.zero_point)
+        return float(((q * scale - x) @ weight.T).square().sum())
+
+    best = min(error(one.scale * (0.5 + 0.005 * i)) for i in range(400))
+    share = report.refinement.learned_error / report.refinement.start_error
+    assert error(one.scale) > 1.05 * best
+    assert share < 1.02 * best / error(one.scale)
+
+
+def test_scales_that_are_the_users_choice_stay():
+    net = Dense().eval()
+    prepared = prepare_fx(net, get_default_qconfig_mapping("x86"), (samples()[0],))
+    for batch in samples(96):
+        prepared(batch)
+    learned = adaround(prepared, samples(96), refine=QUICK, progress=False, **RECIPE)
+    assert "0 scales of weights, 5 biases, 0 step sizes" in get_report(learned).refinement.note
+    found = learned_weights(learned)
+    assert all(torch.equal(node.grid.scale, found[node.name][1].scale) for node in open_host(prepared).nodes)
+
+
+@pytest.mark.parametrize("host", ["fx", "pt2e"])
+def test_what_is_worse_on_held_out_samples_is_not_kept(host):
+    prepared = prepared_by(host, 4)
+    wild = replace(QUICK, learning_rate=3.0, iterations=5)
+    plain = adaround(prepared, samples(96), progress=False, **RECIPE)
+    refined = adaround(prepared, samples(96), refine=wild, progress=False, **RECIPE)
+    report = get_report(refined)
+    assert "start kept" in report.refinement.note
+    assert report.output_error == get_report(plain).output_error
+    for batch in samples(96):
+        assert torch.equal(converted(host, 4, plain)(batch), converted(host, 4, refined)(batch))
+
+
+def test_nothing_to_learn_is_in_the_report():
+    prepared = prepared_by("fx", None)
+    options = {"solver": "nearest", "scale": "observer", "correct_bias": False}
+    learned = adaround(prepared, samples(96), refine=QUICK, progress=False, **options)
+    assert get_report(learned).refinement.iterations == 0
+    assert "nothing that may move" in get_report(learned).refinement.note
+
+
+def test_layers_that_keep_nearest_or_are_excluded_say_so():
+    prepared = prepared_by("fx", None)
+    plain = adaround(prepared, samples(96), exclude=["head"], progress=False, **RECIPE)
+    learned = adaround(prepared, samples(96), exclude=["head"], refine=QUICK, progress=False, **RECIPE)
+    assert "head" not in get_report(learned).refinement.layers
+    for one, other in zip(get_report(plain).layers, get_report(learned).layers, strict=True):
+        assert (one.name, one.learned) == (other.name, other.learned)
+
+
+def test_it_follows_blocks_too():
+    joint = Relaxation(iterations=30, learning_rate=3e-2, batch_size=8, start=Annealing(), learn_scale=True)
+    prepared = prepared_by("fx", 4)
+    learned = adaround(prepared, samples(96), preset="blocks", solver=joint, refine=QUICK, progress=False, **RECIPE)
+    report = get_report(learned)
+    assert report.blocks
+    assert report.refinement.iterations == QUICK.iterations
+    assert report.seconds["refine"] > 0
+
+
+def test_a_program_for_one_batch_size_is_refined_in_batches_of_that():
+    net = Dense().eval()
+    data = samples(96, size=16)
+    quantizer = X86InductorQuantizer().set_global(get_adaround_x86_inductor_config(3, 4))
+    prepared = prepare_pt2e(torch.export.export(net, (data[0],), strict=True).module(), quantizer)
+    for batch in data:
+        prepared(batch)
+    learned = adaround(prepared, data, refine=replace(QUICK, batch_size=5), progress=False, **RECIPE)
+    assert get_report(learned).refinement.learned_holdout < get_report(learned).refinement.start_holdout
+
+
+def test_the_same_call_gives_the_same_scales_whatever_the_global_seed():
+    prepared = prepared_by("fx", 4)
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        learned = adaround(prepared, samples(96), refine=QUICK, progress=False, **RECIPE)
+        found.append([parameter.detach() for parameter in learned.parameters()])
+        assert torch.initial_seed() == seed
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("refine", ["yes", 1, None, 300])
+def test_bad_options_are_refused(refine):
+    with pytest.raises(InvalidOptionError, match="Pass True, False or a Refinement"):
+        adaround(prepared_by("fx", None), samples(), refine=refine, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("iterations", 0), ("iterations", 1.5), ("batch_size", -1), ("learning_rate", 0), ("learning_rate", float("nan"))],
+)
+def test_bad_settings_are_refused(field, value):
+    with pytest.raises(InvalidOptionError, match=f"Refinement.{field}"):
+        Refinement(**{field: value})
+
+
+def test_an_operator_without_a_derivative_is_an_error_with_a_remedy():
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(32, 12, generator=generator)]
+    prepared = prepared_by("fx", None, Opaque(), batches)
+    with pytest.raises(InvalidOptionError, match="refine=False"):
+        adaround(prepared, batches, refine=QUICK, progress=False, **RECIPE)
