@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -145,10 +146,13 @@ def adaround(
         refinement=Refinement() if refine is True else refine or None,
         blocks=grouped,
     )
+    rounds = 1 if settings.refinement is None or not host.quantizers else settings.refinement.rounds
     setup = time.perf_counter() - start
     with (
         torch.no_grad(),
-        tqdm(total=len(host.nodes) - len(frozen), desc="AdaRound", unit="layer", disable=not progress) as bar,
+        tqdm(
+            total=rounds * (len(host.nodes) - len(frozen)), desc="AdaRound", unit="layer", disable=not progress
+        ) as bar,
     ):
         trials: list[RecipeTrial] = []
         if len(recipes) > 1 and len(frozen) < len(host.nodes):
@@ -164,9 +168,15 @@ def adaround(
         def show_step(name: str, iteration: int, loss: float) -> None:
             bar.set_postfix_str(f"{name} step {iteration}, {loss:.2f} of the error at the start")
 
-        learner = Learner(host, bound, sampling, settings, show, show_step)
-        bound.clear()
-        learner.run()
+        def make(scales: Mapping[str, float], last: bool) -> Learner:
+            learner = Learner(host, bound, sampling, settings, show, show_step, scales)
+            if last:
+                # the batches are freed as soon as no layer needs them
+                bound.clear()
+            return learner
+
+        learner, seconds = _rounds(rounds, make)
+        bar.total = bar.n
         model = host.prepared if inplace else host.copy()
         host.write(model, learner.roundings, learner.scales)
     skipped = [*host.skipped, *_excluded_entries(host, frozen)]
@@ -179,7 +189,7 @@ def adaround(
         blocks=learner.block_reports,
         refinement=learner.refinement_report,
         output_error=learner.output_error,
-        seconds={"setup": setup, **learner.seconds, "trials": tried, "total": time.perf_counter() - start},
+        seconds={"setup": setup, **seconds, "trials": tried, "total": time.perf_counter() - start},
     )
     return model
 
@@ -280,6 +290,25 @@ def _recipes(nearest: bool, samples: int, given: dict[str, Any]) -> list[Recipe]
     candidates = baseline if nearest else learned
     given = {name: value for name, value in given.items() if value != "auto"}
     return list(dict.fromkeys(replace(candidate, **given) for candidate in candidates))
+
+
+def _rounds(rounds: int, make: Callable[[Mapping[str, float], bool], Learner]) -> tuple[Learner, dict[str, float]]:
+    """The best of some passes, each under the scales of activations that the one before has learned; seconds of all.
+
+    The first that is no better than the one before is the last.
+    """
+    best: Learner | None = None
+    seconds: dict[str, float] = defaultdict(float)
+    for i in range(rounds):
+        learner = make({} if best is None else best.scales, i == rounds - 1)
+        learner.run()
+        for phase, spent in learner.seconds.items():
+            seconds[phase] += spent
+        if best is not None and not learner.output_error < best.output_error:
+            break
+        best = learner
+    assert best is not None
+    return best, seconds
 
 
 def _describe(recipe: Recipe) -> str:
