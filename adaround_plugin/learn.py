@@ -24,7 +24,7 @@ from adaround_plugin.names import select
 from adaround_plugin.presets import resolve
 from adaround_plugin.problem import Solver
 from adaround_plugin.refinement import Refinement
-from adaround_plugin.report import KEY, LayerReport, RecipeTrial, Report
+from adaround_plugin.report import KEY, BlockReport, LayerReport, RecipeTrial, Report
 from adaround_plugin.solvers import Nearest, Relaxation, Sequential, get_solver
 
 __all__ = ["adaround"]
@@ -175,7 +175,7 @@ def adaround(
                 bound.clear()
             return learner
 
-        learner, seconds = _rounds(rounds, make)
+        learner, refinement, seconds = _rounds(rounds, make)
         bar.total = bar.n
         model = host.prepared if inplace else host.copy()
         host.write(model, learner.roundings, learner.scales)
@@ -187,7 +187,7 @@ def adaround(
         skipped=[(entry.name, entry.kind, entry.reason) for entry in skipped],
         trials=trials,
         blocks=learner.block_reports,
-        refinement=learner.refinement_report,
+        refinement=refinement,
         output_error=learner.output_error,
         seconds={"setup": setup, **seconds, "trials": tried, "total": time.perf_counter() - start},
     )
@@ -292,23 +292,37 @@ def _recipes(nearest: bool, samples: int, given: dict[str, Any]) -> list[Recipe]
     return list(dict.fromkeys(replace(candidate, **given) for candidate in candidates))
 
 
-def _rounds(rounds: int, make: Callable[[Mapping[str, float], bool], Learner]) -> tuple[Learner, dict[str, float]]:
-    """The best of some passes, each under the scales of activations that the one before has learned; seconds of all.
+def _rounds(
+    rounds: int, make: Callable[[Mapping[str, float], bool], Learner]
+) -> tuple[Learner, BlockReport | None, dict[str, float]]:
+    """The best of some passes, each under the scales of activations that the one before has learned.
 
     The first that is no better than the one before is the last.
+
+    Args:
+        rounds: at most so many.
+        make: a pass under scales, by name of the observer; and whether it is the last one.
+
+    Returns:
+        The pass, the report of its refinement, and the seconds of all passes by phase.
     """
     best: Learner | None = None
     seconds: dict[str, float] = defaultdict(float)
+    kept = made = 0
     for i in range(rounds):
         learner = make({} if best is None else best.scales, i == rounds - 1)
         learner.run()
         for phase, spent in learner.seconds.items():
             seconds[phase] += spent
+        made += 1
         if best is not None and not learner.output_error < best.output_error:
             break
-        best = learner
+        best, kept = learner, made
     assert best is not None
-    return best, seconds
+    report = best.refinement_report
+    if report is not None and made > 1:
+        report = replace(report, note=f"{report.note}; round {kept} of {made}")
+    return best, report, seconds
 
 
 def _describe(recipe: Recipe) -> str:

@@ -287,6 +287,8 @@ def test_rounds_go_on_while_the_output_gets_better(host, learners):
     assert errors[:-1] == sorted(errors[:-1], reverse=True)
     assert len(errors) == 4 or errors[-1] >= errors[-2]
     assert get_report(kept).output_error == min(errors)
+    place = errors.index(min(errors)) + 1
+    assert get_report(kept).refinement.note.endswith(f"; round {place} of {len(errors)}")
     # the second begins where the first has ended
     first = adaround(prepared, samples(96), refine=QUICK, progress=False, **RECIPE)
     assert get_report(first).output_error == errors[0]
