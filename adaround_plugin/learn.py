@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from adaround_plugin.names import select
 from adaround_plugin.presets import resolve
 from adaround_plugin.problem import Solver
 from adaround_plugin.refinement import Refinement
-from adaround_plugin.report import KEY, BlockReport, LayerReport, RecipeTrial, Report
+from adaround_plugin.report import KEY, LayerReport, RecipeTrial, Report
 from adaround_plugin.solvers import Nearest, Relaxation, Sequential, get_solver
 
 __all__ = ["adaround"]
@@ -146,13 +145,10 @@ def adaround(
         refinement=Refinement() if refine is True else refine or None,
         blocks=grouped,
     )
-    rounds = 1 if settings.refinement is None or not host.quantizers else settings.refinement.rounds
     setup = time.perf_counter() - start
     with (
         torch.no_grad(),
-        tqdm(
-            total=rounds * (len(host.nodes) - len(frozen)), desc="AdaRound", unit="layer", disable=not progress
-        ) as bar,
+        tqdm(total=len(host.nodes) - len(frozen), desc="AdaRound", unit="layer", disable=not progress) as bar,
     ):
         trials: list[RecipeTrial] = []
         if len(recipes) > 1 and len(frozen) < len(host.nodes):
@@ -168,15 +164,9 @@ def adaround(
         def show_step(name: str, iteration: int, loss: float) -> None:
             bar.set_postfix_str(f"{name} step {iteration}, {loss:.2f} of the error at the start")
 
-        def make(scales: Mapping[str, float], last: bool) -> Learner:
-            learner = Learner(host, bound, sampling, settings, show, show_step, scales)
-            if last:
-                # the batches are freed as soon as no layer needs them
-                bound.clear()
-            return learner
-
-        learner, refinement, seconds = _rounds(rounds, make)
-        bar.total = bar.n
+        learner = Learner(host, bound, sampling, settings, show, show_step)
+        bound.clear()
+        learner.run()
         model = host.prepared if inplace else host.copy()
         host.write(model, learner.roundings, learner.scales)
     skipped = [*host.skipped, *_excluded_entries(host, frozen)]
@@ -187,9 +177,9 @@ def adaround(
         skipped=[(entry.name, entry.kind, entry.reason) for entry in skipped],
         trials=trials,
         blocks=learner.block_reports,
-        refinement=refinement,
+        refinement=learner.refinement_report,
         output_error=learner.output_error,
-        seconds={"setup": setup, **seconds, "trials": tried, "total": time.perf_counter() - start},
+        seconds={"setup": setup, **learner.seconds, "trials": tried, "total": time.perf_counter() - start},
     )
     return model
 
@@ -290,39 +280,6 @@ def _recipes(nearest: bool, samples: int, given: dict[str, Any]) -> list[Recipe]
     candidates = baseline if nearest else learned
     given = {name: value for name, value in given.items() if value != "auto"}
     return list(dict.fromkeys(replace(candidate, **given) for candidate in candidates))
-
-
-def _rounds(
-    rounds: int, make: Callable[[Mapping[str, float], bool], Learner]
-) -> tuple[Learner, BlockReport | None, dict[str, float]]:
-    """The best of some passes, each under the scales of activations that the one before has learned.
-
-    The first that is no better than the one before is the last.
-
-    Args:
-        rounds: at most so many.
-        make: a pass under scales, by name of the observer; and whether it is the last one.
-
-    Returns:
-        The pass, the report of its refinement, and the seconds of all passes by phase.
-    """
-    best: Learner | None = None
-    seconds: dict[str, float] = defaultdict(float)
-    kept = made = 0
-    for i in range(rounds):
-        learner = make({} if best is None else best.scales, i == rounds - 1)
-        learner.run()
-        for phase, spent in learner.seconds.items():
-            seconds[phase] += spent
-        made += 1
-        if best is not None and not learner.output_error < best.output_error:
-            break
-        best, kept = learner, made
-    assert best is not None
-    report = best.refinement_report
-    if report is not None and made > 1:
-        report = replace(report, note=f"{report.note}; round {kept} of {made}")
-    return best, report, seconds
 
 
 def _describe(recipe: Recipe) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,7 +74,7 @@ class Learner:
         roundings: what was decided, by name of the weighted node; round-to-nearest until then.
         reports: one per learned layer, by name, in the order solved.
         block_reports: one per block.
-        scales: of activations, by name of the observer, where they are not what was observed.
+        scales: what was learned for activations, by name of the observer.
         refinement_report: of the whole network's refinement.
         output_error: of the network's output, relative to its variance.
         seconds: by phase; `layer_seconds` by weighted node.
@@ -88,7 +88,6 @@ class Learner:
         settings: Settings,
         on_layer: Callable[[LayerReport], None] | None = None,
         on_step: Callable[[str, int, float], None] | None = None,
-        scales: Mapping[str, float] | None = None,
     ) -> None:
         self.host, self.sampling, self.settings = host, sampling, settings
         self.on_layer, self.on_step = on_layer, on_step
@@ -99,8 +98,7 @@ class Learner:
         self.roundings: dict[str, LayerRounding] = {}
         self.reports: dict[str, LayerReport] = {}
         self.block_reports: list[BlockReport] = []
-        self.scales = dict(scales or {})
-        self.quantizers = [replace(one, scale=self.scales.get(one.names[0], one.scale)) for one in host.quantizers]
+        self.scales: dict[str, float] = {}
         self.refinement_report: BlockReport | None = None
         self.exits: dict[str, tuple[Exit, ...]] = {}
         if settings.relaxation is not None and not settings.blocks:
@@ -118,8 +116,6 @@ class Learner:
         for node in self.host.nodes:
             self.roundings[node.name] = self._baseline(node)
             node.set_quantized(self.roundings[node.name])
-        for quantizer in self.quantizers:
-            quantizer.set_scale(quantizer.scale)
         # kept only where the network runs from its inputs again
         entry = [(dict(exact), dict(quantized)) for exact, quantized in self.values if self.settings.refinement]
         if self.settings.recipe.column_weighting == "fisher":
@@ -140,7 +136,7 @@ class Learner:
         with self._clock("refine"):
             region = Region(
                 *(nodes, output_exits(self.streams), self.roundings, self.host.nodes, self.streams, entry),
-                *(self.sampling, refinement, True, self.host.batch_size, self.quantizers),
+                *(self.sampling, refinement, True, self.host.batch_size, self.host.quantizers),
             )
             notes = _region_notes(region, nodes, self.settings.recipe)
             names = tuple(node.name for node in region.nodes)

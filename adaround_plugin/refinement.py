@@ -41,9 +41,6 @@ class Refinement:
         batch_size: samples in a minibatch; a program exported for one batch size has that.
         learning_rate: the first; of scales relative to themselves, of biases relative to the root mean square of the
             layer's output.
-        rounds: how often the weights are rounded and the network refined: each round after the first rounds the weights
-            anew, under the step sizes of activations that the one before has learned. A round that does not lower the
-            error of the output on held-out samples is the last, and dropped. Without such step sizes there is one.
         seed: of the minibatches.
 
     Raises:
@@ -53,7 +50,6 @@ class Refinement:
     iterations: int = 300
     batch_size: int = 32
     learning_rate: float = 1e-3
-    rounds: int = 1
     seed: int = 0
 
     # as `Relaxation` has them: every activation is quantized, and the network's output is what matters
@@ -61,7 +57,7 @@ class Refinement:
     fisher: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "rounds"):
+        for name in ("iterations", "batch_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InvalidOptionError(f"Refinement.{name}", f"{value!r} is not accepted", "Pass a positive integer.")

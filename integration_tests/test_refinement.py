@@ -278,45 +278,6 @@ def test_a_program_for_one_batch_size_is_refined_in_batches_of_that():
     assert get_report(learned).refinement.learned_holdout < get_report(learned).refinement.start_holdout
 
 
-@pytest.mark.parametrize("host", ["fx", "pt2e"])
-def test_rounds_go_on_while_the_output_gets_better(host, learners):
-    prepared = prepared_by(host, 4)
-    kept = adaround(prepared, samples(96), refine=replace(QUICK, rounds=4), progress=False, **RECIPE)
-    errors = [learner.output_error for learner in learners]
-    assert len(errors) >= 2
-    assert errors[:-1] == sorted(errors[:-1], reverse=True)
-    assert len(errors) == 4 or errors[-1] >= errors[-2]
-    assert get_report(kept).output_error == min(errors)
-    place = errors.index(min(errors)) + 1
-    assert get_report(kept).refinement.note.endswith(f"; round {place} of {len(errors)}")
-    # the second begins where the first has ended
-    first = adaround(prepared, samples(96), refine=QUICK, progress=False, **RECIPE)
-    assert get_report(first).output_error == errors[0]
-    for quantizer in learners[1].quantizers:
-        for name in quantizer.names:
-            assert quantizer.scale == float(first.get_submodule(name).calculate_qparams()[0])
-    # and what is written belongs to the round that was kept
-    best = learners[errors.index(min(errors))]
-    held = learned_weights(kept)
-    assert all(torch.equal(best.roundings[name].integers, held[name][0]) for name in best.roundings)
-    assert all(kept.get_submodule(name).learned_scale == scale for name, scale in best.scales.items())
-    model = converted(host, 4, kept)
-    found, power = 0.0, 0.0
-    with torch.no_grad():
-        for batch in samples(96):
-            exact = fx.Interpreter(best.host.float_stream.module).run(batch)
-            exact = exact[0] if isinstance(exact, tuple) else exact
-            found += float((model(batch) - exact).square().sum())
-            power += float((exact - exact.mean()).square().sum())
-    # on all samples, where the report has the held-out ones
-    assert 0.5 < found / power / min(errors) < 2
-
-
-def test_without_step_sizes_there_is_one_round(learners):
-    adaround(prepared_by("fx", None), samples(96), refine=replace(QUICK, rounds=3), progress=False, **RECIPE)
-    assert len(learners) == 1
-
-
 def test_the_same_call_gives_the_same_scales_whatever_the_global_seed():
     prepared = prepared_by("fx", 4)
     found = []
@@ -337,14 +298,7 @@ def test_bad_options_are_refused(refine):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [
-        ("iterations", 0),
-        ("iterations", 1.5),
-        ("batch_size", -1),
-        ("rounds", 0),
-        ("learning_rate", 0),
-        ("learning_rate", float("nan")),
-    ],
+    [("iterations", 0), ("iterations", 1.5), ("batch_size", -1), ("learning_rate", 0), ("learning_rate", float("nan"))],
 )
 def test_bad_settings_are_refused(field, value):
     with pytest.raises(InvalidOptionError, match=f"Refinement.{field}"):

@@ -24,13 +24,7 @@ from torch.export import Dim
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
-from adaround_plugin import (
-    Refinement,
-    adaround,
-    get_adaround_qconfig_mapping,
-    get_report,
-    get_weight_only_backend_config,
-)
+from adaround_plugin import adaround, get_adaround_qconfig_mapping, get_report, get_weight_only_backend_config
 from adaround_plugin.presets import PRESETS
 from adaround_plugin.pt2e import get_adaround_x86_inductor_config
 from integration_tests.benchmarks import glyphs, networks
@@ -162,13 +156,13 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=TEST_IMAGES, help="the first ones")
     parser.add_argument("--max-columns", type=int, default=16384)
     parser.add_argument("--column-weighting", default="auto")
-    parser.add_argument("--refine", type=int, default=0, help="rounds of refinement: scales and biases of the network")
+    parser.add_argument("--refine", action="store_true", help="learn scales and biases of the whole network in the end")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     images, labels = glyphs.load("test", TEST_IMAGES, seed=TEST_SEED)
     given = {"max_columns": options.max_columns, "column_weighting": options.column_weighting}
-    given["refine"] = Refinement(rounds=options.refine) if options.refine else False
+    given["refine"] = options.refine
     test = images[: options.test_images], labels[: options.test_images]
     for name in options.networks:
         network = networks.load(name)
