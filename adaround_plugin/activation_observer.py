@@ -29,8 +29,9 @@ class AdaRoundActivationMixin:
     min_val: Tensor
     max_val: Tensor
     eps: Tensor
-    # in place of the scale with the least squared error
+    # in place of what has the least squared error
     learned_scale: float | None = None
+    learned_zero_point: int | None = None
 
     @staticmethod
     def _check(quant_min: int, quant_max: int, qscheme: torch.qscheme) -> None:
@@ -43,15 +44,22 @@ class AdaRoundActivationMixin:
                 "quant_min, quant_max", f"[{quant_min}, {quant_max}] does not fit", "Pass 0 and at most 255."
             )
 
+    def keep(self, scale: float) -> None:
+        """Report this scale from now on, with the zero point of now, whatever is observed later."""
+        self.learned_zero_point = int(self.calculate_qparams()[1])
+        self.learned_scale = scale
+
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """`(scale, zero_point)` of the values seen, each `(1,)`."""
+        """`(scale, zero_point)` of the values seen, or those that were learned, each `(1,)`."""
         low, high = float(self.min_val), float(self.max_val)
         if low > high:
             # nothing was seen: the host's warning and its default
             return super().calculate_qparams(**kwargs)  # type: ignore[misc, no-any-return]
-        scale, zero_point = min_mse_qparams(self.histogram, low, high, self.quant_min, self.quant_max)
+        if self.learned_scale is not None and self.learned_zero_point is not None:
+            scale, zero_point = self.learned_scale, self.learned_zero_point
+        else:
+            scale, zero_point = min_mse_qparams(self.histogram, low, high, self.quant_min, self.quant_max)
         device = self.min_val.device
-        scale = scale if self.learned_scale is None else self.learned_scale
         scales = torch.tensor([scale], dtype=torch.float32, device=device).clamp_min(float(self.eps))
         return scales, torch.tensor([zero_point], device=device)
 

@@ -138,6 +138,8 @@ class Learner:
                 *(nodes, output_exits(self.streams), self.roundings, self.host.nodes, self.streams, entry),
                 *(self.sampling, refinement, True, self.host.batch_size, self.host.quantizers),
             )
+            if not region.exits:
+                return BlockReport("network", (), note="it has no output from which could be learned")
             notes = _region_notes(region, nodes, self.settings.recipe)
             names = tuple(node.name for node in region.nodes)
             starts = [self._start(node, self._searches(node), from_weight=False) for node in region.nodes]
@@ -148,6 +150,8 @@ class Learner:
             f"{sum(start.moves_scale for start in starts)} scales of weights, "
             f"{sum(start.moves_bias for start in starts)} biases, {len(region.quantizers)} step sizes of activations"
         )
+        if found.unreached:
+            notes.append(f"no derivative reaches {found.unreached} of these")
         if found.better:
             for node, learned in zip(region.nodes, found.weights, strict=True):
                 rounding = self.roundings[node.name]
@@ -272,10 +276,11 @@ class Learner:
 
     def _accept(self, node: WeightedNode, rounding: LayerRounding) -> None:
         """Take a rounding that was learned on samples in place of the one before."""
+        before = self.roundings[node.name]
         self.roundings[node.name] = rounding
         node.set_quantized(rounding)
         if node.name in self.reports:
-            self.reports[node.name] = _learned_again(self.reports[node.name], node, rounding)
+            self.reports[node.name] = _learned_again(self.reports[node.name], node, before, rounding)
 
     def _step(self, name: str) -> Callable[[int, float], None] | None:
         on_step = self.on_step
@@ -466,8 +471,14 @@ class Learner:
             self.layer_seconds[node.name] += seconds
 
 
-def _learned_again(report: LayerReport, node: WeightedNode, rounding: LayerRounding) -> LayerReport:
+def _learned_again(
+    report: LayerReport, node: WeightedNode, before: LayerRounding, rounding: LayerRounding
+) -> LayerReport:
     """What a layer's report says after its rounding, scale or bias was learned again, with others on samples."""
+    integers = rounding.integers
+    flipped = report.flipped
+    if not torch.equal(integers, before.integers):
+        flipped = float((integers != rounding.grid.nearest(node.weight)).float().mean())
     notes = [note for note in report.note.split("; ") if note]
     if rounding.learned:
         notes = [note for note in notes if not note.startswith("nearest kept")]
@@ -475,7 +486,7 @@ def _learned_again(report: LayerReport, node: WeightedNode, rounding: LayerRound
     return replace(
         report,
         learned=rounding.learned,
-        flipped=float((rounding.integers != rounding.grid.nearest(node.weight)).float().mean()),
+        flipped=flipped,
         bias="kept" if rounding.bias_correction is None else touched,
         note="; ".join(notes),
     )
@@ -487,7 +498,9 @@ def _region_notes(region: Region, nodes: list[WeightedNode], recipe: Recipe) -> 
     why = "called elsewhere, with a computed bias, or only before what is no float"
     notes = [f"not learned on samples ({why}): {', '.join(left)}"] if left else []
     if not region.resampled:
-        notes.append("minibatches are the caller's batches: samples cannot be told apart at its entry")
+        notes.append("minibatches are the caller's batches: samples cannot be told apart at its entry or exits")
+    if not region.has_samples:
+        notes.append("nothing held out: the leading axis at its exits is not one of samples")
     if region.is_unweighed:
         notes.append("entries weighed alike: no derivative by its output could be followed")
     if region.without_twin and not recipe.asymmetric:

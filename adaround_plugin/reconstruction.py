@@ -119,6 +119,7 @@ class Reconstruction:
         start_holdout, learned_holdout: on held-out samples, None without any.
         iterations: steps made.
         stretches: factors of the scales of activations, where these were learned.
+        unreached: how many scales and biases no derivative of the error reaches.
     """
 
     weights: list[Reconstructed]
@@ -128,6 +129,7 @@ class Reconstruction:
     learned_holdout: float | None
     iterations: int
     stretches: list[float] = field(default_factory=list)
+    unreached: int = 0
 
     @property
     def better(self) -> bool:

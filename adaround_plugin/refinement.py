@@ -8,15 +8,17 @@ but from the float network's output in place of labels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.errors import InvalidOptionError, taking_derivatives
 from adaround_plugin.reconstruction import (
+    Minibatch,
     Moving,
     Reconstructed,
     Reconstruction,
@@ -57,14 +59,21 @@ class Refinement:
     fisher: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        def refuse(name: str, remedy: str) -> None:
+            raise InvalidOptionError(f"Refinement.{name}", f"{getattr(self, name)!r} is not accepted", remedy)
+
         for name in ("iterations", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InvalidOptionError(f"Refinement.{name}", f"{value!r} is not accepted", "Pass a positive integer.")
-        if not self.learning_rate > 0:
-            raise InvalidOptionError(
-                "Refinement.learning_rate", f"{self.learning_rate!r} is not accepted", "Pass a positive number."
-            )
+            if not _is_integer(getattr(self, name)) or getattr(self, name) < 1:
+                refuse(name, "Pass a positive integer.")
+        rate = self.learning_rate
+        if not (isinstance(rate, float) or _is_integer(rate)) or not 0 < rate < math.inf:
+            refuse("learning_rate", "Pass a positive number.")
+        if not _is_integer(self.seed):
+            refuse("seed", "Pass an integer.")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def refine(
@@ -82,6 +91,9 @@ def refine(
         activations: how many scales of activations `samples` takes.
         settings: how.
         report: called now and then with the number of iterations and the loss relative to that of the start.
+
+    Raises:
+        InvalidOptionError: no derivative could be taken.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     before = [Reconstructed(start.grid, start.integers, start.correction) for start in starts]
@@ -99,14 +111,16 @@ def refine(
         return Reconstruction(before, start_error or 0.0, start_error or 0.0, start_holdout, start_holdout, 0)
     with torch.enable_grad():
 
-        def loss(progress: float) -> Tensor:
-            batch = samples.draw(generator)
+        def loss_of(batch: Minibatch) -> Tensor:
             corrections = [one.correction for one in moving]
             stretches = [logarithm.exp() for logarithm in logarithms]
             outputs = batch.run([one.weight(None) for one in moving], corrections, stretches)
             return squared_error(batch, outputs) / (batch.samples * start_square)
 
-        descend([], groups, loss, Relaxation(iterations=settings.iterations), report, decay=True, blame=_BLAME)
+        # what lies behind an operator that no derivative goes through, such as a comparison, stays as it is
+        reached = _reached(loss_of(samples.draw(torch.Generator().manual_seed(settings.seed))), groups)
+        schedule = Relaxation(iterations=settings.iterations)
+        descend([], reached, lambda progress: loss_of(samples.draw(generator)), schedule, report, True, _BLAME)
     after = [one.result() for one in moving]
     stretches = [logarithm.detach().exp() for logarithm in logarithms]
     _, learned_error = relative_errors(samples.all(held_out=False), after, stretches)
@@ -114,4 +128,19 @@ def refine(
     return Reconstruction(
         *(after, start_error or 0.0, learned_error or 0.0, start_holdout, learned_holdout, settings.iterations),
         [float(stretch) for stretch in stretches],
+        _count(groups) - _count(reached),
     )
+
+
+def _reached(loss: Tensor, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parameter groups without the parameters that the loss does not depend on; empty ones are left out."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    with taking_derivatives(*_BLAME):
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    known = {id(one) for one, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    kept = [{**group, "params": [one for one in group["params"] if id(one) in known]} for group in groups]
+    return [group for group in kept if group["params"]]
+
+
+def _count(groups: list[dict[str, Any]]) -> int:
+    return sum(len(group["params"]) for group in groups)

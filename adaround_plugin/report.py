@@ -28,7 +28,8 @@ class LayerReport:
             weighed as the recipe says, so errors of different recipes cannot be compared.
         nearest_holdout, learned_holdout: the same on held-out samples, None without any.
         learned: whether the learned rounding was kept; else the layer is nearest, because `note` says.
-        flipped: share of the weights whose integer is not the nearest on the layer's own grid.
+        flipped: share of the weights whose integer is not the nearest on the layer's own grid, as it was when the
+            integer was chosen.
         clipped: share of the weights that lie outside the layer's grid.
         bias: `"corrected"`, `"added"` or `"kept"`.
         columns: how many columns entered the moments.

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from adaround_plugin.learner import Learner
+
 # transformers, of which the documentation has examples, imports torchvision where it finds one
 from integration_tests.benchmarks import torchvision_cpu  # noqa: F401
 
@@ -34,6 +36,20 @@ def pytest_configure(config: pytest.Config) -> None:
 def _one_thread_and_seed() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def learners(monkeypatch: pytest.MonkeyPatch) -> list[Learner]:
+    """The learners of every pass, as they run."""
+    kept: list[Learner] = []
+
+    class Kept(Learner):
+        def run(self) -> None:
+            kept.append(self)
+            super().run()
+
+    monkeypatch.setattr("adaround_plugin.learn.Learner", Kept)
+    return kept
 
 
 @pytest.fixture

@@ -349,6 +349,27 @@ def test_what_is_skipped_has_its_reason():
     assert_exact(result, data)
 
 
+class Unused(nn.Module):
+    """A layer is called for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.unused(x)
+        return self.used(x)
+
+
+def test_a_layer_whose_result_is_not_used_is_skipped():
+    data = data_of(16, 6)
+    result = learn(
+        prepared_pt2e(Unused(), data, X86InductorQuantizer().set_global(get_adaround_x86_inductor_config())), data
+    )
+    assert [layer.name for layer in get_report(result).layers] == ["used"]
+    assert "not used" in reasons(result)["unused"]
+
+
 def test_an_excluded_name_of_a_skipped_layer_is_no_error():
     model, data = _everything()
     result = learn(prepared_pt2e(model, data), data, exclude=["embedding", "last"])

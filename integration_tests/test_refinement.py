@@ -25,7 +25,6 @@ from adaround_plugin import (
 from adaround_plugin.activation_observer import AdaRoundActivationMixin
 from adaround_plugin.graph.hosts import learned_weights, open_host
 from adaround_plugin.graph.paths import quantizes
-from adaround_plugin.learner import Learner
 from adaround_plugin.pt2e import AdaRoundWeightOnlyQuantizer, get_adaround_x86_inductor_config
 from adaround_plugin.solvers import Annealing, Relaxation
 from integration_tests.test_column_importance import Opaque
@@ -76,19 +75,6 @@ def converted(host: str, activation_bits: int | None, learned: fx.GraphModule) -
         return convert_pt2e(learned)
     backend = get_weight_only_backend_config() if activation_bits is None else None
     return convert_to_reference_fx(learned, backend_config=backend)
-
-
-@pytest.fixture
-def learners(monkeypatch):
-    kept = []
-
-    class Kept(Learner):
-        def run(self):
-            kept.append(self)
-            super().run()
-
-    monkeypatch.setattr("adaround_plugin.learn.Learner", Kept)
-    return kept
 
 
 @pytest.mark.parametrize(("host", "activation_bits"), CASES)
@@ -298,7 +284,17 @@ def test_bad_options_are_refused(refine):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("iterations", 0), ("iterations", 1.5), ("batch_size", -1), ("learning_rate", 0), ("learning_rate", float("nan"))],
+    [
+        *(
+            ("iterations", 0),
+            ("iterations", 1.5),
+            ("iterations", True),
+            ("batch_size", -1),
+            ("seed", "x"),
+            ("seed", 1.5),
+        ),
+        *(("learning_rate", value) for value in (0, float("nan"), float("inf"), "a")),
+    ],
 )
 def test_bad_settings_are_refused(field, value):
     with pytest.raises(InvalidOptionError, match=f"Refinement.{field}"):
@@ -311,3 +307,121 @@ def test_an_operator_without_a_derivative_is_an_error_with_a_remedy():
     prepared = prepared_by("fx", None, Opaque(), batches)
     with pytest.raises(InvalidOptionError, match="refine=False"):
         adaround(prepared, batches, refine=QUICK, progress=False, **RECIPE)
+
+
+class Gated(nn.Module):
+    """A network with a gate, through which no derivative goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.gate, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(2, 4, 1), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.a(x).relu() * (self.gate(x) > 0).float())
+
+
+@pytest.mark.parametrize(("host", "activation_bits"), CASES)
+def test_what_no_derivative_reaches_stays_and_is_reported(host, activation_bits):
+    prepared = prepared_by(host, activation_bits, Gated())
+    plain = adaround(prepared, samples(96), progress=False, **RECIPE)
+    learned = adaround(prepared, samples(96), refine=QUICK, progress=False, **RECIPE)
+    refinement = get_report(learned).refinement
+    assert refinement.iterations == QUICK.iterations
+    # scale and bias of the gate; FX also quantizes what the gate compares
+    behind = 3 if (host, activation_bits) == ("fx", 4) else 2
+    assert f"no derivative reaches {behind} of these" in refinement.note
+    one, other = learned_weights(plain), learned_weights(learned)
+    assert torch.equal(one["gate"][1].scale, other["gate"][1].scale)
+
+
+class Transposed(Dense):
+    """A network whose output has its samples on another axis than the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).movedim(0, 1)
+
+
+@pytest.mark.parametrize("size", [16, 9])
+def test_without_an_axis_of_samples_nothing_counts_as_held_out(size):
+    # outputs of 3 channels in batches of 9 or 16: samples are no runs of the first axis
+    prepared = prepared_by("fx", None, Transposed())
+    report = get_report(adaround(prepared, samples(96, size=size), refine=QUICK, progress=False, **RECIPE))
+    assert report.refinement.start_holdout is None
+    assert report.refinement.learned_holdout is None
+    assert "nothing held out" in report.refinement.note
+    assert report.refinement.learned_error < report.refinement.start_error
+
+
+class Time(nn.Module):
+    """Time steps first: in batches of 4 samples the 8 steps could be taken for runs of samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu()).transpose(0, 1)
+
+
+def test_time_steps_are_not_taken_for_samples():
+    generator = torch.Generator().manual_seed(0)
+    data = [torch.randn(4, 8, 6, generator=generator) for _ in range(8)]
+    report = get_report(adaround(prepared_by("fx", None, Time(), data), data, refine=QUICK, progress=False, **RECIPE))
+    assert report.refinement.start_holdout is None
+    assert "nothing held out" in report.refinement.note
+
+
+@pytest.mark.parametrize("host", ["fx", "pt2e"])
+def test_a_learned_scale_keeps_its_zero_point_whatever_is_observed_later(host):
+    learned = adaround(prepared_by(host, 4), samples(96), refine=QUICK, progress=False, **RECIPE)
+    observers = [m for m in learned.modules() if isinstance(m, AdaRoundActivationMixin) and m.learned_scale]
+    before = [tuple(float(value) for value in observer.calculate_qparams()) for observer in observers]
+    with torch.no_grad():
+        for batch in samples(96, seed=1):
+            learned(3 * batch + 2)
+    assert observers
+    assert before == [tuple(float(value) for value in observer.calculate_qparams()) for observer in observers]
+
+
+def test_no_weight_counts_as_flipped_by_refinement():
+    prepared = prepared_by("fx", None)
+    options = {"solver": "nearest", "scale": "search", "correct_bias": True, "progress": False}
+    report = get_report(adaround(prepared, samples(96), refine=QUICK, **options))
+    assert report.refinement.learned_holdout < report.refinement.start_holdout
+    plain = get_report(adaround(prepared, samples(96), **options))
+    assert [layer.flipped for layer in report.layers] == [layer.flipped for layer in plain.layers]
+
+
+class Extras(Dense):
+    """A network that returns a parameter and a value twice as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constant = nn.Parameter(torch.ones(5))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = super().forward(x)
+        return y, self.constant, y
+
+
+@pytest.mark.parametrize("host", ["fx", "pt2e"])
+def test_constants_and_repetitions_among_the_outputs_do_not_matter(host):
+    def refined(net: nn.Module):
+        torch.manual_seed(0)
+        prepared = prepared_by(host, 4, net())
+        return get_report(adaround(prepared, samples(96), refine=QUICK, progress=False, **RECIPE)).refinement
+
+    one, other = refined(Dense), refined(Extras)
+    assert one.note == other.note
+    assert one.learned_holdout == other.learned_holdout
+
+
+class Index(Dense):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).argmax(1)
+
+
+def test_a_network_without_a_float_output_is_left_as_it_is():
+    report = get_report(adaround(prepared_by("fx", None, Index()), samples(96), refine=True, progress=False, **RECIPE))
+    assert report.refinement.iterations == 0
+    assert "no output from which could be learned" in report.refinement.note

@@ -97,15 +97,7 @@ def test_the_relaxation_is_better_than_nearest_in_every_host(make, activation):
 
 
 @pytest.mark.parametrize("activation_bits", [None, 8, 4, "pt2e"])
-def test_the_quantized_stream_is_the_converted_model_bit_for_bit(activation_bits, monkeypatch):
-    learners = []
-
-    class Kept(Learner):
-        def run(self):
-            learners.append(self)
-            super().run()
-
-    monkeypatch.setattr("adaround_plugin.learn.Learner", Kept)
+def test_the_quantized_stream_is_the_converted_model_bit_for_bit(activation_bits, learners):
     prepared = prepared_pt2e() if activation_bits == "pt2e" else prepared_fx(2, activation_bits)
     learned = adaround(prepared, samples(), preset="blocks", solver=JOINT, progress=False, **RECIPE)
     assert any(block.iterations and not block.note for block in get_report(learned).blocks)

@@ -70,13 +70,14 @@ class Block:
 
 
 def output_exits(streams: tuple[Stream, Stream]) -> list[Exit]:
-    """The values that the network returns."""
+    """The values that the network returns, each once and without constants."""
     returned: list[list[fx.Node]] = []
     for stream in streams:
         nodes: list[fx.Node] = []
         map_arg(stream.output_node.args, nodes.append)
         returned.append(nodes)
-    return [Exit(exact, quantized) for exact, quantized in zip(*returned, strict=True)]
+    pairs = dict.fromkeys(zip(*returned, strict=True))
+    return [Exit(exact, quantized) for exact, quantized in pairs if streams[0].varies(exact)]
 
 
 class _Graphs:

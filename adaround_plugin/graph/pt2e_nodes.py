@@ -123,7 +123,9 @@ class Finder:
         name = target.removesuffix(".weight")
         path, module = innermost_module(node)
         kind = module.rpartition(".")[2] if path == name else kind
-        counterpart = self.counterpart[origin(node)]
+        counterpart = self.counterpart.get(origin(node))
+        if counterpart is None:
+            return Skipped(name, kind, "its result is not used: the host's convert drops it")
         if not observers or not _is_unpacked(argument(counterpart, 1, "weight")):
             return Skipped(name, kind, "left in float by the quantizer")
         observer = self.graph.get_submodule(str(observers[0].target))

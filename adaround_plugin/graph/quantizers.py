@@ -58,7 +58,7 @@ def write_scales(model: nn.Module, scales: Mapping[str, float]) -> None:
     for name, scale in scales.items():
         observer = model.get_submodule(name)
         assert isinstance(observer, AdaRoundActivationMixin)
-        observer.learned_scale = scale
+        observer.keep(scale)
 
 
 def _connected(groups: list[list[_Observed]]) -> list[list[_Observed]]:

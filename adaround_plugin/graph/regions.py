@@ -93,6 +93,8 @@ class Region:
     Attributes:
         nodes: those of the weights all of whose call sites are in the region and can be run with another weight.
         quantizers: those of the activations that are quantized in the region.
+        exits: those whose values can be learned from.
+        has_samples: whether the leading axis at every exit is one of samples; else none can be held out.
         without_twin: entries that the float stream has no value for, which are taken from the quantized stream always.
         is_unweighed: whether entries at an exit should be weighed by their importance, which is not known.
         resampled: whether minibatches are drawn from all samples; else they are the caller's batches.
@@ -113,19 +115,19 @@ class Region:
         quantizers: Sequence[ActivationQuantizer] = (),
     ) -> None:
         self._streams, self._settings, self._sampling = streams, settings, sampling
-        self._exits = list(exits)
+        self.exits = list(exits)
         self._sites = {site.quantized_node: site for node in host_nodes for site in node.sites if site.call is not None}
         self._name = {site.quantized_node: node.name for node in host_nodes for site in node.sites}
         exact, quantized = streams
         known = values[0][0].keys(), values[0][1].keys()
         self.nodes, self.without_twin, self.resampled = list(nodes), list[str](), True
-        self.is_unweighed = False
+        self.is_unweighed, self.has_samples = False, True
         self._exact = Path(exact, [end.float_node for end in exits], known[0], {})
         targets = self._targets(values[0][0])
         # integers, such as the index of the largest logit, have no error that could be learned from
-        self._exits = [end for end, target in zip(exits, targets, strict=True) if _is_learnable(target)]
-        self._exact = Path(exact, [end.float_node for end in self._exits], known[0], {})
-        self._quantized = Path(quantized, [end.quantized_node for end in self._exits], known[1], self._sites)
+        self.exits = [end for end, target in zip(exits, targets, strict=True) if _is_learnable(target)]
+        self._exact = Path(exact, [end.float_node for end in self.exits], known[0], {})
+        self._quantized = Path(quantized, [end.quantized_node for end in self.exits], known[1], self._sites)
         inside = {node for node in self._quantized.order if node in self._sites}
         self.nodes = [node for node in nodes if inside.issuperset(site.quantized_node for site in node.sites)]
         order = set(self._quantized.order)
@@ -166,14 +168,16 @@ class Region:
             targets = self._targets(of_float)
             weights: list[Tensor] = []
             if self._settings.fisher:
-                goals = [end.float_node for end in self._exits]
+                goals = [end.float_node for end in self.exits]
                 found = importance(exact, goals, targets, of_float, _PROJECTIONS, self._settings.seed)
                 weights = [weight for weight in found if weight is not None]
                 self.is_unweighed |= len(weights) < len(found)
             batches.append((targets, entries, mixed, weights))
         if self.is_unweighed:
             batches = [(*parts[:3], []) for parts in batches]
-        held = [self._sampling.held_out(batch, size) for batch, size in enumerate(sizes)]
+        self.has_samples = all(
+            target.shape[0] % size == 0 for parts, size in zip(batches, sizes, strict=True) for target in parts[0]
+        )
         try:
             columns = zip(*batches, strict=True)
             stacked: _Parts | None = tuple(
@@ -182,6 +186,7 @@ class Region:
         except ValueError:
             stacked = None
         self.resampled = stacked is not None and self._separable(stacked[1], batches)
+        held = [self._sampling.held_out(batch, size) & self.has_samples for batch, size in enumerate(sizes)]
         if stacked is not None and self.resampled:
             self._batches, self._held = [stacked], [torch.cat(held)]
         else:
@@ -202,8 +207,14 @@ class Region:
             # whatever a graph raises whose values depend on the size of the batch
             _log.debug("samples cannot be told apart: %s", error)
             return False
-        pairs = zip(zip(*apart, strict=True), together, strict=True)
-        return all(_same_rows(torch.cat(outputs), output, count, index) for outputs, output in pairs)
+        pairs = list(zip(zip(*apart, strict=True), together, strict=True))
+        rows = [sum(output.shape[0] for output in outputs) for outputs, _ in pairs]
+        self.has_samples &= all(
+            total * len(index) == count * output.shape[0] for total, (_, output) in zip(rows, pairs, strict=True)
+        )
+        return self.has_samples and all(
+            _same_rows(torch.cat(outputs), output, count, index) for outputs, output in pairs
+        )
 
     def _twins(self, of_float: Values) -> list[fx.Node | None]:
         """The node of the float stream that is known and that an entry is the quantized value of."""
@@ -222,12 +233,12 @@ class Region:
         """The float stream's values at the exits, for one batch."""
         exact = self._streams[0]
         found = {node: exact.value(node, values) for node in self._exact.entries}
-        kept = {source for end in self._exits if end.inner for source in end.float_node.all_input_nodes}
+        kept = {source for end in self.exits if end.inner for source in end.float_node.all_input_nodes}
         for node in self._exact.order:
             found[node] = run_node(exact, node, found)
             for dead in self._exact.dead[node] - kept:
                 del found[dead]
-        return [self._inner_target(end, found) if end.inner else found[end.float_node] for end in self._exits]
+        return [self._inner_target(end, found) if end.inner else found[end.float_node] for end in self.exits]
 
     def _inner_target(self, end: Exit, values: Values) -> Tensor:
         site, name = self._sites[end.quantized_node], self._name[end.quantized_node]
@@ -316,7 +327,7 @@ class Region:
         stream = self._streams[1]
         values: Values = dict(zip(self._quantized.entries, entries, strict=True))
         inner: dict[fx.Node, Tensor] = {}
-        before = {end.quantized_node for end in self._exits if end.inner}
+        before = {end.quantized_node for end in self.exits if end.inner}
         for node in self._quantized.order:
             site = self._sites.get(node)
             if site is not None and site.call is not None:
@@ -350,7 +361,7 @@ class Region:
                 values[node] = run_node(stream, node, values)
             for dead in self._quantized.dead[node]:
                 del values[dead]
-        return [inner[end.quantized_node] if end.inner else values[end.quantized_node] for end in self._exits]
+        return [inner[end.quantized_node] if end.inner else values[end.quantized_node] for end in self.exits]
 
     def _dropped(self, quantized: Any, exact: Any, generator: torch.Generator | None) -> Any:
         """`quantized`, or with the probability `drop` entry by entry `exact`."""

@@ -35,14 +35,14 @@ class Stream(fx.Interpreter):
         self.placeholders = [node for node in self.nodes if node.op == "placeholder"]
         self.output_node = self.nodes[-1]
         # made again at each use: what depends on no input, and the unpacking of quantized values
-        varying: set[fx.Node] = set(self.placeholders)
+        self._varying: set[fx.Node] = set(self.placeholders)
         self._remade: set[fx.Node] = set()
         for node in self.nodes:
             if node.op == "placeholder":
                 continue
-            if not varying.isdisjoint(node.all_input_nodes):
-                varying.add(node)
-            if node not in varying or unpacks(node):
+            if not self._varying.isdisjoint(node.all_input_nodes):
+                self._varying.add(node)
+            if node not in self._varying or unpacks(node):
                 self._remade.add(node)
         self._remade.discard(self.output_node)
         self.done: set[fx.Node] = set(self.placeholders)
@@ -50,6 +50,10 @@ class Stream(fx.Interpreter):
     def is_remade(self, node: fx.Node) -> bool:
         """Whether a node depends on no input, or only unpacks a quantized value: it is run again at each use."""
         return node in self._remade
+
+    def varies(self, node: fx.Node) -> bool:
+        """Whether a node depends on an input."""
+        return node in self._varying
 
     def restart(self) -> None:
         """Forget what has run."""
