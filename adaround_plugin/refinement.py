@@ -119,8 +119,13 @@ def refine(
 
         # what lies behind an operator that no derivative goes through, such as a comparison, stays as it is
         reached = _reached(loss_of(samples.draw(torch.Generator().manual_seed(settings.seed))), groups)
-        schedule = Relaxation(iterations=settings.iterations)
-        descend([], reached, lambda progress: loss_of(samples.draw(generator)), schedule, report, True, _BLAME)
+        descend(
+            *([], reached, lambda progress: loss_of(samples.draw(generator))),
+            Relaxation(iterations=settings.iterations),
+            report,
+            decay=True,
+            blame=_BLAME,
+        )
     after = [one.result() for one in moving]
     stretches = [logarithm.detach().exp() for logarithm in logarithms]
     _, learned_error = relative_errors(samples.all(held_out=False), after, stretches)
