@@ -1,11 +1,13 @@
-"""Scales that give linked layers equal weight ranges, channel by channel: the mathematics of cross-layer equalization.
+"""Scales of the channels between linked layers: the mathematics of cross-layer equalization.
 
 Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction" (arXiv 1906.04721),
-section 4.1. If `f(s x) = s f(x)` for every positive `s`, as for ReLU, then for every diagonal `S` of such
+section 4.1, which makes weight ranges equal. If `f(s x) = s f(x)` for every positive `s`, as for ReLU, then for every
+diagonal `S` of such
 
     W2 f(W1 x + b1) = (W2 S) f(S^-1 W1 x + S^-1 b1)
 
-Ranges need no more of a layer than the largest magnitude in each of its kernels, so all sweeps run on these.
+The same freedom makes the ranges of the activations equal (`level`). Ranges need no more of a layer than the largest
+magnitude in each of its kernels, so all sweeps run on these.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from adaround_plugin.weighted_op import WeightedOp
 
-__all__ = ["Balance", "Link", "balance", "kernels"]
+__all__ = ["Balance", "Link", "balance", "kernels", "level"]
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,13 @@ class Link:
 
 @dataclass(frozen=True)
 class Balance:
-    """What `balance` found.
+    """What `balance` or `level` found.
 
     Attributes:
         scales: `(channels,)` of each link: the first layer's outputs are divided by them, the second's inputs
             multiplied.
-        before, after: of each link the `(channels,)` ranges of the first layer's outputs and of the second's inputs.
+        before, after: of each link two `(channels,)` ranges: the first layer's weights by output (`level`: the
+            activations), and the second's by input.
         iterations: sweeps over all links that were made.
         converged: whether the last sweep changed no scale by more than the tolerance.
     """
@@ -93,6 +96,34 @@ def balance(
     return Balance(scales, before, after, sweeps, change <= tolerance)
 
 
+def level(layers: Sequence[Tensor], links: Sequence[Link], ranges: Sequence[Tensor], limit: float) -> Balance:
+    """Find the scales that give all channels of a link activations of one range, the median of what they have.
+
+    On one grid for all channels, with a step `D` in proportion to the largest range `r_c / s_c`, the rounded
+    activations add `D^2 / 12 sum_c s_c^2 |w_c|^2` to the error of the second layer's output, where `w_c` are its
+    weights of channel `c`. It is least where all ranges are equal: a larger `s_c` raises the sum, a smaller one the
+    step. A channel whose activations are all zero keeps its scale.
+
+    Args:
+        layers, links: as for `balance`.
+        ranges: `(channels,)` of each link, of the activations that the second layer reads, in float64 on the CPU.
+        limit: scales are kept within `[1 / limit, limit]`.
+    """
+    layers = [layer.clone() for layer in layers]
+    before = [(seen, _ranges(layers, link)[1]) for link, seen in zip(links, ranges, strict=True)]
+    scales = [_leveling(seen).clamp(1 / limit, limit) for seen in ranges]
+    for link, scale in zip(links, scales, strict=True):
+        _rescale(layers, link, scale)
+    after = [(seen / scale, _ranges(layers, link)[1]) for link, seen, scale in zip(links, ranges, scales, strict=True)]
+    return Balance(scales, before, after, 1, True)
+
+
+def _leveling(ranges: Tensor) -> Tensor:
+    """What brings each range to their median; 1 for a range of zero."""
+    positive = ranges[ranges > 0]
+    return torch.where(ranges > 0, ranges / positive.median(), 1.0) if len(positive) else torch.ones_like(ranges)
+
+
 def _ranges(layers: Sequence[Tensor], link: Link) -> tuple[Tensor, Tensor]:
     """`(channels,)` each: r^(1), over the first layer's outputs, and r^(2), over the second's inputs."""
     outputs = layers[link.first].amax(2).flatten()
@@ -107,8 +138,13 @@ def _step(layers: list[Tensor], link: Link, scale: Tensor, limit: float) -> floa
     factor = torch.where((first > 0) & (second > 0), (first / second).sqrt(), 1.0)
     factor = (scale * factor).clamp(1 / limit, limit) / scale
     scale *= factor
+    _rescale(layers, link, factor)
+    return float(torch.maximum(factor, 1 / factor).max()) - 1
+
+
+def _rescale(layers: list[Tensor], link: Link, factor: Tensor) -> None:
+    """Divide the first layer's outputs and multiply the second's inputs, in place."""
     groups, outputs, _ = layers[link.first].shape
     layers[link.first] /= factor.reshape(groups, outputs, 1)
     groups, _, inputs = layers[link.second].shape
     layers[link.second] *= factor.repeat_interleave(link.repeat).reshape(groups, 1, inputs)
-    return float(torch.maximum(factor, 1 / factor).max()) - 1

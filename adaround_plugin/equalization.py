@@ -1,20 +1,22 @@
 """Cross-layer equalization of a float model, before it is prepared.
 
 Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction" (arXiv 1906.04721), section
-4.1; the AdaRound paper applies it to MobileNetV2.
+4.1; the AdaRound paper applies it to MobileNetV2. What is made equal are the ranges of the weights or, for activations
+of few bits, those of the activations.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
 from adaround_plugin.capped_relu import CappedReLU
-from adaround_plugin.channel_scales import Link, balance
+from adaround_plugin.channel_ranges import activation_ranges
+from adaround_plugin.channel_scales import Link, balance, level
 from adaround_plugin.equalization_report import KEY, EqualizationReport, EqualizedPair, difference, spread
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError, NonFiniteError
 from adaround_plugin.graph.compat import is_observed
@@ -32,6 +34,8 @@ def equalize(
     model: nn.Module,
     example_inputs: Sequence[Any],
     *,
+    activations: Iterable[Any] | None = None,
+    inputs: Callable[[Any], Any] | None = None,
     relu6: ReLU6 = "cap",
     absorb_bias: bool = False,
     iterations: int = 100,
@@ -41,7 +45,9 @@ def equalize(
     """Scale the channels between two layers so that both have the same weight ranges, channel by channel.
 
     What the model computes stays the same. A grid per tensor, which has to reach the largest channel, then fits the
-    others as well. Equalized are pairs of layers (linear, convolutional or transposed, depthwise and grouped too) of
+    others as well. With `activations`, calibration batches, it is the activations between the layers that get the same
+    range in all channels: for activations of few bits, whose grid all channels share while weights have one per
+    channel. Equalized are pairs of layers (linear, convolutional or transposed, depthwise and grouped too) of
     which the second alone reads the first's output, through ReLU, leaky ReLU, PReLU, ReLU6, dropout, pooling, padding,
     resizing or flattening. Longer chains are pairs that overlap: the sweeps go on until all agree.
 
@@ -58,12 +64,16 @@ def equalize(
     Args:
         model: float32 or float64, in eval mode, and traceable by `torch.fx`. It is not changed.
         example_inputs: positional arguments of one call, as for `prepare_fx`. They give the shapes.
+        activations: calibration batches, as for `adaround`: make the ranges of the activations equal, not those of the
+            weights. A range is the magnitude that one activation in a thousand exceeds.
+        inputs: maps such a batch to the model's inputs.
         relu6: what becomes of the modules `nn.ReLU6`, and `nn.Hardtanh` from 0. Functional calls are always kept.
         absorb_bias: move constants that a batch norm adds to nearly all activations of a channel into the next layer
             ("Absorbing high biases" in the paper), which makes the ranges of the activations smaller. It changes those
             below three deviations from their mean, if they are normal 0.135 % of them.
         iterations: largest number of sweeps over all pairs.
         tolerance: a sweep that changes no scale by more than this, relatively, is the last.
+            With `activations` one sweep does.
         limit: scales are kept within `[1 / limit, limit]`. Without one, a channel with next to no weight would get
             activations that leave no room for those of the other channels.
 
@@ -72,11 +82,13 @@ def equalize(
 
     Raises:
         InvalidOptionError: an option is out of range, or the model does not run on `example_inputs`.
-        InvalidModelError: in train mode, in half precision, prepared already, or one that cannot be copied or traced.
-        NonFiniteError: a weight holds NaN or infinity.
+        InvalidModelError: in train mode, in half precision, prepared already, or one that cannot be copied or traced;
+            in float64, with `activations`.
+        InvalidBatchError: no batches in `activations`, or one that does not fit the model.
+        NonFiniteError: a weight or an activation is NaN or infinite.
     """
     _check_options(relu6, iterations, tolerance, limit)
-    _check_model(model)
+    _check_model(model, (torch.float32, torch.float64) if activations is None else (torch.float32,))
     equalized = _copy(model)
     exact = _run(model, example_inputs)
     if relu6 == "replace":
@@ -86,13 +98,11 @@ def equalize(
     layers = {pair.first.name: pair.first for pair in pairs} | {pair.second.name: pair.second for pair in pairs}
     order = {name: position for position, name in enumerate(layers)}
     links = [Link(order[pair.first.name], order[pair.second.name], pair.repeat) for pair in pairs]
-    found = balance(
-        [_magnitudes(layer) for layer in layers.values()],
-        links,
-        iterations=iterations,
-        tolerance=tolerance,
-        limit=limit,
-    )
+    magnitudes = [_magnitudes(layer) for layer in layers.values()]
+    if activations is None:
+        found = balance(magnitudes, links, iterations=iterations, tolerance=tolerance, limit=limit)
+    else:
+        found = level(magnitudes, links, activation_ranges(equalized, pairs, activations, inputs), limit)
     entries = []
     for pair, scale, before, after in zip(pairs, found.scales, found.before, found.after, strict=True):
         caps = _scale(equalized, pair, scale)
@@ -126,14 +136,14 @@ def _check_options(relu6: str, iterations: int, tolerance: float, limit: float) 
         raise InvalidOptionError("limit", f"{limit} leaves no scale", "Give 1 or more; math.inf for no limit.")
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: nn.Module, dtypes: tuple[torch.dtype, ...]) -> None:
     if is_observed(model):
         raise InvalidModelError("model", "is prepared already", "Equalize the float model, then prepare it.")
     for name, module in model.named_modules():
         if module.training:
             raise InvalidModelError(f"module {name!r}" if name else "model", "is in train mode", "Call .eval() first.")
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype not in (torch.float32, torch.float64):
+        if parameter.is_floating_point() and parameter.dtype not in dtypes:
             raise InvalidModelError(
                 f"parameter {name!r}", f"is {parameter.dtype}", "Convert the model with .float() before equalizing it."
             )

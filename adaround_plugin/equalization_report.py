@@ -18,9 +18,10 @@ KEY = "adaround_equalization"
 
 @dataclass(frozen=True)
 class Spread:
-    """The smallest, the median and the largest weight range of a layer's channels, those without any weight left out.
+    """The smallest, the median and the largest range of the channels, those with nothing but zeros left out.
 
-    A range is the largest magnitude of the weights of a channel, batch norm folded.
+    A range of weights is their largest magnitude in a channel, batch norm folded; one of activations the magnitude that
+    one in a thousand exceeds.
     """
 
     smallest: float
@@ -36,7 +37,8 @@ class EqualizedPair:
         first, second: qualified names.
         between: names of the operations between them.
         scales: the smallest and the largest by which a channel was divided.
-        before, after: ranges of the first layer's output channels and of the second's input channels.
+        before, after: ranges of the first layer's weights by output channel, or of the activations if these were
+            equalized, and of the second layer's weights by input channel.
         absorbed: channels of the first layer whose high bias was absorbed.
         note: why none was, if that was asked for.
     """

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx
+from torch.export import Dim
 from torch.fx.experimental.optimization import fuse
 from torch.nn.utils.prune import l1_unstructured
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from adaround_plugin import (
+    InvalidBatchError,
     InvalidModelError,
     InvalidOptionError,
     NonFiniteError,
@@ -28,7 +30,7 @@ from adaround_plugin.graph.operators import module_op
 from integration_tests.benchmarks import glyphs, networks
 from integration_tests.equalization_models import LONELY, ZOO, Net, randomized, sequence
 from integration_tests.models import RECIPE, images, learn, prepared_model
-from integration_tests.pt2e_models import exported, xnnpack
+from integration_tests.pt2e_models import exported, x86, xnnpack
 
 
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
@@ -202,6 +204,106 @@ def test_relu6_kept_parts_the_layers():
         ("3", "Conv2d", "'5' (Hardtanh) is kept"),
     ]
     assert torch.equal(outputs(equalized, x), outputs(model, x))
+
+
+# --- activations
+
+
+def between(model: nn.Module, name: str, batches: list[Tensor]) -> Tensor:
+    """What a module is called with."""
+    found = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    for x in batches:
+        outputs(model, x)
+    hook.remove()
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("case", ZOO.values(), ids=ZOO)
+def test_activations_get_one_range_and_the_function_stays(case):
+    model = randomized(case.build())
+    batches = [images(n, *case.shape, seed=n) for n in (3, 5)]
+    equalized = equalize(model, (batches[0],), activations=batches, limit=math.inf)
+    report = get_equalization_report(equalized)
+    assert [(pair.first, pair.second) for pair in report.pairs] == case.pairs
+    assert (report.iterations, report.converged) == (1, True)
+    assert report.difference < 1e-3
+    for x in batches:
+        torch.testing.assert_close(outputs(equalized, x), outputs(model, x), rtol=1e-3, atol=1e-3)
+    for pair in report.pairs:
+        assert pair.scales[0] < 0.9 or pair.scales[1] > 1.1, "activations that were level already test nothing"
+        assert pair.after[0].smallest == pytest.approx(pair.after[0].largest, rel=1e-6)
+        assert pair.after[0].median == pytest.approx(pair.before[0].median, rel=1e-6)
+    # a second time there is nothing left to do
+    again = get_equalization_report(equalize(equalized, (batches[0],), activations=batches))
+    assert all(scale == pytest.approx(1, abs=1e-3) for pair in again.pairs for scale in pair.scales)
+
+
+def test_a_range_is_what_one_activation_in_a_thousand_exceeds():
+    model = randomized(nn.Sequential(nn.Conv2d(3, 4, 1), nn.LeakyReLU(0.5), nn.Conv2d(4, 2, 1)))
+    batches = [images(n, 3, 25, 20, seed=n) for n in (8, 4)]
+    (pair,) = get_equalization_report(equalize(model, (batches[0],), activations=batches)).pairs
+    seen = [between(model, "2", [x]).abs().transpose(0, 1).flatten(1).sort(1).values.double() for x in batches]
+    # four of 4,000 are larger, two of 2,000
+    expected = (8 * seen[0][:, -5] + 4 * seen[1][:, -3]) / 12
+    assert pair.before[0].smallest == pytest.approx(float(expected.min()), rel=1e-6)
+    assert pair.before[0].largest == pytest.approx(float(expected.max()), rel=1e-6)
+
+
+def test_flattened_positions_share_the_range_of_their_channel():
+    model = randomized(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)))
+    x = images(5, 2, 4, 4)
+    equalized = equalize(model, (x,), activations=[x], limit=math.inf)
+    leveled = between(equalized, "3", [x]).unflatten(1, (3, 4)).amax((0, 2))
+    torch.testing.assert_close(leveled, leveled[:1].expand(3))
+
+
+def test_labels_are_dropped_and_batches_may_be_an_iterator():
+    model = randomized(ZOO["residual"].build())
+    batches = [images(2, *ZOO["residual"].shape, seed=i) for i in range(2)]
+    plain = equalize(model, (batches[0],), activations=batches)
+    labelled = equalize(
+        *(model, (batches[0],)), activations=((x, torch.zeros(2)) for x in batches), inputs=lambda batch: batch[0]
+    )
+    assert get_equalization_report(plain) == get_equalization_report(labelled)
+    state = plain.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in labelled.state_dict().items())
+
+
+def test_relu6_replaced_shows_what_it_clipped():
+    model, x = clipped()
+    model, x = model.float(), x.float()
+    capped, replaced = (equalize(model, (x,), activations=[x], relu6=relu6) for relu6 in ("cap", "replace"))
+    torch.testing.assert_close(outputs(capped, x), outputs(model, x), rtol=1e-4, atol=1e-4)
+    assert get_equalization_report(capped).pairs[0].before[0].largest == pytest.approx(6)
+    assert get_equalization_report(replaced).pairs[0].before[0].largest > 7
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "message"),
+    [
+        ([], InvalidBatchError, "batches: is empty"),
+        (images(2, 3), InvalidBatchError, "batches: is one Tensor"),
+        ([images(2, 4)], InvalidBatchError, "batch 0: the model does not run on it"),
+        (
+            [images(2, 3), (images(2, 3), images(2, 3))],
+            InvalidBatchError,
+            "batch 1: .* does not fit the model's inputs",
+        ),
+        ([1e38 * torch.ones(2, 3)], NonFiniteError, "layer '2': reads NaN or infinity"),
+    ],
+)
+def test_batches_that_do_not_fit_are_refused(batches, error, message):
+    model = randomized(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)))
+    with torch.no_grad():
+        model[0].weight.fill_(1e2)
+    with pytest.raises(error, match=message):
+        equalize(model, (images(2, 3),), activations=batches)
+
+
+def test_activations_want_a_model_in_float32():
+    with pytest.raises(InvalidModelError, match=r"parameter '0.weight': is torch.float64"):
+        equalize(nn.Sequential(nn.Linear(3, 3)).eval().double(), (images(2, 3).double(),), activations=[images(2, 3)])
 
 
 # --- high biases
@@ -427,6 +529,22 @@ def test_pt2e_takes_the_result_as_the_model(relu6):
 
 
 # --- what it is for
+
+
+def test_activations_of_4_bits_fit_channels_of_one_range_better():
+    network = networks.load("mobilenet")
+    calibration, _ = glyphs.load("train", 128, seed=1)
+    x, _ = glyphs.load("test", 200, seed=1)
+    batches = list(calibration.split(64))
+    exact, errors = outputs(network, x), []
+    for model in (network, equalize(network, (batches[0],), activations=batches)):
+        program = exported(model, x[:2], ({0: Dim.AUTO},))
+        prepared = prepare_pt2e(program, x86(weight_bits=8, activation_bits=4, histogram=True))
+        for batch in batches:
+            prepared(batch)
+        learned = adaround(prepared, batches, progress=False, solver="nearest")
+        errors.append(float((outputs(convert_pt2e(learned), x) - exact).pow(2).mean() / exact.var()))
+    assert errors[1] < 0.9 * errors[0]
 
 
 def rounded_per_tensor(model: nn.Module) -> nn.Module:

@@ -47,6 +47,7 @@ LAYERS: list[list[str]] = [
         "graph.homogeneous",
         "graph.scaled_layers",
         "graph.layer_pairs",
+        "channel_ranges",
         "equalization_report",
         "equalization",
     ],

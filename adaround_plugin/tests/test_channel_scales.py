@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adaround_plugin.channel_scales import Link, balance, kernels
+from adaround_plugin.channel_scales import Link, balance, kernels, level
 from adaround_plugin.graph.operators import module_op
 from adaround_plugin.weighted_op import WeightedOp
 
@@ -125,6 +125,52 @@ def test_sweeps_that_do_not_suffice_are_told():
     found = balance(layers, in_a_row(layers), iterations=1, tolerance=1e-6, limit=math.inf)
     assert found.iterations == 1
     assert not found.converged
+
+
+def ranges_between(layers: list[Tensor], seed: int) -> list[Tensor]:
+    """`(channels,)` over several decades, for each two neighbouring layers."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = [layer.shape[0] * layer.shape[1] for layer in layers[:-1]]
+    return [torch.exp(3 * torch.randn(count, generator=generator, dtype=torch.float64)) for count in counts]
+
+
+@given(chains(), st.integers(0, 2**16))
+def test_leveled_activations_have_one_range(layers, seed):
+    ranges = ranges_between(layers, seed)
+    found = level(layers, in_a_row(layers), ranges, math.inf)
+    assert (found.iterations, found.converged) == (1, True)
+    scaled = [layer.clone() for layer in layers]
+    for i, scale in enumerate(found.scales):
+        torch.testing.assert_close(ranges[i] / scale, ranges[i].median().expand(len(scale)))
+        scaled[i] /= scale.reshape(scaled[i].shape[0], -1, 1)
+        scaled[i + 1] *= scale.reshape(scaled[i + 1].shape[0], 1, -1)
+    for i, scale in enumerate(found.scales):
+        torch.testing.assert_close(found.before[i], (ranges[i], layers[i + 1].amax(1).flatten()))
+        torch.testing.assert_close(found.after[i], (ranges[i] / scale, scaled[i + 1].amax(1).flatten()))
+
+
+@given(chains(), st.integers(0, 2**16))
+def test_no_other_scales_let_less_of_the_rounded_activations_through(layers, seed):
+    (ranges, *_), second = ranges_between(layers, seed), layers[1]
+    (scale, *_) = level(layers[:2], [Link(0, 1)], [ranges], math.inf).scales
+
+    def error(scale: Tensor) -> Tensor:
+        step = (ranges / scale).max()
+        return step**2 / 12 * (second * scale.reshape(second.shape[0], 1, -1)).square().sum()
+
+    generator = torch.Generator().manual_seed(seed)
+    for spread in (0.01, 0.1, 1.0):
+        other = scale * torch.exp(spread * torch.randn(len(scale), generator=generator, dtype=torch.float64))
+        assert error(scale) <= error(other) * (1 + 1e-12)
+
+
+def test_leveling_leaves_channels_without_activations_and_keeps_the_limit():
+    layers = [torch.ones(1, 4, 2).double(), torch.ones(1, 3, 4).double()]
+    ranges = torch.tensor([0.0, 2.0, 1e-6, 1e9]).double()
+    found = level(layers, [Link(0, 1)], [ranges], 100.0)
+    assert found.scales[0].tolist() == [1.0, 1.0, 0.01, 100.0]
+    assert all(torch.equal(layer, torch.ones_like(layer)) for layer in layers)
+    assert level(layers, [Link(0, 1)], [torch.zeros(4).double()], 100.0).scales[0].tolist() == [1.0] * 4
 
 
 @pytest.mark.parametrize(

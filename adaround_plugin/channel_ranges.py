@@ -1,0 +1,85 @@
+"""The range of each channel of the activations between two layers, seen on calibration data."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaround_plugin.calibration import bind_batches
+from adaround_plugin.errors import InvalidBatchError, NonFiniteError
+from adaround_plugin.graph.layer_pairs import LayerPair
+
+__all__ = ["activation_ranges"]
+
+# of the magnitudes in a batch; the largest few would set the scale of a channel by chance
+_OUTLIERS = 1e-3
+
+
+def activation_ranges(
+    model: nn.Module, pairs: Sequence[LayerPair], batches: Iterable[Any], inputs: Callable[[Any], Any] | None
+) -> list[Tensor]:
+    """`(channels,)` of each pair, in float64 on the CPU: what the second layer reads.
+
+    A range is the magnitude that one in a thousand exceeds in a batch, or the largest of fewer; the mean of all
+    batches, weighed by their length.
+
+    Args:
+        model: that of the pairs, float32.
+        pairs: found in it.
+        batches, inputs: as for `adaround`.
+
+    Raises:
+        InvalidBatchError: no batches, or one that does not fit the model.
+        NonFiniteError: NaN or infinity in the activations; the layer is named.
+    """
+    arguments = bind_batches(
+        inspect.signature(model.forward), lambda bound: [bound.args, bound.kwargs], batches, inputs
+    )
+    totals = [_Total(pair) for pair in pairs]
+    hooks = [one.pair.second.module.register_forward_pre_hook(one.see, with_kwargs=True) for one in totals]
+    try:
+        for index, (args, kwargs) in enumerate(arguments):
+            try:
+                model(*args, **kwargs)
+            except NonFiniteError:
+                raise
+            except Exception as error:
+                raise InvalidBatchError(
+                    f"batch {index}", f"the model does not run on it ({error})", "Pass batches like the example inputs."
+                ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [one.ranges / one.activations for one in totals]
+
+
+class _Total:
+    """The ranges of a pair's activations, summed over batches."""
+
+    def __init__(self, pair: LayerPair) -> None:
+        self.pair = pair
+        self.ranges = torch.zeros(())
+        self.activations = 0
+
+    def see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add what the second layer is called with."""
+        found = self._ranges(args[0] if args else kwargs["input"])
+        if not torch.isfinite(found).all():
+            raise NonFiniteError(
+                *(f"layer {self.pair.second.name!r}", "reads NaN or infinity"),
+                "Repair the float model, or remove the batch.",
+            )
+        self.ranges = self.ranges + found
+
+    def _ranges(self, x: Tensor) -> Tensor:
+        """`(channels,)` of one batch, times the number of activations in a channel."""
+        kernel = getattr(self.pair.second.module, "kernel_size", ())
+        columns = x.movedim(x.dim() - len(kernel) - 1, 0).flatten(1)
+        magnitudes = columns.reshape(len(columns) // self.pair.repeat, -1).abs()
+        count = magnitudes.shape[1]
+        self.activations += count
+        return count * magnitudes.kthvalue(count - int(_OUTLIERS * count), dim=1).values.to("cpu", torch.float64)
