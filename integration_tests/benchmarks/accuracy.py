@@ -8,13 +8,14 @@ with 8-bit activations of the x86 backend (W/A8). All layers are quantized, firs
 `--activation-bits 4` gives W/A4 instead. FX quantizes every value between layers; the logits, which enter no layer,
 keep 8 bits then. `--host pt2e` takes `convert_pt2e` for X86InductorQuantizer, which quantizes the inputs of layers.
 `--ends 8` keeps the first and the last layer at 8 bits (with PT2E their inputs too), as the papers on BRECQ and QDrop
-do in all their tables.
+do in all their tables. `--equalize` scales channels first. `--mixed 3` adds three mixed images for each to calibrate
+with, `--blocks features` learns everything in `features` as one block (with the preset "blocks").
 """
 
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +25,13 @@ from torch.export import Dim
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
-from adaround_plugin import adaround, get_adaround_qconfig_mapping, get_report, get_weight_only_backend_config
+from adaround_plugin import (
+    adaround,
+    equalize,
+    get_adaround_qconfig_mapping,
+    get_report,
+    get_weight_only_backend_config,
+)
 from adaround_plugin.presets import PRESETS
 from adaround_plugin.pt2e import get_adaround_x86_inductor_config
 from integration_tests.benchmarks import glyphs, networks
@@ -41,6 +48,20 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     with torch.no_grad():
         right = sum(int((network(x).argmax(1) == y).sum()) for x, y in batches)
     return 100 * right / len(labels)
+
+
+def mixed(images: Tensor, times: int, seed: int = 0) -> Tensor:
+    """The images `(n, ...)` and, `times` for each, convex combinations of two, shuffled: `((1 + times) n, ...)`.
+
+    The shares are uniform, as in mixup (Zhang et al. 2018, arXiv 1710.09412) of weight 1, here without labels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = [images]
+    for _ in range(times):
+        one, other = (images[torch.randperm(len(images), generator=generator)] for _ in range(2))
+        parts.append(torch.lerp(one, other, torch.rand((len(images), 1, 1, 1), generator=generator)))
+    every = torch.cat(parts)
+    return every[torch.randperm(len(every), generator=generator)] if times else images
 
 
 @dataclass(frozen=True)
@@ -121,12 +142,17 @@ def rows(
     counts: list[int],
     given: dict[str, Any],
     test: tuple[Tensor, Tensor],
+    equalized: str | None = None,
+    mixes: int = 0,
 ) -> Iterator[list[str]]:
     """Table rows: mode, solver, images, top-1, loss against float, CPU seconds of `adaround`, recipe."""
     calibration, _ = glyphs.load("train", IMAGES[0], seed=1)
     for solver in solvers:
         for count in counts if solver == "annealing" else counts[:1]:
-            batches = list(torch.split(calibration[:count], 64))
+            batches = list(torch.split(mixed(calibration[:count], mixes), 64))
+            if equalized is not None:
+                activations = batches if equalized == "activations" else None
+                case = replace(case, network=equalize(case.network, (batches[0],), activations=activations))
             prepared = case.prepare(batches)
             start = time.process_time()
             chosen: dict[str, Any] = {**given, "preset" if solver in PRESETS else "solver": solver}
@@ -157,12 +183,17 @@ def main() -> None:
     parser.add_argument("--max-columns", type=int, default=16384)
     parser.add_argument("--column-weighting", default="auto")
     parser.add_argument("--refine", action="store_true", help="learn scales and biases of the whole network in the end")
+    parser.add_argument("--equalize", choices=["weights", "activations"], help="what gets equal ranges before")
+    parser.add_argument("--mixed", type=int, default=0, help="mixed images for each of the calibration images")
+    parser.add_argument("--blocks", nargs="+", help="modules to take as blocks")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     images, labels = glyphs.load("test", TEST_IMAGES, seed=TEST_SEED)
     given = {"max_columns": options.max_columns, "column_weighting": options.column_weighting}
     given["refine"] = options.refine
+    if options.blocks:
+        given["blocks"] = options.blocks
     test = images[: options.test_images], labels[: options.test_images]
     for name in options.networks:
         network = networks.load(name)
@@ -174,7 +205,9 @@ def main() -> None:
             activations = None if mode == "weight-only" else options.activation_bits
             for bits in options.bits:
                 case = Case(network, bits, activations, options.affine, options.host, options.ends)
-                for row in rows(case, exact, options.solvers, options.images, given, test):
+                for row in rows(
+                    case, exact, options.solvers, options.images, given, test, options.equalize, options.mixed
+                ):
                     print(f"| {' | '.join(row)} |", flush=True)
 
 
