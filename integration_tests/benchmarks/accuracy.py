@@ -150,16 +150,17 @@ def rows(
     for solver in solvers:
         for count in counts if solver == "annealing" else counts[:1]:
             batches = list(torch.split(mixed(calibration[:count], mixes), 64))
+            used = case
             if equalized is not None:
                 activations = batches if equalized == "activations" else None
-                case = replace(case, network=equalize(case.network, (batches[0],), activations=activations))
-            prepared = case.prepare(batches)
+                used = replace(case, network=equalize(case.network, (batches[0],), activations=activations))
+            prepared = used.prepare(batches)
             start = time.process_time()
             chosen: dict[str, Any] = {**given, "preset" if solver in PRESETS else "solver": solver}
             learned = adaround(prepared, batches, progress=False, **chosen)
             seconds = time.process_time() - start
             recipe = get_report(learned).recipe
-            score = accuracy(case.convert(learned), *test)
+            score = accuracy(used.convert(learned), *test)
             yield [str(case), solver, str(count), f"{score:.2f}", f"{exact - score:.2f}", f"{seconds:.0f}", recipe]
 
 
