@@ -441,7 +441,10 @@ class Learner:
             self.on_layer(report)
 
     def _finish(self) -> None:
-        """Run to the end; relative error of the outputs on held-out samples, or on all if none is held out."""
+        """Run to the end; relative error of the outputs on held-out samples, or on all if none is held out.
+
+        Of an output without a leading axis of samples all counts.
+        """
         error = power = 0.0
 
         def compare(batch: int, values: BothValues) -> None:
@@ -451,7 +454,7 @@ class Learner:
                 for stream, of_batch in zip(self.streams, values, strict=True)
             ]
             for exact, quantized in zip(*outputs, strict=True):
-                if self.sampling.every and exact.dim():
+                if self.sampling.every and exact.dim() and exact.shape[0] % self.sampling.size[batch] == 0:
                     held = self.sampling.held_out(batch, exact.shape[0], exact.device)
                     exact, quantized = exact[held], quantized[held]
                 error += float((exact - quantized).double().square().sum())

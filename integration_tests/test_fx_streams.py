@@ -570,6 +570,22 @@ def test_output_error_is_that_of_the_reference_conversion_on_held_out_samples(na
     assert get_report(result).output_error == pytest.approx(error / power, rel=1e-3)
 
 
+def test_all_of_an_output_without_an_axis_of_samples_counts_in_its_error():
+    class Transposed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight, self.bias).T
+
+    data = [images(8, 6, seed=i) for i in range(3)]
+    model = nn.Sequential(nn.Linear(6, 3), nn.ReLU(), Transposed(3, 5)).eval()
+    result = learn(prepared_model(model, data), data)
+    reference = convert_to_reference_fx(copy.deepcopy(result))
+    with torch.no_grad():
+        pairs = [(model(x), reference(x)) for x in data]
+    error = sum(float((exact - again).double().square().sum()) for exact, again in pairs)
+    power = sum(float((exact.double() - exact.double().mean()).square().sum()) for exact, _ in pairs)
+    assert get_report(result).output_error == pytest.approx(error / power, rel=1e-3)
+
+
 class Counting(nn.Module):
     """Counts its calls, whatever copies of it are made."""
 
