@@ -26,6 +26,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
 from adaround_plugin import (
+    Refinement,
     adaround,
     equalize,
     get_adaround_qconfig_mapping,
@@ -183,7 +184,9 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=TEST_IMAGES, help="the first ones")
     parser.add_argument("--max-columns", type=int, default=16384)
     parser.add_argument("--column-weighting", default="auto")
-    parser.add_argument("--refine", action="store_true", help="learn scales and biases of the whole network in the end")
+    parser.add_argument(
+        "--refine", type=int, nargs="?", const=300, help="steps in which scales and biases are learned in the end"
+    )
     parser.add_argument("--equalize", choices=["weights", "activations"], help="what gets equal ranges before")
     parser.add_argument("--mixed", type=int, default=0, help="mixed images for each of the calibration images")
     parser.add_argument("--blocks", nargs="+", help="modules to take as blocks")
@@ -192,7 +195,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     images, labels = glyphs.load("test", TEST_IMAGES, seed=TEST_SEED)
     given = {"max_columns": options.max_columns, "column_weighting": options.column_weighting}
-    given["refine"] = options.refine
+    given["refine"] = False if options.refine is None else Refinement(iterations=options.refine)
     if options.blocks:
         given["blocks"] = options.blocks
     test = images[: options.test_images], labels[: options.test_images]
