@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaround_plugin.errors import InvalidBatchError
+from adaround_plugin.errors import InvalidBatchError, InvalidOptionError
 from adaround_plugin.weighted_op import Patches
 
 __all__ = ["Sampling", "bind_batches"]
@@ -36,7 +36,10 @@ def bind_batches(
 
     Raises:
         InvalidBatchError: no batches, or a batch that does not fit the signature.
+        InvalidOptionError: `inputs` cannot be called.
     """
+    if inputs is not None and not callable(inputs):
+        raise InvalidOptionError("inputs", f"{inputs!r} is not callable", "Pass a function of one batch.")
     if isinstance(batches, Tensor | Mapping | str):
         raise InvalidBatchError(
             "batches", f"is one {type(batches).__name__}, not a sequence of batches", "Pass [batch] instead."
@@ -141,6 +144,10 @@ class Sampling:
     def total(self) -> int:
         """The number of samples."""
         return sum(self.size)
+
+    def has_samples(self, batch: int, length: int) -> bool:
+        """Whether a leading axis of this length can be one of the batch's samples, or of equal runs of them."""
+        return length % self.size[batch] == 0
 
     def held_out(self, batch: int, length: int, device: torch.device | None = None) -> Tensor:
         """For each of `length` entries of a leading axis in this batch, whether its sample is held out: bool."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -34,7 +35,8 @@ def activation_ranges(
 
     Raises:
         InvalidBatchError: no batches, or one that does not fit the model.
-        NonFiniteError: NaN or infinity in the activations; the layer is named.
+        InvalidOptionError: `inputs` cannot be called.
+        NonFiniteError: NaN or infinity in the activations; batch and layer are named.
     """
     arguments = bind_batches(
         inspect.signature(model.forward), lambda bound: [bound.args, bound.kwargs], batches, inputs
@@ -44,13 +46,18 @@ def activation_ranges(
     try:
         for index, (args, kwargs) in enumerate(arguments):
             try:
-                model(*args, **kwargs)
-            except NonFiniteError:
-                raise
+                # a model may write into its inputs
+                model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
             except Exception as error:
                 raise InvalidBatchError(
                     f"batch {index}", f"the model does not run on it ({error})", "Pass batches like the example inputs."
                 ) from error
+            for one in totals:
+                if not one.is_finite:
+                    raise NonFiniteError(
+                        *(f"batch {index}", f"layer {one.pair.second.name!r} reads NaN or infinity"),
+                        "Repair the float model, or remove the batch.",
+                    )
     finally:
         for hook in hooks:
             hook.remove()
@@ -58,28 +65,27 @@ def activation_ranges(
 
 
 class _Total:
-    """The ranges of a pair's activations, summed over batches."""
+    """The ranges of a pair's activations, summed over batches.
+
+    Attributes:
+        ranges: `(channels,)`, each batch times the activations that a channel has in it.
+        activations: of a channel, so far.
+        is_finite: whether all were.
+    """
 
     def __init__(self, pair: LayerPair) -> None:
         self.pair = pair
-        self.ranges = torch.zeros(())
+        self.ranges = torch.zeros((), dtype=torch.float64)
         self.activations = 0
+        self.is_finite = True
 
     def see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add what the second layer is called with."""
-        found = self._ranges(args[0] if args else kwargs["input"])
-        if not torch.isfinite(found).all():
-            raise NonFiniteError(
-                *(f"layer {self.pair.second.name!r}", "reads NaN or infinity"),
-                "Repair the float model, or remove the batch.",
-            )
-        self.ranges = self.ranges + found
-
-    def _ranges(self, x: Tensor) -> Tensor:
-        """`(channels,)` of one batch, times the number of activations in a channel."""
-        kernel = getattr(self.pair.second.module, "kernel_size", ())
-        columns = x.movedim(x.dim() - len(kernel) - 1, 0).flatten(1)
-        magnitudes = columns.reshape(len(columns) // self.pair.repeat, -1).abs()
+        x: Tensor = args[0] if args else kwargs["input"]
+        entries = x.movedim(self.pair.axis, 0)
+        magnitudes = entries.reshape(len(entries) // self.pair.repeat, -1).abs()
         count = magnitudes.shape[1]
+        found = magnitudes.kthvalue(count - int(_OUTLIERS * count), dim=1).values
+        self.ranges = self.ranges + count * found.to("cpu", torch.float64)
         self.activations += count
-        return count * magnitudes.kthvalue(count - int(_OUTLIERS * count), dim=1).values.to("cpu", torch.float64)
+        self.is_finite &= bool(torch.isfinite(magnitudes).all())

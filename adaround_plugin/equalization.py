@@ -47,9 +47,11 @@ def equalize(
     What the model computes stays the same. A grid per tensor, which has to reach the largest channel, then fits the
     others as well. With `activations`, calibration batches, it is the activations between the layers that get the same
     range in all channels: for activations of few bits, whose grid all channels share while weights have one per
-    channel. Equalized are pairs of layers (linear, convolutional or transposed, depthwise and grouped too) of
-    which the second alone reads the first's output, through ReLU, leaky ReLU, PReLU, ReLU6, dropout, pooling, padding,
-    resizing or flattening. Longer chains are pairs that overlap: the sweeps go on until all agree.
+    channel.
+
+    Equalized are pairs of layers (linear, convolutional or transposed, depthwise and grouped too) of which the second
+    alone reads the first's output, through ReLU, leaky ReLU, PReLU, ReLU6, dropout, pooling, padding, resizing or
+    flattening. Longer chains are pairs that overlap: the sweeps go on until all agree.
 
     Batch norm stays where it is, and takes the scale of its layer's outputs; ranges are those of the weight that it
     will be folded into by the host. So the result has the class of the model, the names of its modules and the keys of
@@ -72,8 +74,8 @@ def equalize(
             ("Absorbing high biases" in the paper), which makes the ranges of the activations smaller. It changes those
             below three deviations from their mean, if they are normal 0.135 % of them.
         iterations: largest number of sweeps over all pairs.
-        tolerance: a sweep that changes no scale by more than this, relatively, is the last.
-            With `activations` one sweep does.
+        tolerance: a sweep that changes no scale by more than this, relatively, is the last. With `activations` one
+            sweep does.
         limit: scales are kept within `[1 / limit, limit]`. Without one, a channel with next to no weight would get
             activations that leave no room for those of the other channels.
 
@@ -88,6 +90,8 @@ def equalize(
         NonFiniteError: a weight or an activation is NaN or infinite.
     """
     _check_options(relu6, iterations, tolerance, limit)
+    if inputs is not None and activations is None:
+        raise InvalidOptionError("inputs", "there are no batches to map", "Pass activations= too.")
     _check_model(model, (torch.float32, torch.float64) if activations is None else (torch.float32,))
     equalized = _copy(model)
     exact = _run(model, example_inputs)

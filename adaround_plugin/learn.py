@@ -122,8 +122,6 @@ def adaround(
     options = resolve(preset, given | imitated)
     _check_choices(options)
     _check_numbers(options["holdout"], max_columns, options["damping"], seed)
-    if inputs is not None and not callable(inputs):
-        raise InvalidOptionError("inputs", f"{inputs!r} is not callable", "Pass a function of one batch.")
     if backend_config is not None and not isinstance(backend_config, BackendConfig):
         raise InvalidOptionError("backend_config", f"{backend_config!r} is none", "Pass a torch.ao BackendConfig.")
     if not isinstance(refine, bool | Refinement):

@@ -454,7 +454,7 @@ class Learner:
                 for stream, of_batch in zip(self.streams, values, strict=True)
             ]
             for exact, quantized in zip(*outputs, strict=True):
-                if self.sampling.every and exact.dim() and exact.shape[0] % self.sampling.size[batch] == 0:
+                if self.sampling.every and exact.dim() and self.sampling.has_samples(batch, exact.shape[0]):
                     held = self.sampling.held_out(batch, exact.shape[0], exact.device)
                     exact, quantized = exact[held], quantized[held]
                 error += float((exact - quantized).double().square().sum())

@@ -100,7 +100,8 @@ class Report:
         blocks: what was learned on samples. The errors of `layers` are then those before it, but where a block is one
             layer.
         refinement: the whole network, where its scales and biases were learned on samples in the end.
-        output_error: squared error of the network's output over its variance on held-out samples (on all without any).
+        output_error: squared error of the network's output over its variance on held-out samples (on all without any,
+            and all of an output without a leading axis of samples).
         seconds: wall time by phase: `setup` (checks and the reference conversion), `importance` (of columns),
             `forward`, `moments`, `solve`, `reconstruct` (learning on samples), `refine`, `trials`, `total`.
     """

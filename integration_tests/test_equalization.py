@@ -290,7 +290,7 @@ def test_relu6_replaced_shows_what_it_clipped():
             InvalidBatchError,
             "batch 1: .* does not fit the model's inputs",
         ),
-        ([1e38 * torch.ones(2, 3)], NonFiniteError, "layer '2': reads NaN or infinity"),
+        ([1e38 * torch.ones(2, 3)], NonFiniteError, "batch 0: layer '2' reads NaN or infinity"),
     ],
 )
 def test_batches_that_do_not_fit_are_refused(batches, error, message):
@@ -299,6 +299,32 @@ def test_batches_that_do_not_fit_are_refused(batches, error, message):
         model[0].weight.fill_(1e2)
     with pytest.raises(error, match=message):
         equalize(model, (images(2, 3),), activations=batches)
+
+
+def test_one_activation_that_is_not_finite_is_refused():
+    model = randomized(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1)))
+    batches = [images(2, 3, 40, 40), images(2, 3, 40, 40)]
+    batches[1][0, 0, 7, 7] = 3e38
+    with torch.no_grad():
+        model[0].weight.fill_(1e2)
+    with pytest.raises(NonFiniteError, match="batch 1: layer '2' reads NaN or infinity"):
+        equalize(model, (batches[0],), activations=batches)
+
+
+def test_batches_and_model_are_not_touched_and_no_hook_is_left():
+    model = randomized(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3)))
+    batches, state = [images(4, 3), images(4, 3, seed=1)], copy.deepcopy(model.state_dict())
+    kept = copy.deepcopy(batches)
+    equalized = equalize(model, (batches[0],), activations=batches)
+    assert all(torch.equal(one, other) for one, other in zip(batches, kept, strict=True))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in (*model.modules(), *equalized.modules()))
+
+
+@pytest.mark.parametrize("options", [{"inputs": len}, {"activations": [images(2, 3)], "inputs": 1}])
+def test_inputs_map_a_batch_of_activations(options):
+    with pytest.raises(InvalidOptionError, match="inputs: "):
+        equalize(nn.Sequential(nn.Linear(3, 3)).eval(), (images(2, 3),), **options)
 
 
 def test_activations_want_a_model_in_float32():

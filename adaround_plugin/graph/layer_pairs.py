@@ -50,6 +50,7 @@ class LayerPair:
     Attributes:
         first, second: the layers.
         between: module and node names of the operations between them, batch norm left out.
+        axis: that of the channels in what the second layer reads, from the end.
         repeat: how many inputs of the second layer belong to one output channel of the first.
         caps: those of the operations that clip.
         is_elementwise: whether the operations work on each element alone and, below a cap, keep what is positive.
@@ -58,6 +59,7 @@ class LayerPair:
     first: ScaledLayer
     second: ScaledLayer
     between: tuple[str, ...]
+    axis: int
     repeat: int
     caps: tuple[Cap, ...]
     is_elementwise: bool
@@ -124,7 +126,8 @@ class PairFinder:
         second = self._layer(user)
         if self._axis(user, value) != channels.axis:
             raise _UnpairedError(f"{_name(user)!r} takes its channels from another axis")
-        return LayerPair(first, second, tuple(between), channels.repeat, tuple(caps), elementwise)
+        axis = channels.axis - len(self._shapes[value])
+        return LayerPair(first, second, tuple(between), axis, channels.repeat, tuple(caps), elementwise)
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self._modules[str(node.target)] if node.op == "call_module" else None

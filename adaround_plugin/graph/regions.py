@@ -176,7 +176,7 @@ class Region:
         if self.is_unweighed:
             batches = [(*parts[:3], []) for parts in batches]
         self.has_samples = all(
-            target.shape[0] % size == 0 for parts, size in zip(batches, sizes, strict=True) for target in parts[0]
+            self._sampling.has_samples(i, target.shape[0]) for i, parts in enumerate(batches) for target in parts[0]
         )
         try:
             columns = zip(*batches, strict=True)
