@@ -15,7 +15,7 @@ with, `--blocks features` learns everything in `features` as one block (with the
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ class Case:
         affine: whether weights have a zero point.
         host: `"fx"` or `"pt2e"`.
         ends: bits of the first and the last layer, None for the same as everywhere.
+        equalized: `"weights"` or `"activations"`, whose ranges are made equal first.
     """
 
     network: nn.Module
@@ -83,6 +84,7 @@ class Case:
     affine: bool = False
     host: str = "fx"
     ends: int | None = None
+    equalized: str | None = None
 
     def __str__(self) -> str:
         activations = "" if self.activation_bits is None else f"A{self.activation_bits}"
@@ -97,15 +99,20 @@ class Case:
 
     def prepare(self, batches: list[Tensor]) -> fx.GraphModule:
         """Prepare and calibrate."""
-        prepared = self._prepare_fx(batches[0]) if self.host == "fx" else self._prepare_pt2e(batches[0])
+        network = self.network
+        if self.equalized is not None:
+            activations = batches if self.equalized == "activations" else None
+            network = equalize(network, (batches[0],), activations=activations)
+        prepare = self._prepare_fx if self.host == "fx" else self._prepare_pt2e
+        prepared = prepare(network, batches[0])
         with torch.no_grad():
             for batch in batches:
                 prepared(batch)
         return prepared
 
-    def _prepare_fx(self, example: Tensor) -> fx.GraphModule:
+    def _prepare_fx(self, network: nn.Module, example: Tensor) -> fx.GraphModule:
         backend = get_weight_only_backend_config() if self.activation_bits is None else None
-        last = [name for name, module in self.network.named_modules() if isinstance(module, nn.Linear)][-1]
+        last = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
         logits = {} if self.activation_bits in (8, None) else {last: (self.bits, 8)}
         ends = {name: bits if self.activation_bits is None else (bits, 8) for name, bits in self._ends().items()}
         mapping = get_adaround_qconfig_mapping(
@@ -115,11 +122,11 @@ class Case:
             symmetric=not self.affine,
             layer_bits={**logits, **ends},
         )
-        return prepare_fx(self.network, mapping, (example,), backend_config=backend)
+        return prepare_fx(network, mapping, (example,), backend_config=backend)
 
-    def _prepare_pt2e(self, example: Tensor) -> fx.GraphModule:
+    def _prepare_pt2e(self, network: nn.Module, example: Tensor) -> fx.GraphModule:
         config = get_adaround_x86_inductor_config(self.bits, self.activation_bits)
-        program = torch.export.export(self.network, (example,), dynamic_shapes=({0: Dim.AUTO},), strict=True)
+        program = torch.export.export(network, (example,), dynamic_shapes=({0: Dim.AUTO},), strict=True)
         quantizer = X86InductorQuantizer().set_global(config)
         for name, bits in self._ends().items():
             activation_bits = None if self.activation_bits is None else 8
@@ -143,7 +150,6 @@ def rows(
     counts: list[int],
     given: dict[str, Any],
     test: tuple[Tensor, Tensor],
-    equalized: str | None = None,
     mixes: int = 0,
 ) -> Iterator[list[str]]:
     """Table rows: mode, solver, images, top-1, loss against float, CPU seconds of `adaround`, recipe."""
@@ -151,17 +157,13 @@ def rows(
     for solver in solvers:
         for count in counts if solver == "annealing" else counts[:1]:
             batches = list(torch.split(mixed(calibration[:count], mixes), 64))
-            used = case
-            if equalized is not None:
-                activations = batches if equalized == "activations" else None
-                used = replace(case, network=equalize(case.network, (batches[0],), activations=activations))
-            prepared = used.prepare(batches)
+            prepared = case.prepare(batches)
             start = time.process_time()
             chosen: dict[str, Any] = {**given, "preset" if solver in PRESETS else "solver": solver}
             learned = adaround(prepared, batches, progress=False, **chosen)
             seconds = time.process_time() - start
             recipe = get_report(learned).recipe
-            score = accuracy(used.convert(learned), *test)
+            score = accuracy(case.convert(learned), *test)
             yield [str(case), solver, str(count), f"{score:.2f}", f"{exact - score:.2f}", f"{seconds:.0f}", recipe]
 
 
@@ -208,10 +210,8 @@ def main() -> None:
         for mode in options.modes:
             activations = None if mode == "weight-only" else options.activation_bits
             for bits in options.bits:
-                case = Case(network, bits, activations, options.affine, options.host, options.ends)
-                for row in rows(
-                    case, exact, options.solvers, options.images, given, test, options.equalize, options.mixed
-                ):
+                case = Case(network, bits, activations, options.affine, options.host, options.ends, options.equalize)
+                for row in rows(case, exact, options.solvers, options.images, given, test, options.mixed):
                     print(f"| {' | '.join(row)} |", flush=True)
 
 
