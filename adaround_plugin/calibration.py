@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaround_plugin.errors import InvalidBatchError, InvalidOptionError
 from adaround_plugin.weighted_op import Patches
@@ -21,6 +21,7 @@ _GOLDEN = 0.6180339887498949
 
 
 def bind_batches(
+    model: nn.Module,
     signature: inspect.Signature,
     flatten: Callable[[inspect.BoundArguments], list[Any]],
     batches: Iterable[Any],
@@ -29,13 +30,14 @@ def bind_batches(
     """The arguments of every batch, as the model's graph takes them.
 
     Args:
-        signature: the model's inputs.
+        model: whose parameters say on which device batches must lie, if all of them lie on one.
+        signature: its inputs.
         flatten: from bound arguments to the values of the graph's placeholders; raises `ValueError` on a misfit.
         batches: a DataLoader, a list, any iterable; an iterator is read once and kept.
         inputs: maps a batch to the model's inputs, for example `lambda batch: batch[0]` to drop labels.
 
     Raises:
-        InvalidBatchError: no batches, or a batch that does not fit the signature.
+        InvalidBatchError: no batches, or a batch that does not fit the signature, or lies on another device.
         InvalidOptionError: `inputs` cannot be called.
     """
     if inputs is not None and not callable(inputs):
@@ -50,7 +52,9 @@ def bind_batches(
         raise InvalidBatchError(
             "batches", f"{type(batches).__name__} is not iterable", "Pass a DataLoader or a list of batches."
         ) from None
-    bound = [_bind(signature, flatten, batch, inputs, i) for i, batch in enumerate(iterator)]
+    devices = {parameter.device for parameter in model.parameters()}
+    device = devices.pop() if len(devices) == 1 else None
+    bound = [_bind(device, signature, flatten, batch, inputs, i) for i, batch in enumerate(iterator)]
     if not bound:
         raise InvalidBatchError(
             "batches", "is empty (an iterator that was already consumed is)", "Pass a list or a DataLoader."
@@ -60,6 +64,7 @@ def bind_batches(
 
 
 def _bind(
+    device: torch.device | None,
     signature: inspect.Signature,
     flatten: Callable[[inspect.BoundArguments], list[Any]],
     batch: Any,
@@ -80,6 +85,14 @@ def _bind(
         ) from None
     bound.apply_defaults()
     for name, value in bound.arguments.items():
+        # a number in a tensor may come from anywhere
+        strange = [tensor for tensor in _tensors(value) if tensor.dim() and device not in (None, tensor.device)]
+        if strange:
+            raise InvalidBatchError(
+                f"batch {index}",
+                f"input {name!r} lies on {strange[0].device}, the model on {device}",
+                f"Pass inputs= to bring a batch there, for example inputs=lambda batch: batch.to({str(device)!r}).",
+            )
         for tensor in filter(Tensor.is_floating_point, _tensors(value)):
             if tensor.dtype != torch.float32:
                 raise InvalidBatchError(f"batch {index}", f"input {name!r} is {tensor.dtype}", "Pass float32.")

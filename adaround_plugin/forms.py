@@ -81,7 +81,7 @@ class LayerForms:
         """
         if not damping > 0:
             raise InvalidOptionError("damping", f"{damping!r} is not positive", "Pass a positive number.")
-        bound = bind_batches(self.host.signature, self.host.flatten, batches, inputs)
+        bound = bind_batches(self.host.prepared, self.host.signature, self.host.flatten, batches, inputs)
         op, weight = self.node.op, self.node.weight
         second = self._second_moment(bound, Sampling.of(bound, 0, max_columns, 0))
         hessian = Hessian.damped(second, damping)

@@ -112,7 +112,7 @@ def adaround(
         InvalidOptionError: an option is out of range, a name in `exclude` or `blocks` matches nothing, or blocks
             share a layer or have no single end.
         InvalidModelError: not prepared, not calibrated, in train mode, not float32, or nothing to quantize.
-        InvalidBatchError: no batches, or one that does not fit the model.
+        InvalidBatchError: no batches, or one that does not fit the model or lies on another device.
         NonFiniteError: NaN or infinity in weights or activations; the layer is named.
     """
     start = time.perf_counter()
@@ -130,7 +130,7 @@ def adaround(
     host = open_host(prepared, backend_config)
     frozen = _excluded(host, exclude)
     grouped = _blocks(host, options["blocks"])
-    bound = bind_batches(host.signature, host.flatten, batches, inputs)
+    bound = bind_batches(host.prepared, host.signature, host.flatten, batches, inputs)
     sampling = Sampling.of(bound, options["holdout"], max_columns, seed)
     imitated = {name: options[name] for name in imitated}
     plain = isinstance(chosen, Nearest) and relaxation is None

@@ -44,7 +44,7 @@ MASK = torch.tensor([[True, False, True], [False, True, True]])
 
 def bind(model: nn.Module, batches: Any, inputs: Any = None) -> list[list[Any]]:
     signature = placeholder_signature(fx.symbolic_trace(model))
-    return bind_batches(signature, lambda bound: list(bound.arguments.values()), batches, inputs)
+    return bind_batches(model, signature, lambda bound: list(bound.arguments.values()), batches, inputs)
 
 
 def assert_bound(found: list[list[Any]], *expected: Any) -> None:

@@ -1,7 +1,8 @@
-"""Error and accuracy against CPU time: what each way to round buys, at 4, 3 and 2 bits.
+"""Error and accuracy against time: what each way to round buys, at 4, 3 and 2 bits.
 
 Weight-only, per channel, every layer, the model that the host converted. Rows that are in the results file already are
-not run again, so that a run can be cut off and go on.
+not run again, so that a run can be cut off and go on. Time is CPU seconds; with `--device cuda`, where all but the
+conversion and the accuracy runs on the GPU, it is wall time.
 
     python -m integration_tests.benchmarks.frontier resnet20 --results frontier.jsonl --figure docs/figures/frontier.png
 """
@@ -9,6 +10,7 @@ not run again, so that a run can be cut off and go on.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -33,21 +35,29 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(name: str, bits: int, method: str, images: int) -> dict[str, Any]:
-    """One row: error of the output and top-1 on test images, loss against float, CPU seconds of `adaround`."""
+def clock(device: str) -> float:
+    """CPU seconds of this process, or wall seconds when the accelerator has done all it was given."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(name: str, bits: int, method: str, images: int, device: str = "cpu") -> dict[str, Any]:
+    """One row: error of the output and top-1 on test images, loss against float, seconds of `adaround`."""
     network = networks.load(name)
     test = glyphs.load("test", TEST_IMAGES, seed=TEST_SEED)
     calibration, _ = glyphs.load("train", 1024, seed=1)
-    case = Case(network, bits, None)
-    batches = list(torch.split(calibration[:images], 64))
+    case = Case(copy.deepcopy(network).to(device), bits, None)
+    batches = list(torch.split(calibration[:images].to(device), 64))
     prepared = case.prepare(batches)
-    start = time.process_time()
+    start = clock(device)
     learned = adaround(prepared, batches, progress=False, **METHODS[method])
-    seconds = time.process_time() - start
+    seconds = clock(device) - start
     recipe = get_report(learned).recipe
-    converted = case.convert(learned)
+    converted = case.convert(learned.cpu())
     exact, score = accuracy(network, *test), accuracy(converted, *test)
-    row = {"network": name, "bits": bits, "method": method, "images": images}
+    row = {"network": name, "bits": bits, "method": method, "images": images, "device": device}
     with torch.no_grad():
         outputs = [(network(x), converted(x)) for x in torch.split(test[0][:2000], 500)]
     error = sum(float((a - b).square().sum()) for a, b in outputs)
@@ -102,21 +112,24 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--results", type=Path, default=Path("frontier.jsonl"))
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
-    rows = [row for row in rows if (row["network"], row["images"]) == (options.network, options.images)]
+    given = {"network": options.network, "images": options.images, "device": options.device}
+    rows = [row for row in rows if given.items() <= {"device": "cpu", **row}.items()]
     done = {(row["bits"], row["method"]) for row in rows}
     for method in options.methods:
         for bits in options.bits:
             if (bits, method) not in done:
-                rows.append(measure(options.network, bits, method, options.images))
+                rows.append(measure(options.network, bits, method, options.images, options.device))
                 with options.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
     order = list(METHODS)
     rows.sort(key=lambda row: (-row["bits"], order.index(row["method"])))
-    print("| weights | method | output error | top-1 % | loss | CPU s |\n|---|---|---|---|---|---|")
+    unit = "CPU s" if options.device == "cpu" else "s"
+    print(f"| weights | method | output error | top-1 % | loss | {unit} |\n|---|---|---|---|---|---|")
     for row in rows:
         cells = (f"{row['error']:.4f}", f"{row['top1']:.2f}", f"{row['loss']:.2f}", f"{row['seconds']:.0f}")
         print(f"| W{row['bits']} | {row['method']} | {' | '.join(cells)} |")

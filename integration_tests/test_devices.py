@@ -1,0 +1,170 @@
+"""Learning on the device of the model: there, and as well as on a processor. What takes long runs only on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.ao.quantization.quantize_fx import convert_fx
+
+from adaround_plugin import InvalidBatchError, Refinement, adaround, equalize, get_equalization_report, get_report
+from adaround_plugin.forms import LayerForms
+from adaround_plugin.graph.hosts import learned_weights
+from adaround_plugin.hessian import Hessian
+from adaround_plugin.inc import AdaRoundConfig
+from adaround_plugin.problem import RoundingProblem
+from adaround_plugin.solvers import Annealing, CrossEntropy, Relaxation, get_solver
+from adaround_plugin.tests.problems import CATALOGUE
+from adaround_plugin.weights import best_of_draws, round_weights, write_integers
+from integration_tests.test_refinement import Dense, converted, prepared_by
+from integration_tests.test_relaxation import RECIPE, Net, samples
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+
+STEPS = Relaxation(iterations=60, learning_rate=3e-2, batch_size=8, regularization=10.0, beta=(8.0, 2.0))
+JOINT = replace(STEPS, start=Annealing(), learn_scale=True, drop=0.5, fisher=True)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "trials": {},
+    "annealing": RECIPE,
+    "fisher": {**RECIPE, "column_weighting": "fisher"},
+    "relaxation": {**RECIPE, "preset": "paper", "solver": STEPS},
+    "moments": {**RECIPE, "solver": replace(STEPS, data="moments")},
+    "blocks": {**RECIPE, "preset": "blocks", "solver": JOINT},
+    "refine": {**RECIPE, "refine": Refinement(iterations=60, batch_size=16, learning_rate=3e-3)},
+}
+HOSTS = [("fx", None), ("fx", 4), ("fx", 8), ("pt2e", None), ("pt2e", 4)]
+
+
+def seeded(make: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make().eval()
+
+
+def on(device: str, count: int = 48) -> list[Tensor]:
+    return [batch.to(device) for batch in samples(count)]
+
+
+def devices(model: nn.Module) -> set[str]:
+    return {values.device.type for values in (*model.parameters(), *model.buffers())}
+
+
+def moved(problem: RoundingProblem, device: str) -> RoundingProblem:
+    tensors = {name: getattr(problem, name).to(device) for name in ("target", "lower", "upper", "nearest")}
+    step = None if problem.step is None else problem.step.to(device)
+    return replace(problem, **tensors, hessian=Hessian(problem.hessian.matrix.to(device)), step=step)
+
+
+@gpu
+@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "sequential", "cross_entropy", "moments"])
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_a_solver_finds_as_good_a_rounding(solver, name):
+    chosen = {"cross_entropy": CrossEntropy(iterations=20), "moments": replace(STEPS, data="moments")}
+    solve = (chosen[solver] if solver in chosen else get_solver(solver)).solve
+    expected, found = solve(CATALOGUE[name]), solve(moved(CATALOGUE[name], "cuda"))
+    assert found.integers.device.type == found.loss.device.type == "cuda"
+    # another order of summation decides ties otherwise, and then what follows: in sum, not row by row
+    assert float(found.loss.sum()) <= 1.05 * float(expected.loss.sum()) + 1e-12
+
+
+@gpu
+@pytest.mark.parametrize(("host", "activation_bits"), HOSTS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_model_is_learned_on_its_device(host, activation_bits, options, learners):
+    def learn(where: str) -> fx.GraphModule:
+        net = seeded(Net if host == "fx" else Dense).to(where)
+        prepared = prepared_by(host, activation_bits, net, on(where))
+        return adaround(prepared, on(where), progress=False, **OPTIONS[options])
+
+    expected, found = learn("cpu"), learn("cuda")
+    assert devices(found) == {"cuda"}
+    assert get_report(found).output_error <= 1.2 * get_report(expected).output_error
+    stream = learners[-1].host.quantized_stream.module
+    model = converted(host, activation_bits, found)
+    with torch.no_grad():
+        for batch in on("cuda"):
+            value = fx.Interpreter(stream).run(batch)
+            value = value[0] if isinstance(value, tuple) else value
+            assert value.device.type == "cuda"
+            assert torch.equal(value, model(batch))
+
+
+@every_device
+def test_what_was_learned_there_runs_in_the_kernels_of_the_processor(device):
+    prepared = prepared_by("fx", 8, seeded(Dense).to(device), on(device))
+    learned = adaround(prepared, on(device), progress=False, **RECIPE)
+    expected = learned_weights(learned)
+    native = convert_fx(learned.cpu())
+    with torch.no_grad():
+        assert native(on("cpu")[0]).device.type == "cpu"
+    for name, (integers, _) in expected.items():
+        assert torch.equal(native.get_submodule(name).weight().int_repr().long(), integers.cpu().long())
+
+
+@every_device
+@pytest.mark.parametrize("activations", [False, True])
+def test_channels_are_scaled_on_the_device_of_the_model(activations, device):
+    def scaled(where: str) -> nn.Module:
+        chain = seeded(lambda: nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 3, 3)))
+        return equalize(chain.to(where), (on(where)[0],), activations=on(where) if activations else None)
+
+    expected, found = scaled("cpu"), scaled(device)
+    assert devices(found) == {device}
+    assert get_equalization_report(found).pairs
+    for one, other in zip(expected.parameters(), found.parameters(), strict=True):
+        torch.testing.assert_close(one, other.cpu(), rtol=1e-4, atol=1e-5)
+
+
+@every_device
+def test_integers_of_ones_own_choice_go_there(device):
+    prepared = prepared_by("fx", None, seeded(Dense).to(device), on(device))
+    drawn = learned_weights(round_weights(prepared, "stochastic", seed=3))
+    same = learned_weights(round_weights(prepared_by("fx", None, seeded(Dense), on("cpu")), "stochastic", seed=3))
+    assert all(torch.equal(drawn[name][0].cpu(), same[name][0]) for name in same)
+    # integers from the processor are taken along
+    written = write_integers(prepared, {name: integers for name, (integers, _) in same.items()})
+    assert devices(written) == {device}
+    assert all(torch.equal(learned_weights(written)[name][0].cpu(), same[name][0]) for name in same)
+    best = best_of_draws(prepared, lambda model: -float(model(on(device)[0]).detach().square().mean()), draws=3)
+    assert devices(best.model) == {device}
+
+
+@every_device
+def test_both_rounding_problems_of_a_layer_are_posed_there(device):
+    data = [(batch, torch.arange(len(batch), device=device) % 3) for batch in on(device)]
+    prepared = prepared_by("fx", None, seeded(Net).to(device), on(device))
+    forms = LayerForms.of(prepared, "short")
+
+    def loss(run: Any, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(run(batch[0]), batch[1], reduction="none")
+
+    for problem in (forms.local(on(device)), forms.task_loss(loss, data)):
+        integers = forms.integers(CrossEntropy(iterations=10).solve(problem))
+        assert integers.device.type == device
+        write_integers(prepared, {"short": integers})
+
+
+@every_device
+@pytest.mark.parametrize("kind", ["weight-only", "observed"])
+def test_neural_compressor_takes_it(kind, device):
+    from neural_compressor.torch.quantization import convert, prepare
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval().to(device)
+    batches = [torch.randn(16, 16, generator=torch.Generator().manual_seed(i)).to(device) for i in range(3)]
+    config = AdaRoundConfig(bits=4, act_dtype="fp32" if kind == "weight-only" else "uint8", **RECIPE)
+    prepared = prepare(model, config, example_inputs=batches[0])
+    with torch.no_grad():
+        for batch in batches:
+            prepared(batch)
+        found = convert(prepared)
+        assert torch.isfinite(found(batches[0].to(next(iter(devices(found)), "cpu")))).all()
+
+
+def test_a_batch_on_another_device_is_named():
+    prepared = prepared_by("fx", None, seeded(Dense))
+    with pytest.raises(InvalidBatchError, match=r"batch 1.*'x'.*meta.*cpu.*inputs="):
+        adaround(prepared, [samples()[0], samples()[1].to("meta")], progress=False)
