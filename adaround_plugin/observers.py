@@ -1,14 +1,16 @@
 """Weight observers for a `QConfig`: one that chooses a grid from the weights, and its frozen form.
 
-What they do is in two mixins that know no host; one class per host family gives them that family's base class.
+What they do is in two mixins that know no host; one class per host family gives them that family's base class. Their
+tensors are buffers, so that they follow the model to another device, and no part of its state dict.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.ao.quantization.observer import UniformQuantizationObserverBase
 
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError
@@ -22,7 +24,7 @@ _PER_CHANNEL = (torch.per_channel_symmetric, torch.per_channel_affine)
 _SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 
 
-class AdaRoundWeightMixin:
+class AdaRoundWeightMixin(nn.Module):
     """Chooses scale and zero point of a weight by its range or by minimum squared error."""
 
     quant_min: int
@@ -31,6 +33,7 @@ class AdaRoundWeightMixin:
     dtype: torch.dtype
     ch_axis: int
     group_size: int | None = None
+    _weight: Tensor | None
 
     def _configure(self, ch_axis: int, scale: str, scale_dtype: torch.dtype = torch.float32) -> None:
         if scale not in _GRID_OF:
@@ -42,7 +45,7 @@ class AdaRoundWeightMixin:
         self.ch_axis = ch_axis
         self.scale_method = scale
         self.scale_dtype = scale_dtype
-        self._weight: Tensor | None = None
+        self.register_buffer("_weight", None, persistent=False)
 
     @property
     def spec(self) -> GridSpec:
@@ -79,26 +82,33 @@ class AdaRoundWeightMixin:
         return grid.scale.reshape(-1), grid.zero_point.reshape(-1)
 
 
-class FrozenMixin:
+class FrozenMixin(nn.Module):
     """Holds a grid that was decided elsewhere; observing changes nothing."""
 
     ch_axis: int
+    _scale: Tensor
+    _zero_point: Tensor
 
     def _freeze(self, grid: Grid) -> None:
         self._grid = grid
         self.ch_axis = 0 if grid.ch_axis is None else grid.ch_axis
+        self.register_buffer("_scale", grid.scale, persistent=False)
+        self.register_buffer("_zero_point", grid.zero_point, persistent=False)
+        # the buffers of the base class too: a host may ask for one device
+        self.to(grid.scale.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pass `x` on."""
+        """Pass `x` on, and follow it to its device."""
+        self.to(x.device)
         return x
 
     def chosen(self) -> Grid:
         """The frozen grid."""
-        return self._grid
+        return replace(self._grid, scale=self._scale, zero_point=self._zero_point)
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The frozen `(scale, zero_point)`: `(channels,)`, or `(1,)` per tensor."""
-        return self._grid.scale.reshape(-1), self._grid.zero_point.reshape(-1)
+        return self._scale.reshape(-1), self._zero_point.reshape(-1)
 
 
 class AdaRoundObserver(AdaRoundWeightMixin, UniformQuantizationObserverBase):

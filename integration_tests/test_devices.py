@@ -16,7 +16,7 @@ from adaround_plugin.graph.hosts import learned_weights
 from adaround_plugin.hessian import Hessian
 from adaround_plugin.inc import AdaRoundConfig
 from adaround_plugin.problem import RoundingProblem
-from adaround_plugin.solvers import Annealing, CrossEntropy, Relaxation, get_solver
+from adaround_plugin.solvers import Annealing, CrossEntropy, Relaxation, _sweep, get_solver
 from adaround_plugin.tests.problems import CATALOGUE
 from adaround_plugin.weights import best_of_draws, round_weights, write_integers
 from integration_tests.test_refinement import Dense, converted, prepared_by
@@ -67,7 +67,52 @@ def test_a_solver_finds_as_good_a_rounding(solver, name):
     expected, found = solve(CATALOGUE[name]), solve(moved(CATALOGUE[name], "cuda"))
     assert found.integers.device.type == found.loss.device.type == "cuda"
     # another order of summation decides ties otherwise, and then what follows: in sum, not row by row
-    assert float(found.loss.sum()) <= 1.05 * float(expected.loss.sum()) + 1e-12
+    tolerance = 0.25 if solver == "moments" else 0.05
+    assert float(found.loss.sum()) <= (1 + tolerance) * float(expected.loss.sum()) + 1e-12
+
+
+@gpu
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (2, 64, 40), (1, 33, 1000), (700, 9, 1)])
+@pytest.mark.parametrize("temperature", [0.0, 0.3])
+@pytest.mark.parametrize("triangular", [False, True])
+@pytest.mark.parametrize("varies", [False, True])
+def test_the_kernel_of_a_block_does_what_its_loop_does(shape, temperature, triangular, varies):
+    kernel = pytest.importorskip("adaround_plugin.solvers._triton_visit")
+    groups, count, rows = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    # a block out of the middle of a wider problem
+    part = slice(3, 3 + count)
+    error, target = drawn(groups, count + 5, rows), 2 * drawn(groups, count + 5, rows)
+    lower, upper = torch.full_like(target, -2), torch.full_like(target, 1)
+    step = drawn(groups, count + 5, rows).abs() + 0.5 if varies else None
+    curvature = drawn(groups, count + 5).abs() if triangular else None
+    matrix, pull, loss = (
+        0.1 * drawn(groups, count + 5, count + 5),
+        drawn(groups, count, rows),
+        drawn(groups, rows).abs(),
+    )
+
+    def visited(visit: Any, device: str) -> tuple[Tensor, Tensor]:
+        at = [None if values is None else values.to(device, copy=True) for values in (error, curvature, step, loss)]
+        blocks = [at[0], *(values.to(device) for values in (target, lower, upper))]
+        visit(
+            pull.to(device, copy=True),
+            matrix.to(device)[:, part, part],
+            *(values[:, part] for values in blocks),
+            temperature,
+            *(None if values is None else values[:, part] for values in at[1:3]),
+            at[3],
+        )
+        return at[0].cpu(), at[3].cpu()
+
+    expected, found = visited(_sweep.visit, "cpu"), visited(kernel.visit, "cuda")
+    # of a thousand sums, one may lie close enough to a half to be rounded the other way, and with it those after it
+    assert ((expected[0] - found[0]).abs() > 1e-3).double().mean() < 0.01
+    torch.testing.assert_close(found[1].sum(), expected[1].sum(), rtol=1e-2, atol=1e-3)
 
 
 @gpu

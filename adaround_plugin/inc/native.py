@@ -38,7 +38,9 @@ class NativeQuantizer(Quantizer):
         return prepared
 
     def convert(self, model: fx.GraphModule, *args: Any, **kwargs: Any) -> fx.GraphModule:
-        """The int8 model with learned integers; `get_report` reads its report.
+        """The int8 model with learned integers, on the processor, where alone its kernels run.
+
+        `get_report` reads its report.
 
         Raises:
             InvalidModelError: `prepare` did not make this model.
@@ -46,7 +48,7 @@ class NativeQuantizer(Quantizer):
         """
         batches = Recording.taken(model)
         learned = adaround(model, batches, **pass_options(self.quant_config))
-        quantized: Any = convert_fx(learned)
+        quantized: Any = convert_fx(learned.cpu())
         quantized.meta[KEY] = get_report(learned)
         quantized.meta[META] = dict(self.quant_config)
         # INC's save() asks for both

@@ -4,17 +4,23 @@ The conditional optimum of coordinate j, all others fixed, is `c_j = t_j - sum_{
 and `M` a coupling with rows scaled to a unit diagonal: `H_jk / H_jj` for coordinate descent, a triangular factor for
 sequential rounding. Where the step of the grid varies along a row, `e` is `(q - t) step`, and the sum is divided by
 the step. Columns go in blocks, so that all but the coupling inside a block is one matrix product, as in
-GPTQ (Frantar et al. 2022).
+GPTQ (Frantar et al. 2022). The inside of a block is a loop of torch's operators, or one kernel on a CUDA device.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
-__all__ = ["sweep"]
+__all__ = ["sweep", "visit"]
 
-_BLOCK = 48
+_log = logging.getLogger(__name__)
+# coordinates of a block; Triton's blocks are powers of two
+_BLOCK, _CUDA_BLOCK = 48, 64
 
 
 def sweep(
@@ -44,33 +50,79 @@ def sweep(
     """
     columns = target.shape[1]
     triangular = curvature is not None
-    loss = None if curvature is None else torch.zeros_like(target[:, 0])
+    loss = torch.zeros_like(target[:, 0]) if triangular else None
+    visit_block, size = _visitor(error.device.type)
+    for start in range(0, columns, size):
+        part = slice(start, min(start + size, columns))
+        # the pull on the block of all coordinates as they are, the block's own included
+        reach = start if triangular else columns
+        pull = torch.bmm(matrix[:, part, :reach], error[:, :reach])
+        visit_block(
+            pull,
+            matrix[:, part, part],
+            *(values[:, part] for values in (error, target, lower, upper)),
+            temperature,
+            None if curvature is None else curvature[:, part],
+            None if step is None else step[:, part],
+            loss,
+        )
+    return loss
+
+
+@cache
+def _visitor(device: str) -> tuple[Callable[..., None], int]:
+    """What visits a block on this type of device, and the size of a block."""
+    if device == "cuda":
+        try:
+            from adaround_plugin.solvers import _triton_visit
+
+            _triton_visit.try_out()
+        except Exception as error:
+            # not installed, no compiler, no driver that it knows: whatever it is, the loop works
+            _log.warning("Triton does not run here (%s): sweeps on the GPU are many times slower.", error)
+        else:
+            return _triton_visit.visit, _CUDA_BLOCK
+    return visit, _BLOCK
+
+
+def visit(
+    pull: Tensor,
+    inner: Tensor,
+    error: Tensor,
+    target: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    temperature: float,
+    curvature: Tensor | None,
+    step: Tensor | None,
+    loss: Tensor | None,
+) -> None:
+    """Visit the coordinates of a block in order; `error` and `loss` are updated in place, `pull` is used up.
+
+    Args:
+        pull: `(G, B, R)`, the pull on the block of all coordinates as they were before.
+        inner: `(G, B, B)`, the coupling inside the block.
+        error, target, lower, upper, step: `(G, B, R)`, as for `sweep`.
+        temperature: as for `sweep`.
+        curvature: `(G, B)` where the coupling is triangular.
+        loss: `(G, R)`, to which the loss of the block is added where there is a curvature.
+    """
     # views of the coordinates, made in one call each: the loop below is bound by the cost of calls
     errors, targets, lowers, uppers = error.unbind(1), target.unbind(1), lower.unbind(1), upper.unbind(1)
     steps = None if step is None else step.unbind(1)
-    for start in range(0, columns, _BLOCK):
-        stop = min(start + _BLOCK, columns)
-        # the pull on the block of all coordinates as they are, the block's own included
-        reach = start if triangular else columns
-        pull = torch.bmm(matrix[:, start:stop, :reach], error[:, :reach])
-        pulls = pull.unbind(1)
-        inner = matrix[:, start:stop, start:stop]
-        for j in range(start, stop):
-            new = targets[j] - (pulls[j - start] if steps is None else pulls[j - start] / steps[j])
-            if temperature:
-                base = new.floor()
-                new.sub_(base).mul_(2 / temperature).sub_(1 / temperature).sigmoid_().add_(base)
-            else:
-                new.round_()
-            torch.clamp(new, lowers[j], uppers[j], out=new).sub_(targets[j])
-            if steps is not None:
-                new.mul_(steps[j])
-            k = j + 1 - start
-            if j + 1 < stop:
-                change = new if triangular else new - errors[j]
-                pull[:, k:].baddbmm_(inner[:, k:, k - 1 : k], change.unsqueeze(1))
-            errors[j].copy_(new)
-        if loss is not None and curvature is not None:
-            residual = pull.add_(error[:, start:stop]).square_()
-            loss += torch.bmm(curvature[:, start:stop].unsqueeze(1), residual).squeeze(1)
-    return loss
+    for j, drawn in enumerate(pull.unbind(1)):
+        new = targets[j] - (drawn if steps is None else drawn / steps[j])
+        if temperature:
+            base = new.floor()
+            new.sub_(base).mul_(2 / temperature).sub_(1 / temperature).sigmoid_().add_(base)
+        else:
+            new.round_()
+        torch.clamp(new, lowers[j], uppers[j], out=new).sub_(targets[j])
+        if steps is not None:
+            new.mul_(steps[j])
+        if j + 1 < pull.shape[1]:
+            change = new - errors[j] if curvature is None else new
+            pull[:, j + 1 :].baddbmm_(inner[:, j + 1 :, j : j + 1], change.unsqueeze(1))
+        errors[j].copy_(new)
+    if curvature is not None and loss is not None:
+        loss += torch.bmm(curvature.unsqueeze(1), pull.add_(error).square_()).squeeze(1)

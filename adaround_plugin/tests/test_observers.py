@@ -49,6 +49,20 @@ def test_scale_chooses_the_method(method, choose):
     assert torch.equal(observer.calculate_qparams()[0], choose(weight(), observer.spec).scale)
 
 
+def test_a_grid_goes_with_its_model_to_another_device():
+    observer = AdaRoundObserver()
+    observer(weight())
+    frozen = FrozenObserver(observer.chosen())
+    observer.to("meta")
+    assert {values.device.type for values in observer.buffers()} == {"meta"}
+    frozen(weight().to("meta"))
+    assert {values.device.type for values in (*frozen.buffers(), *frozen.calculate_qparams())} == {"meta"}
+    assert frozen.chosen().scale.device.type == "meta"
+    # on a device from the start: a host may ask for one and the same everywhere
+    assert {values.device.type for values in FrozenObserver(frozen.chosen()).buffers()} == {"meta"}
+    assert not {"_weight", "_scale", "_zero_point"} & {*observer.state_dict(), *frozen.state_dict()}
+
+
 def test_the_channel_axis_is_followed():
     observer = AdaRoundObserver(ch_axis=1)
     observer(weight())
