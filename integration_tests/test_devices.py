@@ -19,11 +19,9 @@ from adaround_plugin.problem import RoundingProblem
 from adaround_plugin.solvers import Annealing, CrossEntropy, Relaxation, _sweep, get_solver
 from adaround_plugin.tests.problems import CATALOGUE
 from adaround_plugin.weights import best_of_draws, round_weights, write_integers
+from integration_tests.devices import every_device, gpu
 from integration_tests.test_refinement import Dense, converted, prepared_by
 from integration_tests.test_relaxation import RECIPE, Net, samples
-
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
-every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 
 STEPS = Relaxation(iterations=60, learning_rate=3e-2, batch_size=8, regularization=10.0, beta=(8.0, 2.0))
 JOINT = replace(STEPS, start=Annealing(), learn_scale=True, drop=0.5, fisher=True)

@@ -24,6 +24,7 @@ from integration_tests.benchmarks.imagenet_data import VOC, Preprocessing, draw,
 from integration_tests.benchmarks.imagenet_models import TOPOLOGIES, Topology, load
 from integration_tests.benchmarks.imagenet_results import FLOAT, PAPER, Results, table
 from integration_tests.benchmarks.torchvision_cpu import models
+from integration_tests.devices import every_device
 
 CLASSES = 3
 SIDE = 40
@@ -79,12 +80,16 @@ def _saved(name: str, folder: Path, classes: int = CLASSES) -> Path:
     return file
 
 
+@every_device
 @pytest.mark.parametrize("name", list(TOPOLOGIES))
-def test_topology_is_prepared_learned_and_converted(name: str, imagenet: Path, voc: Path, tmp_path: Path) -> None:
+def test_topology_is_prepared_learned_and_converted(
+    name: str, device: str, imagenet: Path, voc: Path, tmp_path: Path
+) -> None:
     segments = TOPOLOGIES[name].segments
     file = _saved(name, tmp_path, 21 if segments else CLASSES)
     data = voc if segments else imagenet
-    bench = Bench(Experiment(name, data, file, crop=_CROPS.get(name, 32), workers=0, images=6, batch=6))
+    experiment = Experiment(name, data, file, crop=_CROPS.get(name, 32), workers=0, images=6, batch=6, device=device)
+    bench = Bench(experiment)
     weighted = {n: m for n, m in bench.network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     long = [n for n, module in weighted.items() if module.weight[0].numel() > _LONGEST_ROWS.get(name, 200)]
     batches = bench.calibration(seed=0)
