@@ -130,7 +130,7 @@ class Learner:
         self._finish()
 
     def _refine(self, refinement: Refinement, entry: list[BothValues]) -> BlockReport:
-        """Learn scales and biases by the network's output, from its inputs."""
+        """Learn scales and biases, and integers where that is asked for, by the network's output, from its inputs."""
         began = time.perf_counter()
         nodes = [node for node in self.host.nodes if node.name not in self.settings.frozen]
         with self._clock("refine"):
@@ -143,19 +143,30 @@ class Learner:
             notes = _region_notes(region, nodes, self.settings.recipe)
             names = tuple(node.name for node in region.nodes)
             starts = [self._start(node, self._searches(node), from_weight=False) for node in region.nodes]
-            if not region.quantizers and not any(start.moves_scale or start.moves_bias for start in starts):
+            moves = refinement.integers or any(start.moves_scale or start.moves_bias for start in starts)
+            if not region.quantizers and not moves:
                 return BlockReport("network", names, note="; ".join([*notes, "nothing that may move"]))
             found = refine(region, starts, len(region.quantizers), refinement, self._step("network"))
         notes.append(
             f"{sum(start.moves_scale for start in starts)} scales of weights, "
             f"{sum(start.moves_bias for start in starts)} biases, {len(region.quantizers)} step sizes of activations"
         )
+        if refinement.integers:
+            pairs = list(zip(starts, found.weights, strict=True))
+            turned = sum(int((start.integers != learned.integers).sum()) for start, learned in pairs)
+            notes.append(f"{turned} of {sum(start.integers.numel() for start in starts)} integers moved")
         if found.unreached:
             notes.append(f"no derivative reaches {found.unreached} of these")
         if found.better:
             for node, learned in zip(region.nodes, found.weights, strict=True):
                 rounding = self.roundings[node.name]
-                changed = replace(rounding, grid=learned.grid, bias_correction=learned.correction)
+                changed = replace(
+                    rounding,
+                    grid=learned.grid,
+                    integers=learned.integers,
+                    bias_correction=learned.correction,
+                    learned=rounding.learned or not torch.equal(rounding.integers, learned.integers),
+                )
                 self._accept(node, changed)
             for quantizer, stretch in zip(region.quantizers, found.stretches, strict=True):
                 # a number of float32, as the host's observers have it

@@ -20,6 +20,7 @@ from adaround_plugin.soft_rounding import SoftRounding, bracket, soft_rounding
 from adaround_plugin.solvers.relaxation import NO_DERIVATIVE, Relaxation, descend
 
 __all__ = [
+    "LAST_SHARE",
     "Minibatch",
     "Moving",
     "Reconstructed",
@@ -28,13 +29,14 @@ __all__ = [
     "Start",
     "reconstruct",
     "relative_errors",
+    "slopes",
     "squared_error",
 ]
 
 # learning rate of scales, relative to themselves, and of biases, relative to the root mean square of the layer's output
 _RATE = 1e-3
 # share of the iterations that is kept for scales and biases, after the weights are rounded
-_LAST = 0.2
+LAST_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def reconstruct(
 
         groups = [group for one in learned for group in one.groups]
         # at the end only what is not rounded is learned, on the roundings as they will be
-        last = int(settings.iterations * _LAST) if groups else 0
+        last = int(settings.iterations * LAST_SHARE) if groups else 0
         first = replace(settings, iterations=settings.iterations - last)
         iterations = descend([one.soft for one in learned if one.soft is not None], groups, loss, first, report)
         if last:
@@ -230,7 +232,8 @@ class Moving:
 
 def _begin(samples: Samples, starts: Sequence[Start], settings: Relaxation) -> list[Moving]:
     """Every weight where it begins."""
-    slopes = None if all(start.from_weight for start in starts) else _slopes(samples, starts)
+    blame = ("solver", NO_DERIVATIVE)
+    found = None if all(start.from_weight for start in starts) else slopes(samples, starts, blame)
     scales = samples.output_scale() if any(start.moves_bias for start in starts) else [0.0] * len(starts)
     learned = []
     for i, start in enumerate(starts):
@@ -238,27 +241,37 @@ def _begin(samples: Samples, starts: Sequence[Start], settings: Relaxation) -> l
         begin = grid.coordinates(start.weight) if start.from_weight else start.integers
         if settings.variant == "straight_through":
             lower, upper = start.lowest, start.highest
-        elif slopes is None:
+        elif found is None:
             lower, upper = up_or_down(grid, start.weight)
         else:
-            lower, upper = bracket(start.integers, slopes[i], start.lowest, start.highest)
+            lower, upper = bracket(start.integers, found[i], start.lowest, start.highest)
         soft = soft_rounding(settings.variant, lower, upper, begin, settings.warm_up, settings.beta)
         learned.append(Moving(start, soft, scales[i]))
     return learned
 
 
-def _slopes(samples: Samples, starts: Sequence[Start]) -> list[Tensor]:
-    """Derivative of the region's error by every grid coordinate, at the start, over the learning samples."""
+def slopes(samples: Samples, starts: Sequence[Start], blame: tuple[str, str], unreached: bool = False) -> list[Tensor]:
+    """Derivative of the region's error by every grid coordinate, at the start, over the learning samples.
+
+    Args:
+        samples: the data.
+        starts: the weights.
+        blame: the option and the remedy that an error names where no derivative can be taken.
+        unreached: whether weights that no derivative reaches are no error; theirs is 0.
+
+    Raises:
+        InvalidOptionError: no derivative could be taken.
+    """
     coordinates = [start.integers.float().requires_grad_() for start in starts]
-    slopes = [torch.zeros_like(q) for q in coordinates]
+    found = [torch.zeros_like(q) for q in coordinates]
     for batch in samples.all(held_out=False):
         weights = [start.grid.dequantize(q) for start, q in zip(starts, coordinates, strict=True)]
         square = squared_error(batch, batch.run(weights, [start.correction for start in starts], None))
-        with taking_derivatives("solver", NO_DERIVATIVE):
-            gradients = torch.autograd.grad(square, coordinates)
-        for slope, gradient in zip(slopes, gradients, strict=True):
+        with taking_derivatives(*blame):
+            gradients = torch.autograd.grad(square, coordinates, materialize_grads=unreached)
+        for slope, gradient in zip(found, gradients, strict=True):
             slope += gradient
-    return slopes
+    return found
 
 
 def squared_error(batch: Minibatch, outputs: Sequence[Tensor]) -> Tensor:

@@ -26,6 +26,7 @@ from adaround_plugin.activation_observer import AdaRoundActivationMixin
 from adaround_plugin.graph.hosts import learned_weights, open_host
 from adaround_plugin.graph.paths import quantizes
 from adaround_plugin.pt2e import AdaRoundWeightOnlyQuantizer, get_adaround_x86_inductor_config
+from adaround_plugin.schemes import up_or_down
 from adaround_plugin.solvers import Annealing, Relaxation
 from integration_tests.test_column_importance import Opaque
 from integration_tests.test_relaxation import RECIPE, samples
@@ -202,6 +203,77 @@ def test_the_step_of_one_activation_is_the_best_one():
     assert share < 1.02 * best / error(one.scale)
 
 
+INTEGERS = replace(QUICK, iterations=300, integers=True)
+NEAREST = {"solver": "nearest", "correct_bias": True, "progress": False}
+
+
+@pytest.mark.parametrize(("host", "activation_bits"), CASES)
+def test_integers_that_may_move_lower_the_error_further(host, activation_bits, learners):
+    prepared = prepared_by(host, activation_bits)
+    before = learned_weights(adaround(prepared, samples(96), **NEAREST))
+    fixed = get_report(adaround(prepared, samples(96), refine=replace(INTEGERS, integers=False), **NEAREST))
+    learned = adaround(prepared, samples(96), refine=INTEGERS, **NEAREST)
+    report, after = get_report(learned), learned_weights(learned)
+    # activations of 4 bits have most of the error where there are some
+    assert report.output_error < 0.9 * fixed.output_error
+    assert report.refinement.learned_holdout < report.refinement.start_holdout
+    steps = {name: (integers - before[name][0]).abs() for name, (integers, _) in after.items()}
+    moved = sum(int((step > 0).sum()) for step in steps.values())
+    assert f"{moved} of {sum(step.numel() for step in steps.values())} integers moved" in report.refinement.note
+    assert moved
+    assert all(int(step.max()) <= 1 for step in steps.values())
+    assert all(grid.quant_min <= int(q.min()) <= int(q.max()) <= grid.quant_max for q, grid in after.values())
+    for layer in report.layers:
+        assert layer.learned == bool((steps[layer.name] > 0).any())
+    model = converted(host, activation_bits, learned)
+    for batch in samples(96):
+        found = fx.Interpreter(learners[-1].host.quantized_stream.module).run(batch)
+        assert torch.equal(found[0] if isinstance(found, tuple) else found, model(batch))
+
+
+def test_the_integers_of_one_layer_are_about_the_best_neighbours():
+    """Against brute force in float64: all ways to leave or move the five integers of a row, nothing else free."""
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 1, bias=False)).eval()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.randn(1, 5, generator=generator))
+    mixing = torch.randn(5, 5, generator=generator)
+    data = [torch.randn(64, 5, generator=generator) @ mixing for _ in range(4)]
+    prepared = prepared_by("fx", None, net, data)
+    options = {"solver": "nearest", "scale": "observer", "correct_bias": False, "holdout": 0.0, "progress": False}
+    long = Refinement(iterations=1500, batch_size=256, integers=True)
+    report = get_report(adaround(prepared, data, refine=long, **options))
+    (node,) = open_host(prepared).nodes
+    x, weight, start = torch.cat(data).double(), node.weight.double(), node.grid.nearest(node.weight)
+
+    def error(integers: Tensor) -> float:
+        return float((x @ (node.grid.dequantize(integers).double() - weight).T).square().sum())
+
+    ways = torch.cartesian_prod(*[torch.tensor([-1, 0, 1])] * 5)
+    best = min(error((start + way).clamp(node.grid.quant_min, node.grid.quant_max)) for way in ways)
+    share = report.refinement.learned_error / report.refinement.start_error
+    assert share < 0.9
+    assert best / error(start) * (1 - 1e-6) <= share < 1.3 * best / error(start)
+
+
+def test_integers_stay_up_or_down_where_that_is_asked_for():
+    prepared = prepared_by("fx", None)
+    learned = adaround(prepared, samples(96), refine=INTEGERS, rounding="up_or_down", **NEAREST)
+    assert " 0 of" not in get_report(learned).refinement.note
+    nodes = {node.name: node for node in open_host(prepared).nodes}
+    for name, (integers, grid) in learned_weights(learned).items():
+        low, high = up_or_down(grid, nodes[name].weight)
+        assert ((integers == low) | (integers == high)).all()
+
+
+def test_integers_behind_a_gate_stay():
+    prepared = prepared_by("fx", None, Gated())
+    plain = learned_weights(adaround(prepared, samples(96), progress=False, **RECIPE))
+    learned = learned_weights(adaround(prepared, samples(96), refine=INTEGERS, progress=False, **RECIPE))
+    assert torch.equal(plain["gate"][0], learned["gate"][0])
+    assert not all(torch.equal(plain[name][0], learned[name][0]) for name in plain)
+
+
 def test_scales_that_are_the_users_choice_stay():
     net = Dense().eval()
     prepared = prepare_fx(net, get_default_qconfig_mapping("x86"), (samples()[0],))
@@ -293,6 +365,7 @@ def test_bad_options_are_refused(refine):
             ("seed", "x"),
             ("seed", 1.5),
         ),
+        ("integers", 1),
         *(("learning_rate", value) for value in (0, float("nan"), float("inf"), "a")),
     ],
 )

@@ -183,35 +183,41 @@ def main() -> None:
     parser.add_argument("--ends", type=int, help="bits of the first and the last layer")
     parser.add_argument("--affine", action="store_true", help="affine weights, zero point searched with the scale")
     parser.add_argument("--images", type=int, nargs="+", default=IMAGES, help="calibration images, at most 1024")
-    parser.add_argument("--test-images", type=int, default=TEST_IMAGES, help="the first ones")
+    parser.add_argument("--test-images", type=int, default=TEST_IMAGES, help="the first ones of each seed")
+    parser.add_argument("--test-seeds", type=int, nargs="+", default=[TEST_SEED], help="10,000 images of each")
     parser.add_argument("--max-columns", type=int, default=16384)
     parser.add_argument("--column-weighting", default="auto")
     parser.add_argument(
         "--refine", type=int, nargs="?", const=300, help="steps in which scales and biases are learned in the end"
     )
+    parser.add_argument("--refine-integers", action="store_true", help="learn integers too in these steps")
+    parser.add_argument("--damping", type=float, help="ridge on the hessian, relative to its mean diagonal")
     parser.add_argument("--equalize", choices=["weights", "activations"], help="what gets equal ranges before")
     parser.add_argument("--mixed", type=int, default=0, help="mixed images for each of the calibration images")
     parser.add_argument("--blocks", nargs="+", help="modules to take as blocks")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    images, labels = glyphs.load("test", TEST_IMAGES, seed=TEST_SEED)
-    given = {"max_columns": options.max_columns, "column_weighting": options.column_weighting}
-    given["refine"] = False if options.refine is None else Refinement(iterations=options.refine)
+    drawn = [glyphs.load("test", TEST_IMAGES, seed=seed) for seed in options.test_seeds]
+    images, labels = (torch.cat([part[: options.test_images] for part in parts]) for parts in zip(*drawn, strict=True))
+    given: dict[str, Any] = {"max_columns": options.max_columns, "column_weighting": options.column_weighting}
+    if options.refine is not None:
+        given["refine"] = Refinement(iterations=options.refine, integers=options.refine_integers)
+    if options.damping is not None:
+        given["damping"] = options.damping
     if options.blocks:
         given["blocks"] = options.blocks
-    test = images[: options.test_images], labels[: options.test_images]
     for name in options.networks:
         network = networks.load(name)
-        exact = accuracy(network, *test)
-        print(f"\n{name}: float {exact:.2f} on {options.test_images} test images\n")
+        exact = accuracy(network, images, labels)
+        print(f"\n{name}: float {exact:.2f} on {len(images)} test images\n")
         head = ["weights", "solver", "images", "top-1 %", "loss", "CPU s", "recipe"]
         print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
         for mode in options.modes:
             activations = None if mode == "weight-only" else options.activation_bits
             for bits in options.bits:
                 case = Case(network, bits, activations, options.affine, options.host, options.ends, options.equalize)
-                for row in rows(case, exact, options.solvers, options.images, given, test, options.mixed):
+                for row in rows(case, exact, options.solvers, options.images, given, (images, labels), options.mixed):
                     print(f"| {' | '.join(row)} |", flush=True)
 
 
