@@ -80,7 +80,8 @@ def adaround(
             block; other layers are only started.
         refine: when all is rounded, learn scales and biases of the whole network by the error of its output, integers
             as they are: scales of weights and biases as the options above leave them free, and step sizes of the
-            activations that AdaRound's observers watch. True for the defaults of `Refinement`. For 4-bit activations.
+            activations that AdaRound's observers watch. True for the defaults of `Refinement`. For 4-bit activations;
+            with `Refinement(integers=True)`, which lets integers move too, for 2-bit weights.
         inputs: maps a batch to the model's inputs, such as `lambda batch: batch[0]` to drop labels.
         exclude: names (a parent's name covers its children), regular expressions on names, or module types. Excluded
             layers are rounded to nearest on their own grid.

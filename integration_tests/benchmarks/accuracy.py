@@ -16,6 +16,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import torch
@@ -145,14 +146,17 @@ class Case:
 
 def rows(
     case: Case,
-    exact: float,
+    exact: list[float],
     solvers: list[str],
     counts: list[int],
     given: dict[str, Any],
-    test: tuple[Tensor, Tensor],
+    tests: list[tuple[Tensor, Tensor]],
     mixes: int = 0,
 ) -> Iterator[list[str]]:
-    """Table rows: mode, solver, images, top-1, loss against float, CPU seconds of `adaround`, recipe."""
+    """Table rows: mode, solver, images, top-1, loss against float, CPU seconds of `adaround`, recipe.
+
+    With several sets of test images, top-1 and loss are means, and the loss on each set follows.
+    """
     calibration, _ = glyphs.load("train", IMAGES[0], seed=1)
     for solver in solvers:
         for count in counts if solver == "annealing" else counts[:1]:
@@ -163,8 +167,13 @@ def rows(
             learned = adaround(prepared, batches, progress=False, **chosen)
             seconds = time.process_time() - start
             recipe = get_report(learned).recipe
-            score = accuracy(case.convert(learned), *test)
-            yield [str(case), solver, str(count), f"{score:.2f}", f"{exact - score:.2f}", f"{seconds:.0f}", recipe]
+            converted = case.convert(learned)
+            scores = [accuracy(converted, *test) for test in tests]
+            losses = [before - after for before, after in zip(exact, scores, strict=True)]
+            loss = f"{mean(losses):.2f}"
+            if len(losses) > 1:
+                loss += f" ({', '.join(f'{one:.2f}' for one in losses)})"
+            yield [str(case), solver, str(count), f"{mean(scores):.2f}", loss, f"{seconds:.0f}", recipe]
 
 
 def main() -> None:
@@ -199,7 +208,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     drawn = [glyphs.load("test", TEST_IMAGES, seed=seed) for seed in options.test_seeds]
-    images, labels = (torch.cat([part[: options.test_images] for part in parts]) for parts in zip(*drawn, strict=True))
+    tests = [(images[: options.test_images], labels[: options.test_images]) for images, labels in drawn]
     given: dict[str, Any] = {"max_columns": options.max_columns, "column_weighting": options.column_weighting}
     if options.refine is not None:
         given["refine"] = Refinement(iterations=options.refine, integers=options.refine_integers)
@@ -209,15 +218,15 @@ def main() -> None:
         given["blocks"] = options.blocks
     for name in options.networks:
         network = networks.load(name)
-        exact = accuracy(network, images, labels)
-        print(f"\n{name}: float {exact:.2f} on {len(images)} test images\n")
+        exact = [accuracy(network, *test) for test in tests]
+        print(f"\n{name}: float {mean(exact):.2f} on {sum(len(test[0]) for test in tests)} test images\n")
         head = ["weights", "solver", "images", "top-1 %", "loss", "CPU s", "recipe"]
         print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
         for mode in options.modes:
             activations = None if mode == "weight-only" else options.activation_bits
             for bits in options.bits:
                 case = Case(network, bits, activations, options.affine, options.host, options.ends, options.equalize)
-                for row in rows(case, exact, options.solvers, options.images, given, (images, labels), options.mixed):
+                for row in rows(case, exact, options.solvers, options.images, given, tests, options.mixed):
                     print(f"| {' | '.join(row)} |", flush=True)
 
 
