@@ -85,15 +85,14 @@ def _bind(
         ) from None
     bound.apply_defaults()
     for name, value in bound.arguments.items():
-        # a number in a tensor may come from anywhere
-        strange = [tensor for tensor in _tensors(value) if tensor.dim() and device not in (None, tensor.device)]
-        if strange:
-            raise InvalidBatchError(
-                f"batch {index}",
-                f"input {name!r} lies on {strange[0].device}, the model on {device}",
-                f"Pass inputs= to bring a batch there, for example inputs=lambda batch: batch.to({str(device)!r}).",
-            )
         for tensor in filter(Tensor.is_floating_point, _tensors(value)):
+            # a lone number may come from anywhere; so may indices and lengths, which some operators want elsewhere
+            if tensor.dim() and device not in (None, tensor.device):
+                raise InvalidBatchError(
+                    f"batch {index}",
+                    f"input {name!r} lies on {tensor.device}, the model on {device}",
+                    f"Pass inputs= to bring a batch there, for example inputs=lambda batch: batch.to({str(device)!r}).",
+                )
             if tensor.dtype != torch.float32:
                 raise InvalidBatchError(f"batch {index}", f"input {name!r} is {tensor.dtype}", "Pass float32.")
             if not torch.isfinite(tensor).all():

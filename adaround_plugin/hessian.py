@@ -82,7 +82,7 @@ class Hessian:
     @cached_property
     def coupling(self) -> Tensor:
         """`M_jk = H_jk / H_jj` without its diagonal, float32 `(G, D, D)`: what coordinate descent needs."""
-        scaled = (self.matrix / self.matrix.diagonal(dim1=1, dim2=2).unsqueeze(2)).float()
+        scaled = (self.matrix / self.matrix.diagonal(dim1=1, dim2=2).unsqueeze(2)).float().contiguous()
         scaled.diagonal(dim1=1, dim2=2).zero_()
         return scaled
 

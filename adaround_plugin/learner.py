@@ -143,7 +143,7 @@ class Learner:
             notes = _region_notes(region, nodes, self.settings.recipe)
             names = tuple(node.name for node in region.nodes)
             starts = [self._start(node, self._searches(node), from_weight=False) for node in region.nodes]
-            moves = refinement.integers or any(start.moves_scale or start.moves_bias for start in starts)
+            moves = any(start.moves_scale or start.moves_bias or refinement.integers for start in starts)
             if not region.quantizers and not moves:
                 return BlockReport("network", names, note="; ".join([*notes, "nothing that may move"]))
             found = refine(region, starts, len(region.quantizers), refinement, self._step("network"))
@@ -151,13 +151,13 @@ class Learner:
             f"{sum(start.moves_scale for start in starts)} scales of weights, "
             f"{sum(start.moves_bias for start in starts)} biases, {len(region.quantizers)} step sizes of activations"
         )
-        if refinement.integers:
-            pairs = list(zip(starts, found.weights, strict=True))
-            turned = sum(int((start.integers != learned.integers).sum()) for start, learned in pairs)
-            notes.append(f"{turned} of {sum(start.integers.numel() for start in starts)} integers moved")
         if found.unreached:
             notes.append(f"no derivative reaches {found.unreached} of these")
         if found.better:
+            if refinement.integers:
+                pairs = list(zip(starts, found.weights, strict=True))
+                moved = sum(int((start.integers != learned.integers).sum()) for start, learned in pairs)
+                notes.append(f"{moved} of {sum(start.integers.numel() for start in starts)} integers moved")
             for node, learned in zip(region.nodes, found.weights, strict=True):
                 rounding = self.roundings[node.name]
                 changed = replace(
@@ -474,12 +474,19 @@ class Learner:
         self._forward(self._plan([]), compare)
         self.output_error = error / power if power > 0 else error
 
+    def _now(self) -> float:
+        """The time, when a GPU has done all that it was given."""
+        for device in {node.weight.device for node in self.host.nodes}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return time.perf_counter()
+
     @contextmanager
     def _clock(self, phase: str, node: WeightedNode | None = None) -> Iterator[None]:
         """Add the time spent inside to a phase, and to a layer."""
-        start = time.perf_counter()
+        start = self._now()
         yield
-        seconds = time.perf_counter() - start
+        seconds = self._now() - start
         self.seconds[phase] += seconds
         if node is not None:
             self.layer_seconds[node.name] += seconds

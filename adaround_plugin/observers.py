@@ -1,13 +1,14 @@
 """Weight observers for a `QConfig`: one that chooses a grid from the weights, and its frozen form.
 
 What they do is in two mixins that know no host; one class per host family gives them that family's base class. Their
-tensors are buffers, so that they follow the model to another device, and no part of its state dict.
+tensors follow the model to another device, and are no part of its state dict.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -86,14 +87,10 @@ class FrozenMixin(nn.Module):
     """Holds a grid that was decided elsewhere; observing changes nothing."""
 
     ch_axis: int
-    _scale: Tensor
-    _zero_point: Tensor
 
     def _freeze(self, grid: Grid) -> None:
         self._grid = grid
         self.ch_axis = 0 if grid.ch_axis is None else grid.ch_axis
-        self.register_buffer("_scale", grid.scale, persistent=False)
-        self.register_buffer("_zero_point", grid.zero_point, persistent=False)
         # the buffers of the base class too: a host may ask for one device
         self.to(grid.scale.device)
 
@@ -102,13 +99,21 @@ class FrozenMixin(nn.Module):
         self.to(x.device)
         return x
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the grid where `fn` moves tensors, but let no `.half()` or `.double()` make another grid of it."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = fn(self._grid.zero_point.new_empty(0)).device
+        scale, zero_point = self._grid.scale.to(device), self._grid.zero_point.to(device)
+        self._grid = replace(self._grid, scale=scale, zero_point=zero_point)
+        return self
+
     def chosen(self) -> Grid:
         """The frozen grid."""
-        return replace(self._grid, scale=self._scale, zero_point=self._zero_point)
+        return self._grid
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The frozen `(scale, zero_point)`: `(channels,)`, or `(1,)` per tensor."""
-        return self._scale.reshape(-1), self._zero_point.reshape(-1)
+        return self._grid.scale.reshape(-1), self._grid.zero_point.reshape(-1)
 
 
 class AdaRoundObserver(AdaRoundWeightMixin, UniformQuantizationObserverBase):

@@ -267,6 +267,8 @@ def slopes(samples: Samples, starts: Sequence[Start], blame: tuple[str, str], un
     for batch in samples.all(held_out=False):
         weights = [start.grid.dequantize(q) for start, q in zip(starts, coordinates, strict=True)]
         square = squared_error(batch, batch.run(weights, [start.correction for start in starts], None))
+        if unreached and not (coordinates and square.requires_grad):
+            continue
         with taking_derivatives(*blame):
             gradients = torch.autograd.grad(square, coordinates, materialize_grads=unreached)
         for slope, gradient in zip(found, gradients, strict=True):

@@ -138,16 +138,16 @@ def refine(
         reached = groups
         if groups:
             reached = _reached(loss_of(samples.draw(torch.Generator().manual_seed(settings.seed)), None), groups)
-        last = max(1, int(settings.iterations * LAST_SHARE)) if soft else settings.iterations
+        last = int(settings.iterations * LAST_SHARE) if soft and reached else 0 if soft else settings.iterations
         made = 0
-        if last < settings.iterations:
+        if soft:
             made = descend(
                 *(soft, reached, lambda progress: loss_of(samples.draw(generator), progress)),
                 replace(_INTEGERS, iterations=settings.iterations - last),
                 report,
                 blame=_BLAME,
             )
-        if reached:
+        if last and reached:
             goes_on = None if report is None else lambda step, value: report(made + step, value)
             made += descend(
                 *([], reached, lambda progress: loss_of(samples.draw(generator), None)),

@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "moments": {**RECIPE, "solver": replace(STEPS, data="moments")},
     "blocks": {**RECIPE, "preset": "blocks", "solver": JOINT},
     "refine": {**RECIPE, "refine": Refinement(iterations=60, batch_size=16, learning_rate=3e-3)},
+    "integers": {**RECIPE, "refine": Refinement(iterations=150, batch_size=16, integers=True)},
 }
 HOSTS = [("fx", None), ("fx", 4), ("fx", 8), ("pt2e", None), ("pt2e", 4)]
 
@@ -67,6 +68,19 @@ def test_a_solver_finds_as_good_a_rounding(solver, name):
     # another order of summation decides ties otherwise, and then what follows: in sum, not row by row
     tolerance = 0.25 if solver == "moments" else 0.05
     assert float(found.loss.sum()) <= (1 + tolerance) * float(expected.loss.sum()) + 1e-12
+
+
+@gpu
+def test_sweeps_take_the_kernel():
+    kernel = pytest.importorskip("adaround_plugin.solvers._triton_visit")
+    assert _sweep._visitor(torch.device("cuda", 0))[0] is kernel.visit
+
+
+def test_sweeps_do_without_the_kernel_where_it_cannot_run(caplog):
+    # no Triton, or no GPU: on a machine with both, another device of its own kind
+    visitor, _ = _sweep._visitor.__wrapped__(torch.device("cuda", 99))
+    assert visitor is _sweep.visit
+    assert "Triton does not run here" in caplog.text
 
 
 @gpu

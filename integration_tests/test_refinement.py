@@ -224,7 +224,7 @@ def test_integers_that_may_move_lower_the_error_further(host, activation_bits, l
     assert all(int(step.max()) <= 1 for step in steps.values())
     assert all(grid.quant_min <= int(q.min()) <= int(q.max()) <= grid.quant_max for q, grid in after.values())
     for layer in report.layers:
-        assert layer.learned == bool((steps[layer.name] > 0).any())
+        assert layer.learned >= bool((steps[layer.name] > 0).any())
     model = converted(host, activation_bits, learned)
     for batch in samples(96):
         found = fx.Interpreter(learners[-1].host.quantized_stream.module).run(batch)
@@ -272,6 +272,55 @@ def test_integers_behind_a_gate_stay():
     learned = learned_weights(adaround(prepared, samples(96), refine=INTEGERS, progress=False, **RECIPE))
     assert torch.equal(plain["gate"][0], learned["gate"][0])
     assert not all(torch.equal(plain[name][0], learned[name][0]) for name in plain)
+
+
+@pytest.mark.parametrize("activation_bits", [None, 4])
+def test_without_a_layer_to_learn_nothing_but_steps_of_activations_moves(activation_bits):
+    prepared = prepared_by("fx", activation_bits)
+    learned = adaround(prepared, samples(96), refine=INTEGERS, exclude=[".*"], progress=False, **RECIPE)
+    note = get_report(learned).refinement.note
+    assert "nothing that may move" in note if activation_bits is None else "6 step sizes" in note
+
+
+class Compared(nn.Module):
+    """A network whose weights all lie before a comparison, beside values that can be learned from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Conv2d(2, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + 1).mean(1, keepdim=True) * (self.gate(x) > 0).float()
+
+
+@pytest.mark.parametrize(("host", "activation_bits"), CASES)
+def test_integers_that_no_derivative_reaches_do_not_keep_the_rest_from_learning(host, activation_bits):
+    prepared = prepared_by(host, activation_bits, Compared())
+    fixed = replace(INTEGERS, integers=False)
+    outcomes = []
+    for refinement in (fixed, INTEGERS):
+        try:
+            outcomes.append(get_report(adaround(prepared, samples(96), refine=refinement, **NEAREST)).refinement.layers)
+        except InvalidOptionError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_integers_count_as_moved_only_where_they_are_kept():
+    prepared = prepared_by("fx", None)
+    wild = replace(INTEGERS, learning_rate=3.0, iterations=100)
+    learned = adaround(prepared, samples(96), refine=wild, progress=False, **RECIPE)
+    note = get_report(learned).refinement.note
+    assert "start kept" in note
+    assert "moved" not in note
+
+
+def test_all_steps_are_for_integers_where_nothing_else_may_move():
+    prepared = prepared_by("fx", None)
+    options = {"solver": "nearest", "scale": "observer", "correct_bias": False, "progress": False}
+    for iterations in (1, 7):
+        learned = adaround(prepared, samples(96), refine=replace(INTEGERS, iterations=iterations), **options)
+        assert get_report(learned).refinement.iterations == iterations
 
 
 def test_scales_that_are_the_users_choice_stay():

@@ -51,7 +51,7 @@ def sweep(
     columns = target.shape[1]
     triangular = curvature is not None
     loss = torch.zeros_like(target[:, 0]) if triangular else None
-    visit_block, size = _visitor(error.device.type)
+    visit_block, size = _visitor(error.device)
     for start in range(0, columns, size):
         part = slice(start, min(start + size, columns))
         # the pull on the block of all coordinates as they are, the block's own included
@@ -70,13 +70,15 @@ def sweep(
 
 
 @cache
-def _visitor(device: str) -> tuple[Callable[..., None], int]:
-    """What visits a block on this type of device, and the size of a block."""
-    if device == "cuda":
+def _visitor(device: torch.device) -> tuple[Callable[..., None], int]:
+    """What visits a block on this device, and the size of a block."""
+    if device.type == "cuda":
         try:
             from adaround_plugin.solvers import _triton_visit
 
-            _triton_visit.try_out()
+            _triton_visit.try_out(device)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             # not installed, no compiler, no driver that it knows: whatever it is, the loop works
             _log.warning("Triton does not run here (%s): sweeps on the GPU are many times slower.", error)

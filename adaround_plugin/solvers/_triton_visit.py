@@ -106,6 +106,8 @@ def visit(
         curvature: `(G, B)` of a triangular factor, with `loss`, `(G, R)` contiguous.
     """
     groups, count, rows = pull.shape
+    assert pull.is_contiguous()
+    assert inner.stride(2) == 1
     options: dict[str, Any] = {"TRIANGULAR": curvature is not None, "VARIES": step is not None}
     per_program = min(_ROWS, triton.next_power_of_2(rows))
     # a kernel runs on the current device
@@ -124,7 +126,8 @@ def visit(
         )
 
 
-def try_out() -> None:
-    """Visit one coordinate: raises whatever keeps Triton from compiling here, such as a missing C compiler."""
-    one = torch.ones(1, 1, 1, device="cuda")
+def try_out(device: torch.device) -> None:
+    """Visit one coordinate: raises whatever keeps Triton from working here, such as a missing C compiler."""
+    one = torch.ones(1, 1, 1, device=device)
     visit(one.clone(), one, one.clone(), one, one, one, 0.0, None, None, None)
+    torch.cuda.synchronize(device)

@@ -60,7 +60,16 @@ def test_a_grid_goes_with_its_model_to_another_device():
     assert frozen.chosen().scale.device.type == "meta"
     # on a device from the start: a host may ask for one and the same everywhere
     assert {values.device.type for values in FrozenObserver(frozen.chosen()).buffers()} == {"meta"}
-    assert not {"_weight", "_scale", "_zero_point"} & {*observer.state_dict(), *frozen.state_dict()}
+    assert "_weight" not in observer.state_dict()
+
+
+def test_a_frozen_grid_is_that_of_the_weight_in_any_dtype():
+    observer = AdaRoundObserver()
+    observer(weight())
+    grid = observer.chosen()
+    scale, zero_point = FrozenObserver(grid).half().calculate_qparams()
+    assert torch.equal(scale, grid.scale)
+    assert torch.equal(zero_point, grid.zero_point)
 
 
 def test_the_channel_axis_is_followed():

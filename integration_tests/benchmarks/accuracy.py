@@ -206,6 +206,8 @@ def main() -> None:
     parser.add_argument("--blocks", nargs="+", help="modules to take as blocks")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    if options.refine_integers and options.refine is None:
+        parser.error("--refine-integers needs --refine")
     torch.set_num_threads(options.threads)
     drawn = [glyphs.load("test", TEST_IMAGES, seed=seed) for seed in options.test_seeds]
     tests = [(images[: options.test_images], labels[: options.test_images]) for images, labels in drawn]

@@ -73,11 +73,12 @@ def measure(name: str, bits: int, method: str, images: int, device: str = "cpu")
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """The figure: a panel for each number of bits, output error against CPU seconds, top-1 beside each point."""
+    """The figure: a panel for each number of bits, output error against seconds, top-1 beside each point."""
     from matplotlib.figure import Figure
 
     widths = sorted({row["bits"] for row in rows}, reverse=True)
     figure = Figure(figsize=(4.2 * len(widths), 4.2), layout="constrained")
+    unit = "CPU seconds" if rows[0].get("device", "cpu") == "cpu" else "seconds"
     markers = dict(zip(METHODS, "xs*v^Do", strict=True))
     for axes, bits in zip(figure.subplots(1, len(widths), squeeze=False)[0], widths, strict=True):
         for row in (row for row in rows if row["bits"] == bits):
@@ -91,7 +92,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 ha="center",
                 fontsize=8,
             )
-        axes.set(xscale="log", yscale="log", title=f"{bits} bits", xlabel="CPU seconds")
+        axes.set(xscale="log", yscale="log", title=f"{bits} bits", xlabel=unit)
         axes.margins(0.15)
     figure.axes[0].set_ylabel("output error over its variance, unseen images")
     handles = {
