@@ -1,8 +1,8 @@
 """AdaRound (Nagel et al. 2020, arXiv 2004.10568) as a plugin for the quantization flows of PyTorch."""
 
 from adaround_plugin._version import __version__
-from adaround_plugin.equalization import equalize
-from adaround_plugin.equalization_report import get_equalization_report
+from adaround_plugin.equalization.equalize import equalize
+from adaround_plugin.equalization.report import get_equalization_report
 from adaround_plugin.errors import (
     AdaRoundError,
     InvalidBatchError,
@@ -11,10 +11,10 @@ from adaround_plugin.errors import (
     MissingDependencyError,
     NonFiniteError,
 )
-from adaround_plugin.learn import adaround
-from adaround_plugin.observers import AdaRoundObserver
-from adaround_plugin.qconfig import get_adaround_qconfig_mapping, get_weight_only_backend_config
-from adaround_plugin.refinement import Refinement
+from adaround_plugin.api import adaround
+from adaround_plugin.hosts.fx.observers import AdaRoundObserver
+from adaround_plugin.hosts.fx.qconfig import get_adaround_qconfig_mapping, get_weight_only_backend_config
+from adaround_plugin.learning.finetuning import Refinement
 from adaround_plugin.report import get_report
 
 __all__ = [

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 from adaround_plugin.errors import AdaRoundError
-from adaround_plugin.grid import check_bits
+from adaround_plugin.rounding.grid import check_bits
 
 __all__ = ["main"]
 

@@ -15,8 +15,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, fx, nn
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
-from adaround_plugin.learn import adaround
-from adaround_plugin.qconfig import get_adaround_qconfig_mapping
+from adaround_plugin.api import adaround
+from adaround_plugin.hosts.fx.qconfig import get_adaround_qconfig_mapping
 from adaround_plugin.report import get_report
 
 __all__ = ["Digits", "load", "network", "run", "train"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from adaround_plugin.learner import Learner
+from adaround_plugin.learning.learner import Learner
 
 # transformers, of which the documentation has examples, imports torchvision where it finds one
 from integration_tests.benchmarks import torchvision_cpu  # noqa: F401
@@ -48,7 +48,7 @@ def learners(monkeypatch: pytest.MonkeyPatch) -> list[Learner]:
             kept.append(self)
             super().run()
 
-    monkeypatch.setattr("adaround_plugin.learn.Learner", Kept)
+    monkeypatch.setattr("adaround_plugin.api.Learner", Kept)
     return kept
 
 

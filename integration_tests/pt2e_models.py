@@ -27,8 +27,8 @@ from torchao.quantization.pt2e.quantizer import (
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
 
-from adaround_plugin.observers import FrozenMixin
-from adaround_plugin.pt2e import get_adaround_weight_spec, get_adaround_x86_inductor_config
+from adaround_plugin.hosts.fx.observers import FrozenMixin
+from adaround_plugin.hosts.pt2e import get_adaround_weight_spec, get_adaround_x86_inductor_config
 from integration_tests.models import Quantized, call
 
 # an operator's name without its overload: linear, conv2d, conv_transpose2d, ...

@@ -18,10 +18,10 @@ from adaround_plugin import (
     get_report,
     get_weight_only_backend_config,
 )
-from adaround_plugin.calibration import Sampling
-from adaround_plugin.graph.hosts import open_host
-from adaround_plugin.graph.importance import column_importance
-from adaround_plugin.pt2e import AdaRoundWeightOnlyQuantizer
+from adaround_plugin.regions.calibration import Sampling
+from adaround_plugin.hosts.open import open_host
+from adaround_plugin.regions.importance import column_importance
+from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
 from adaround_plugin.solvers import Annealing, Relaxation
 
 RECIPE = {"asymmetric": True, "correct_bias": True, "damping": 0.01}

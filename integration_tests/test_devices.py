@@ -11,14 +11,14 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization.quantize_fx import convert_fx
 
 from adaround_plugin import InvalidBatchError, Refinement, adaround, equalize, get_equalization_report, get_report
-from adaround_plugin.forms import LayerForms
-from adaround_plugin.graph.hosts import learned_weights
-from adaround_plugin.hessian import Hessian
+from adaround_plugin.paper.forms import LayerForms
+from adaround_plugin.hosts.open import learned_weights
+from adaround_plugin.rounding.hessian import Hessian
 from adaround_plugin.inc import AdaRoundConfig
-from adaround_plugin.problem import RoundingProblem
+from adaround_plugin.rounding.problem import RoundingProblem
 from adaround_plugin.solvers import Annealing, CrossEntropy, Relaxation, _sweep, get_solver
 from adaround_plugin.tests.problems import CATALOGUE
-from adaround_plugin.weights import best_of_draws, round_weights, write_integers
+from adaround_plugin.paper.weights import best_of_draws, round_weights, write_integers
 from integration_tests.devices import every_device, gpu
 from integration_tests.test_refinement import Dense, converted, prepared_by
 from integration_tests.test_relaxation import RECIPE, Net, samples
@@ -58,7 +58,7 @@ def moved(problem: RoundingProblem, device: str) -> RoundingProblem:
 
 
 @gpu
-@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "sequential", "cross_entropy", "moments"])
+@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "gptq", "cross_entropy", "moments"])
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_a_solver_finds_as_good_a_rounding(solver, name):
     chosen = {"cross_entropy": CrossEntropy(iterations=20), "moments": replace(STEPS, data="moments")}
@@ -72,7 +72,7 @@ def test_a_solver_finds_as_good_a_rounding(solver, name):
 
 @gpu
 def test_sweeps_take_the_kernel():
-    kernel = pytest.importorskip("adaround_plugin.solvers._triton_visit")
+    kernel = pytest.importorskip("adaround_plugin.solvers.sweep_triton")
     assert _sweep._visitor(torch.device("cuda", 0))[0] is kernel.visit
 
 
@@ -89,7 +89,7 @@ def test_sweeps_do_without_the_kernel_where_it_cannot_run(caplog):
 @pytest.mark.parametrize("triangular", [False, True])
 @pytest.mark.parametrize("varies", [False, True])
 def test_the_kernel_of_a_block_does_what_its_loop_does(shape, temperature, triangular, varies):
-    kernel = pytest.importorskip("adaround_plugin.solvers._triton_visit")
+    kernel = pytest.importorskip("adaround_plugin.solvers.sweep_triton")
     groups, count, rows = shape
     generator = torch.Generator().manual_seed(0)
 

@@ -25,7 +25,7 @@ from adaround_plugin import (
     get_equalization_report,
     get_report,
 )
-from adaround_plugin.capped_relu import CappedReLU
+from adaround_plugin.equalization.capped_relu import CappedReLU
 from adaround_plugin.graph.operators import module_op
 from integration_tests.benchmarks import glyphs, networks
 from integration_tests.equalization_models import LONELY, ZOO, Net, randomized, sequence

@@ -14,12 +14,12 @@ from torch.ao.quantization import MinMaxObserver, QConfig, QConfigMapping
 from torch.func import functional_call
 
 from adaround_plugin import AdaRoundObserver, InvalidBatchError, InvalidOptionError
-from adaround_plugin.forms import LayerForms
-from adaround_plugin.graph.hosts import learned_weights
-from adaround_plugin.problem import Rounding, RoundingProblem
-from adaround_plugin.schemes import up_or_down
+from adaround_plugin.paper.forms import LayerForms
+from adaround_plugin.hosts.open import learned_weights
+from adaround_plugin.rounding.problem import Rounding, RoundingProblem
+from adaround_plugin.rounding.schemes import up_or_down
 from adaround_plugin.solvers import CrossEntropy
-from adaround_plugin.weights import write_integers
+from adaround_plugin.paper.weights import write_integers
 from integration_tests.models import assert_unchanged, batches, prepared_model, snapshot
 from integration_tests.pt2e_models import EveryOperator, prepared_pt2e
 

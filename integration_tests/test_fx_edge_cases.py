@@ -75,7 +75,7 @@ def assert_sound(model: nn.Module, data: list[Any], engine: Any = None, **option
 
 @pytest.mark.parametrize(
     ("solver", "weight_only"),
-    [("annealing", False), ("annealing", True), ("coordinate_descent", True), ("sequential", False), ("nearest", True)],
+    [("annealing", False), ("annealing", True), ("coordinate_descent", True), ("gptq", False), ("nearest", True)],
 )
 @pytest.mark.parametrize("which", ["channels", "columns", "all", "bias", "everything"])
 def test_zero_weights(which, solver, weight_only):
@@ -148,7 +148,7 @@ def test_few_and_uneven_samples(sizes, automatic):
         assert len(get_report(adaround(prepared, data, progress=False)).trials) > 1
 
 
-@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "sequential"])
+@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "gptq"])
 def test_fewer_columns_than_unknowns(solver):
     """A linear layer with 64 inputs and two samples: the hessian has rank one or two."""
     model = nn.Sequential(nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 2))

@@ -243,7 +243,7 @@ def test_weight_only_functional_operators(name):
     _check(name, result, reference, get_report(result).layers[0].name)
 
 
-@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "sequential", "nearest"])
+@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "gptq", "nearest"])
 @pytest.mark.parametrize("rounding", ["grid", "up_or_down"])
 @pytest.mark.parametrize("scale", ["observer", "search"])
 def test_every_solver_and_option_stays_exact_and_in_range(solver, rounding, scale, engine):

@@ -14,10 +14,10 @@ from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_f
 from torch.utils._pytree import tree_map
 
 from adaround_plugin import get_adaround_qconfig_mapping
-from adaround_plugin.activation_observer import AdaRoundActivationObserver
-from adaround_plugin.graph.clamps import insert_clamps
-from adaround_plugin.graph.prepared_fx import PreparedFX
-from adaround_plugin.observers import AdaRoundObserver
+from adaround_plugin.hosts.activation_observers import AdaRoundActivationObserver
+from adaround_plugin.hosts.fx.clamps import insert_clamps
+from adaround_plugin.hosts.fx.host import PreparedFX
+from adaround_plugin.hosts.fx.observers import AdaRoundObserver
 from integration_tests import models
 from integration_tests.models import batches, call, prepared_model
 from integration_tests.test_fx_streams import (

@@ -27,7 +27,7 @@ from adaround_plugin import (
     get_report,
     get_weight_only_backend_config,
 )
-from adaround_plugin.graph.prepared_fx import PreparedFX
+from adaround_plugin.hosts.fx.host import PreparedFX
 from adaround_plugin.graph.streams import Stream
 from adaround_plugin.graph.transforms import functionalize, inline
 from adaround_plugin.report import Report
@@ -834,7 +834,7 @@ def test_nearest_is_nearest_on_the_observers_grid(name):
         assert layer.learned_error == layer.nearest_error
 
 
-@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "sequential"])
+@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "gptq"])
 def test_up_or_down_gives_only_floor_and_ceil(solver):
     _, prepared, data = prepare("Residual")
     result = learn(prepared, data, rounding="up_or_down", solver=solver)
@@ -848,7 +848,7 @@ def test_up_or_down_gives_only_floor_and_ceil(solver):
         assert ((found.integers == low) | (found.integers == high)).all()
 
 
-@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "sequential"])
+@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "gptq"])
 @pytest.mark.parametrize("name", ["Residual", "Branches", "Tied", "FunctionalWeights", "Views"])
 def test_no_layer_is_worse_than_nearest(name, solver):
     _, prepared, data = prepare(name)
@@ -871,7 +871,7 @@ def test_no_layer_is_worse_than_nearest(name, solver):
 def test_a_layer_worse_than_nearest_falls_back_to_it():
     class Awful:
         def solve(self, problem):
-            from adaround_plugin.problem import Rounding
+            from adaround_plugin.rounding.problem import Rounding
 
             return Rounding(problem.upper, problem.loss(problem.upper))
 

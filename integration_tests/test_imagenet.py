@@ -131,7 +131,7 @@ def tiny(imagenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Exp
 
 # nothing left open, so nothing to try
 _FIXED = {"asymmetric": True, "correct_bias": True, "column_weighting": "none", "damping": 0.1}
-_CHEAP: dict[str, dict[str, Any]] = {"nearest": {"solver": "nearest"}, "default": {"solver": "sequential", **_FIXED}}
+_CHEAP: dict[str, dict[str, Any]] = {"nearest": {"solver": "nearest"}, "default": {"solver": "gptq", **_FIXED}}
 
 
 def test_a_second_run_computes_nothing(tiny: Experiment, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def bits(config: AdaRoundConfig) -> dict[str, int]:
 
 def parts() -> AdaRoundConfig:
     """A global part, and local ones by type, by pattern and by name."""
-    config = AdaRoundConfig(bits=3, solver="sequential")
+    config = AdaRoundConfig(bits=3, solver="gptq")
     config.set_local(nn.Linear, AdaRoundConfig(bits=5))
     config.set_local("0.*", AdaRoundConfig(bits=8, use_sym=False))
     return config.set_local("5", AdaRoundConfig(dtype="fp32"))

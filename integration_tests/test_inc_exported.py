@@ -25,7 +25,7 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86Induct
 from adaround_plugin import get_report
 from adaround_plugin.errors import InvalidBatchError, InvalidModelError, InvalidOptionError
 from adaround_plugin.inc import AdaRoundConfig
-from adaround_plugin.pt2e import get_adaround_x86_inductor_config
+from adaround_plugin.hosts.pt2e import get_adaround_x86_inductor_config
 from integration_tests.inc_models import RECIPE, calibrate, data, network
 from integration_tests.models import assert_unchanged, learn, snapshot
 

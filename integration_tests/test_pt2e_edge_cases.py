@@ -18,7 +18,7 @@ from torchao.quantization.pt2e.lowering import lower_pt2e_quantized_to_x86
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
 from adaround_plugin import InvalidOptionError, adaround, get_report
-from adaround_plugin.pt2e import get_adaround_weight_spec, get_adaround_x86_inductor_config
+from adaround_plugin.hosts.pt2e import get_adaround_weight_spec, get_adaround_x86_inductor_config
 from integration_tests.models import assert_same, batches, call, learn
 from integration_tests.pt2e_models import (
     EveryOperator,
@@ -575,7 +575,7 @@ def test_bits_of_single_layers():
 # --- degenerate weights and data
 
 
-@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "sequential", "nearest"])
+@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "gptq", "nearest"])
 @pytest.mark.parametrize("which", ["channels", "all", "constant data"])
 def test_degenerate_weights_and_data(which, solver):
     model, data = Nested(), data_of(*SHAPE)

@@ -19,7 +19,7 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 from adaround_plugin import get_report
-from adaround_plugin.pt2e import AdaRoundObserver
+from adaround_plugin.hosts.pt2e import AdaRoundObserver
 from integration_tests.models import Functional, Quantized, assert_same, batches, call, learn
 from integration_tests.pt2e_models import (
     EveryOperator,
@@ -258,7 +258,7 @@ def _mixed() -> fx.GraphModule:
     return exported(Mixed(), batches(4, 6, 6, sizes=SIZES)[0])
 
 
-@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "sequential", "nearest"])
+@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "gptq", "nearest"])
 @pytest.mark.parametrize("rounding", ["grid", "up_or_down"])
 @pytest.mark.parametrize("scale", ["observer", "search"])
 def test_every_solver_and_option_stays_exact_and_in_range(solver, rounding, scale):

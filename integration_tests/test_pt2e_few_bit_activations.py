@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_map
 from torchao.quantization.pt2e import HistogramObserver, PlaceholderObserver
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import get_default_x86_inductor_quantization_config
 
-from adaround_plugin.activation_range import min_mse_qparams
+from adaround_plugin.rounding.activation_range import min_mse_qparams
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.graph.prepared_pt2e import PreparedPT2E
-from adaround_plugin.pt2e import get_adaround_x86_inductor_config
-from adaround_plugin.pt2e.observers import AdaRoundActivationObserver
+from adaround_plugin.hosts.pt2e.host import PreparedPT2E
+from adaround_plugin.hosts.pt2e import get_adaround_x86_inductor_config
+from adaround_plugin.hosts.pt2e.observers import AdaRoundActivationObserver
 from integration_tests import models
 from integration_tests.pt2e_models import convert, x86
 from integration_tests.test_pt2e_streams import leaves_of, prepare

@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 from torchao.quantization.pt2e.quantizer import Quantizer
 
-import adaround_plugin.learn
+import adaround_plugin.api
 from adaround_plugin import InvalidModelError, adaround, get_report
-from adaround_plugin.graph.hosts import open_host
-from adaround_plugin.graph.prepared_pt2e import PreparedPT2E
+from adaround_plugin.hosts.open import open_host
+from adaround_plugin.hosts.pt2e.host import PreparedPT2E
 from adaround_plugin.graph.streams import Stream
 from integration_tests.models import assert_same, assert_unchanged, batches, call, learn, snapshot
 from integration_tests.pt2e_models import (
@@ -136,7 +136,7 @@ def opened(monkeypatch) -> list[PreparedPT2E]:
         found.append(open_host(*args))
         return found[-1]
 
-    monkeypatch.setattr(adaround_plugin.learn, "open_host", spy)
+    monkeypatch.setattr(adaround_plugin.api, "open_host", spy)
     return found
 
 
@@ -416,7 +416,7 @@ def test_keyword_inputs_may_come_in_any_order():
 # --- no layer worse than nearest
 
 
-@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "sequential"])
+@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "gptq"])
 @pytest.mark.parametrize("name", ["Tied", "Views"])
 def test_no_layer_is_worse_than_nearest(name, solver):
     prepared, data = prepare(name)

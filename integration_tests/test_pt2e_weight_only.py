@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from adaround_plugin import InvalidModelError, InvalidOptionError, adaround, get_report
-from adaround_plugin.graph.hosts import learned_weights
-from adaround_plugin.pt2e import AdaRoundWeightOnlyQuantizer, get_adaround_weight_spec
+from adaround_plugin.hosts.open import learned_weights
+from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer, get_adaround_weight_spec
 from integration_tests.models import RECIPE, batches
 
 

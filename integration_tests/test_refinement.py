@@ -22,11 +22,11 @@ from adaround_plugin import (
     get_report,
     get_weight_only_backend_config,
 )
-from adaround_plugin.activation_observer import AdaRoundActivationMixin
-from adaround_plugin.graph.hosts import learned_weights, open_host
+from adaround_plugin.hosts.activation_observers import AdaRoundActivationMixin
+from adaround_plugin.hosts.open import learned_weights, open_host
 from adaround_plugin.graph.paths import quantizes
-from adaround_plugin.pt2e import AdaRoundWeightOnlyQuantizer, get_adaround_x86_inductor_config
-from adaround_plugin.schemes import up_or_down
+from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer, get_adaround_x86_inductor_config
+from adaround_plugin.rounding.schemes import up_or_down
 from adaround_plugin.solvers import Annealing, Relaxation
 from integration_tests.test_column_importance import Opaque
 from integration_tests.test_relaxation import RECIPE, samples

@@ -20,11 +20,11 @@ from adaround_plugin import (
     get_report,
     get_weight_only_backend_config,
 )
-from adaround_plugin.graph.blocks import find_blocks, layer_exits
-from adaround_plugin.graph.hosts import learned_weights, open_host
-from adaround_plugin.learner import Learner
-from adaround_plugin.pt2e import AdaRoundWeightOnlyQuantizer
-from adaround_plugin.schemes import up_or_down
+from adaround_plugin.regions.blocks import find_blocks, layer_exits
+from adaround_plugin.hosts.open import learned_weights, open_host
+from adaround_plugin.learning.learner import Learner
+from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
+from adaround_plugin.rounding.schemes import up_or_down
 from adaround_plugin.solvers import Annealing, Relaxation
 
 FAST = Relaxation(iterations=60, learning_rate=3e-2, batch_size=8, regularization=10.0, beta=(8.0, 2.0))
@@ -120,7 +120,7 @@ def test_the_steps_shown_of_a_block_only_rise(monkeypatch):
         def _step(self, name):
             return lambda iterations, loss: steps.append((name, iterations))
 
-    monkeypatch.setattr("adaround_plugin.learn.Learner", Told)
+    monkeypatch.setattr("adaround_plugin.api.Learner", Told)
     solver = replace(JOINT, iterations=300, warm_up=0.99)
     adaround(prepared_fx(), samples(), preset="blocks", solver=solver, progress=False, **RECIPE)
     for _, told in itertools.groupby(steps, key=lambda step: step[0]):

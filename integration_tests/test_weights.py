@@ -15,10 +15,10 @@ from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_f
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
 from adaround_plugin import AdaRoundObserver, InvalidModelError, InvalidOptionError, get_report
-from adaround_plugin.graph.host import WeightedNode
-from adaround_plugin.graph.hosts import is_exported, open_host
-from adaround_plugin.schemes import get_scheme
-from adaround_plugin.weights import best_of_draws, round_weights, write_integers
+from adaround_plugin.hosts.base import WeightedNode
+from adaround_plugin.hosts.open import is_exported, open_host
+from adaround_plugin.rounding.schemes import get_scheme
+from adaround_plugin.paper.weights import best_of_draws, round_weights, write_integers
 from integration_tests.models import (
     assert_same,
     assert_unchanged,

@@ -1,1 +1,4 @@
-"""Graphs: what a host tells about its weighted nodes, and the two streams of activations through them."""
+"""Graphs of torch.fx, whoever made them: walking them piece by piece, rewriting copies, calling their operators.
+
+Imports `rounding` and `errors`; every private name of torch that the package needs stands in `compat`.
+"""

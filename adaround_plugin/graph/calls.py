@@ -1,4 +1,7 @@
-"""The host's own float operator at a call site, run with another weight: no operator is implemented again."""
+"""The host's own float operator at a call site, run with another weight: no operator is implemented again.
+
+Modules get hooks, and other parameters for the time of a call. They must be a stream's own (`transforms.separate`).
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
+from adaround_plugin.graph.arguments import input_of
 from adaround_plugin.graph.compat import unfused
 
-__all__ = ["Call", "Tap", "function_call", "module_call"]
+__all__ = ["Call", "CallSite", "Tap", "function_call", "module_call"]
 
 Operator = Callable[[tuple[Any, ...], dict[str, Any], Tensor, Tensor | None], Any]
 Tap = Callable[[Tensor], Tensor]
@@ -36,6 +40,18 @@ class Call:
     tapped: Callable[[tuple[Any, ...], dict[str, Any], Tensor, Tap], Any]
     is_fused: bool
     arguments: Callable[[fx.Node], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class CallSite:
+    """One place where a weight is used: the same node in the float and in the quantized graph.
+
+    `call` runs the host's own float operator there with another weight; None where its bias is computed.
+    """
+
+    float_node: fx.Node
+    quantized_node: fx.Node
+    call: Call | None
 
 
 def module_call(outer: nn.Module) -> Call:
@@ -83,7 +99,7 @@ def function_call(node: fx.Node, bias: Tensor | None) -> Call:
         return target(args[0], weight, moved, *rest, **named)
 
     def arguments(call: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (call.args[0] if call.args else call.kwargs["input"],), {}
+        return (input_of(call),), {}
 
     def tapped(args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, tap: Tap) -> Any:
         return tap(run(args, kwargs, weight, None))

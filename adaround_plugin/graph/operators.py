@@ -1,4 +1,4 @@
-"""Reading `WeightedOp`s from modules and from functional calls in an FX graph."""
+"""Reading `LinearOp`s from modules and from functional calls in an FX graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from adaround_plugin.graph.compat import Convolution
-from adaround_plugin.weighted_op import WeightedOp
+from adaround_plugin.rounding.linear_op import LinearOp
 
 __all__ = ["function_op", "is_transposed", "is_weighted_function", "module_op"]
 
@@ -49,27 +49,27 @@ def is_transposed(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _TRANSPOSED
 
 
-def module_op(module: nn.Module) -> WeightedOp | None:
+def module_op(module: nn.Module) -> LinearOp | None:
     """The operator of a linear or convolutional module, or None if it is neither."""
     if isinstance(module, nn.Linear):
-        return WeightedOp("linear")
+        return LinearOp("linear")
     if not isinstance(module, Convolution):
         return None
     if module.transposed:
         padding = _both_sides(module.padding, module.kernel_size, module.dilation)
-        return WeightedOp(
+        return LinearOp(
             "conv_transpose", module.stride, padding, module.dilation, module.output_padding, groups=module.groups
         )
     padding = _both_sides(module.padding, module.kernel_size, module.dilation)
-    return WeightedOp(
+    return LinearOp(
         "conv", module.stride, padding, module.dilation, padding_mode=module.padding_mode, groups=module.groups
     )
 
 
-def function_op(node: fx.Node, weight_shape: torch.Size) -> WeightedOp | None:
+def function_op(node: fx.Node, weight_shape: torch.Size) -> LinearOp | None:
     """The operator of a functional call, or None if an argument other than input, weight, bias is computed."""
     if node.target in _LINEAR:
-        return WeightedOp("linear")
+        return LinearOp("linear")
     transposed = is_transposed(node)
     spatial = (_TRANSPOSED if transposed else _CONVOLUTIONS)[node.target]
     names = ("stride", "padding", *(["output_padding", "groups", "dilation"] if transposed else ["dilation", "groups"]))
@@ -83,8 +83,8 @@ def function_op(node: fx.Node, weight_shape: torch.Size) -> WeightedOp | None:
     sides = _both_sides(padding, tuple(weight_shape[2:]), dilation)
     if transposed:
         extra = _tuple(settings["output_padding"], spatial)
-        return WeightedOp("conv_transpose", stride, sides, dilation, extra, groups=settings["groups"])
-    return WeightedOp("conv", stride, sides, dilation, groups=settings["groups"])
+        return LinearOp("conv_transpose", stride, sides, dilation, extra, groups=settings["groups"])
+    return LinearOp("conv", stride, sides, dilation, groups=settings["groups"])
 
 
 def _leaves(value: Any) -> Sequence[Any]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from adaround_plugin.graph.calls import CallSite
 from adaround_plugin.graph.compat import operator_name
-from adaround_plugin.graph.host import CallSite
 from adaround_plugin.graph.streams import Stream, Values, unpacks
 
 __all__ = ["Path", "fake_quantized", "quantizes", "run_node"]
@@ -57,7 +57,7 @@ class Path:
 
 def run_node(stream: Stream, node: fx.Node, values: Values) -> Any:
     """The value of one node by the stream's own operator."""
-    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+    args, kwargs = map_arg((stream.arguments(node), node.kwargs), values.__getitem__)
     return stream.apply(node, args, kwargs)
 
 
@@ -66,12 +66,12 @@ def quantizes(node: fx.Node) -> bool:
     return node.op == "call_function" and operator_name(node)[0].startswith("quantize_per_tensor")
 
 
-def fake_quantized(node: fx.Node, values: Values) -> Tensor:
+def fake_quantized(stream: Stream, node: fx.Node, values: Values) -> Tensor:
     """What a host's quantize node and its dequantize make of a value, with a gradient inside the range.
 
     The range is that of the node's dtype in FX, and given in PT2E.
     """
-    arguments: Any = map_arg(node.args, values.__getitem__)
+    arguments: Any = map_arg(stream.arguments(node), values.__getitem__)
     x, *settings = arguments
     if len(settings) == 3:
         info = torch.iinfo(torch.uint8 if settings[2] == torch.quint8 else torch.int8)

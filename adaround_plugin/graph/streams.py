@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.node import map_arg
 
 from adaround_plugin.graph.compat import operator_name
@@ -26,26 +26,41 @@ BothValues = tuple[Values, Values]
 class Stream(fx.Interpreter):
     """One graph, run piecewise.
 
-    `done` has the nodes that have run for every batch.
+    Args:
+        module: has the modules and parameters that the nodes name; they may be others than the graph's own.
+        graph: whose nodes run.
+
+    Attributes:
+        done: the nodes that have run for every batch.
     """
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=False)
-        self.nodes = list(module.graph.nodes)
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=graph)
+        self.nodes = list(graph.nodes)
         self.placeholders = [node for node in self.nodes if node.op == "placeholder"]
         self.output_node = self.nodes[-1]
         # made again at each use: what depends on no input, and the unpacking of quantized values
         self._varying: set[fx.Node] = set(self.placeholders)
         self._remade: set[fx.Node] = set()
+        # the nodes whose values have to be kept to know a node's
+        self._roots: dict[fx.Node, frozenset[fx.Node]] = {}
         for node in self.nodes:
-            if node.op == "placeholder":
-                continue
             if not self._varying.isdisjoint(node.all_input_nodes):
                 self._varying.add(node)
-            if node not in self._varying or unpacks(node):
+            if node.op not in ("placeholder", "output") and (node not in self._varying or unpacks(node)):
                 self._remade.add(node)
-        self._remade.discard(self.output_node)
+            of_inputs = (self._roots[source] for source in node.all_input_nodes)
+            self._roots[node] = frozenset[fx.Node]().union(*of_inputs) if node in self._remade else frozenset([node])
+        self._replaced: dict[fx.Node, tuple[Any, ...]] = {}
         self.done: set[fx.Node] = set(self.placeholders)
+
+    def arguments(self, node: fx.Node) -> tuple[Any, ...]:
+        """The positional arguments of a node in this stream."""
+        return self._replaced.get(node, node.args)
+
+    def replace_arguments(self, node: fx.Node, arguments: tuple[Any, ...]) -> None:
+        """Give a node other constants among its positional arguments, in this stream alone."""
+        self._replaced[node] = arguments
 
     def is_remade(self, node: fx.Node) -> bool:
         """Whether a node depends on no input, or only unpacks a quantized value: it is run again at each use."""
@@ -54,10 +69,6 @@ class Stream(fx.Interpreter):
     def varies(self, node: fx.Node) -> bool:
         """Whether a node depends on an input."""
         return node in self._varying
-
-    def restart(self) -> None:
-        """Forget what has run."""
-        self.done = set(self.placeholders)
 
     def bind(self, arguments: Iterable[Any]) -> Values:
         """The values of one batch before anything has run."""
@@ -79,24 +90,30 @@ class Stream(fx.Interpreter):
     def reaches(self, node: fx.Node, run: Iterable[fx.Node]) -> bool:
         """Whether the inputs of `node` are known once the nodes `run` have run."""
         known = self.done.union(run)
-        return all(self._known(source, known) for source in node.all_input_nodes)
-
-    def _known(self, node: fx.Node, known: set[fx.Node]) -> bool:
-        if node in self._remade:
-            return all(self._known(source, known) for source in node.all_input_nodes)
-        return node in known
+        return all(known.issuperset(self._roots[source]) for source in node.all_input_nodes)
 
     def run_nodes(self, values: Values, nodes: Iterable[fx.Node]) -> None:
         """Run `nodes` for one batch; results go into `values`."""
         for node in nodes:
-            values[node] = self._execute(node, values)
+            values[node] = self._execute(node, values, {})
 
     def value(self, node: Any, values: Values) -> Any:
         """The value of a node (or of a structure of nodes) whose inputs are known."""
-        return map_arg(node, lambda n: values[n] if n in values else self._execute(n, values))
+        return self._value(node, values, {})
 
-    def _execute(self, node: fx.Node, values: Values) -> Any:
-        return self.apply(node, self.value(node.args, values), self.value(node.kwargs, values))
+    def _value(self, node: Any, values: Values, remade: Values) -> Any:
+        def look_up(one: fx.Node) -> Any:
+            if one in values:
+                return values[one]
+            if one not in remade:
+                remade[one] = self._execute(one, values, remade)
+            return remade[one]
+
+        return map_arg(node, look_up)
+
+    def _execute(self, node: fx.Node, values: Values, remade: Values) -> Any:
+        arguments = self._value((self.arguments(node), node.kwargs), values, remade)
+        return self.apply(node, *arguments)
 
     def apply(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """What a node makes of values for its arguments; an error tells which node it was."""
@@ -109,18 +126,8 @@ class Stream(fx.Interpreter):
     def finish(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
         """Mark `nodes` as done for every batch; returns the nodes whose values are still needed."""
         self.done.update(nodes)
-        needed: set[fx.Node] = set()
-        for node in self.nodes:
-            if node not in self.done and node not in self._remade:
-                self._sources(node, needed)
-        return needed
-
-    def _sources(self, node: fx.Node, found: set[fx.Node]) -> None:
-        for source in node.all_input_nodes:
-            if source in self._remade:
-                self._sources(source, found)
-            else:
-                found.add(source)
+        waiting = [node for node in self.nodes if node not in self.done and node not in self._remade]
+        return {root for node in waiting for source in node.all_input_nodes for root in self._roots[source]}
 
 
 def unpacks(node: fx.Node) -> bool:

@@ -1,7 +1,8 @@
-"""Rewrites of our own copies of a graph that make it easy to walk. Modules are shared, never changed."""
+"""Rewrites of our own copies of a graph that make it easy to walk. Modules of others are shared, never changed."""
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from torch.fx.node import map_arg
 from adaround_plugin.errors import InvalidModelError
 from adaround_plugin.graph.compat import Dropout, operator_name, returns_view
 
-__all__ = ["functionalize", "inline", "origin", "strip"]
+__all__ = ["functionalize", "has_origin", "inline", "origin", "separate", "strip"]
 
 _INPLACE_OPERATORS = {
     operator.iadd,
@@ -51,6 +52,25 @@ _VIEWS = {
 def origin(node: fx.Node) -> str:
     """The node's name in the graph it came from, with the path of that graph in front."""
     return str(node.meta["adaround_origin"])
+
+
+def has_origin(node: fx.Node) -> bool:
+    """Whether a node came from another graph."""
+    return "adaround_origin" in node.meta
+
+
+def separate(module: fx.GraphModule) -> nn.Module:
+    """The modules of a graph once more, with tensors in common: what is set in these, the others do not see.
+
+    A graph's nodes run on either.
+    """
+    root = nn.Module()
+    names = {str(node.target).partition(".")[0] for node in module.graph.nodes if node.op in ("call_module", "get_attr")}
+    for name in sorted(names):
+        setattr(root, name, getattr(module, name))
+    shared = [tensor for one in root.modules() for tensor in vars(one).values() if isinstance(tensor, torch.Tensor)]
+    memo = {id(tensor): tensor for tensor in (*shared, *root.parameters(), *root.buffers())}
+    return copy.deepcopy(root, memo)
 
 
 def inline(module: fx.GraphModule, is_inlined: Callable[[nn.Module], bool]) -> fx.GraphModule:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from adaround_plugin.graph.hosts import is_exported
+from adaround_plugin.hosts.open import is_exported
 from adaround_plugin.inc.compat import Mode, Quantizer
 from adaround_plugin.inc.exported import ExportedQuantizer
 from adaround_plugin.inc.native import NativeQuantizer

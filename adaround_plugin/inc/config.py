@@ -75,7 +75,7 @@ class AdaRoundConfig(SoleConfig):
         act_dtype: Tunable[Literal["uint8", "fp32"]] = "uint8",
         preset: Tunable[Literal["default", "paper", "blocks"]] = "default",
         solver: Tunable[
-            Literal["auto", "annealing", "coordinate_descent", "cross_entropy", "nearest", "relaxation", "sequential"]
+            Literal["auto", "annealing", "coordinate_descent", "cross_entropy", "nearest", "relaxation", "gptq"]
         ] = "auto",
         scale: Tunable[Literal["auto", "observer", "search"]] = "auto",
         asymmetric: Tunable[bool | Literal["auto"]] = "auto",

@@ -19,8 +19,8 @@ from adaround_plugin.inc.layers import weighted_layers
 from adaround_plugin.inc.parts import Parts, float_activations, pass_options
 from adaround_plugin.inc.programs import weight_only_quantizer
 from adaround_plugin.inc.recording import Recording
-from adaround_plugin.learn import adaround
-from adaround_plugin.pt2e import get_adaround_x86_inductor_config
+from adaround_plugin.api import adaround
+from adaround_plugin.hosts.pt2e import get_adaround_x86_inductor_config
 
 __all__ = ["ExportedQuantizer"]
 

@@ -14,7 +14,7 @@ from adaround_plugin.inc.observed import observed
 from adaround_plugin.inc.parts import META, pass_options
 from adaround_plugin.inc.recording import Recording
 from adaround_plugin.inc.saving import save
-from adaround_plugin.learn import adaround
+from adaround_plugin.api import adaround
 from adaround_plugin.report import KEY, get_report
 
 __all__ = ["NativeQuantizer"]

@@ -12,7 +12,7 @@ from torch.ao.quantization.quantize_fx import prepare_fx
 from adaround_plugin.errors import InvalidModelError
 from adaround_plugin.inc.compat import TorchBaseConfig
 from adaround_plugin.inc.parts import LAYER_SETTINGS, ROOT, Parts
-from adaround_plugin.qconfig import get_adaround_qconfig_mapping
+from adaround_plugin.hosts.fx.qconfig import get_adaround_qconfig_mapping
 
 __all__ = ["observed"]
 

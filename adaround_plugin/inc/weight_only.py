@@ -15,7 +15,7 @@ from adaround_plugin.inc.packing import pack
 from adaround_plugin.inc.parts import ROOT, pass_options
 from adaround_plugin.inc.programs import integer_linears, weight_only_quantizer
 from adaround_plugin.inc.recording import Batch, Recording
-from adaround_plugin.learn import adaround
+from adaround_plugin.api import adaround
 from adaround_plugin.report import KEY, get_report
 
 __all__ = ["WeightOnlyQuantizer"]

@@ -1,25 +1,27 @@
-"""Solvers of the rounding problem, one per file; `get_solver` looks them up by name."""
+"""Solvers of the rounding problem, one per file; `get_solver` looks them up by name.
+
+Imports `rounding` alone, and Triton where it runs.
+"""
 
 from __future__ import annotations
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.problem import Solver
+from adaround_plugin.options import check_solver
+from adaround_plugin.rounding.problem import Solver
 from adaround_plugin.solvers.annealing import Annealing
 from adaround_plugin.solvers.coordinate_descent import CoordinateDescent
-from adaround_plugin.solvers.cross_entropy import CrossEntropy
+from adaround_plugin.solvers.gptq import GPTQ
 from adaround_plugin.solvers.nearest import Nearest
 from adaround_plugin.solvers.relaxation import Relaxation
-from adaround_plugin.solvers.sequential import Sequential
 
-__all__ = ["Annealing", "CoordinateDescent", "CrossEntropy", "Nearest", "Relaxation", "Sequential", "get_solver"]
+__all__ = ["GPTQ", "SOLVERS", "Annealing", "CoordinateDescent", "Nearest", "Relaxation", "get_solver"]
 
-_SOLVERS: dict[str, type[Solver]] = {
+SOLVERS: dict[str, type[Solver]] = {
     "annealing": Annealing,
     "coordinate_descent": CoordinateDescent,
-    "cross_entropy": CrossEntropy,
+    "gptq": GPTQ,
     "nearest": Nearest,
     "relaxation": Relaxation,
-    "sequential": Sequential,
 }
 
 
@@ -27,12 +29,11 @@ def get_solver(solver: str | Solver) -> Solver:
     """The solver of that name with its default settings, or `solver` itself if it already is one.
 
     Raises:
-        InvalidOptionError: no solver has that name.
+        InvalidOptionError: no solver has that name, or the object has no method `solve`.
     """
     if not isinstance(solver, str):
-        if not callable(getattr(solver, "solve", None)):
-            raise InvalidOptionError("solver", f"{solver!r} has no solve method", f"Pass one of {sorted(_SOLVERS)}.")
+        check_solver("solver", solver)
         return solver
-    if solver not in _SOLVERS:
-        raise InvalidOptionError("solver", f"{solver!r} is not known", f"Pass one of {sorted(_SOLVERS)}.")
-    return _SOLVERS[solver]()
+    if solver not in SOLVERS:
+        raise InvalidOptionError("solver", f"{solver!r} is not known", f"Pass one of {sorted(SOLVERS)}.")
+    return SOLVERS[solver]()

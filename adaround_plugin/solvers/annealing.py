@@ -3,23 +3,23 @@
 Mean-field annealing (Hopfield and Tank 1985; Peterson and Anderson 1987) of the paper's quadratic problem: coordinate
 descent whose rounding is softened by a temperature that falls geometrically, so that early decisions stay soft while
 others are still moving. At temperature 0 it is plain coordinate descent. Rows are independent given the hessian, so
-the better of annealing and of sequential rounding followed by descent is kept row by row.
+the better of annealing and of GPTQ followed by descent is kept row by row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adaround_plugin.problem import Rounding, RoundingProblem
-from adaround_plugin.solvers.coordinate_descent import State
-from adaround_plugin.solvers.sequential import round_sequentially
+from adaround_plugin.rounding.problem import Rounding, RoundingProblem
+from adaround_plugin.solvers.coordinate_descent import Descent
+from adaround_plugin.solvers.gptq import feed_errors_back
 
 __all__ = ["Annealing"]
 
 
 @dataclass(frozen=True)
 class Annealing:
-    """Annealed sweeps, then hard descent; the better of it and sequential rounding with descent, row by row.
+    """Annealed sweeps, then hard descent; the better of it and GPTQ with descent, row by row.
 
     Attributes:
         sweeps: number of annealed sweeps.
@@ -34,10 +34,10 @@ class Annealing:
 
     def solve(self, problem: RoundingProblem) -> Rounding:
         """Anneal from the unrounded target."""
-        state = State(problem)
-        state.start_from(problem.clamp(problem.target))
+        descent = Descent(problem)
+        descent.start_from(problem.clamp(problem.target))
         for i in range(self.sweeps):
-            state.sweep(self.hot * (self.cold / self.hot) ** (i / max(1, self.sweeps - 1)))
-        start = problem.best_of(state.hardened(), round_sequentially(problem)[0])
-        state.start_from(start.integers)
-        return problem.best_of(state.descend(self.descent_sweeps))
+            descent.sweep(self.hot * (self.cold / self.hot) ** (i / max(1, self.sweeps - 1)))
+        start = problem.best_of(descent.hardened(), feed_errors_back(problem)[0])
+        descent.start_from(start.integers)
+        return problem.best_of(descent.descend(self.descent_sweeps))

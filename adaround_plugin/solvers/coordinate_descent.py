@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from adaround_plugin.problem import Rounding, RoundingProblem
-from adaround_plugin.solvers._sweep import sweep
+from adaround_plugin.rounding.problem import Rounding, RoundingProblem
+from adaround_plugin.solvers.sweep import Coordinates, Coupling, sweep
 
-__all__ = ["CoordinateDescent", "State"]
+__all__ = ["CoordinateDescent", "Descent"]
 
 
-class State:
-    """A rounding problem laid out for sweeping: `(G, D, R)` float32, one contiguous vector per coordinate."""
+class Descent:
+    """A point of a rounding problem that moves by sweeps over all coordinates."""
 
     def __init__(self, problem: RoundingProblem) -> None:
-        def lay(values: Tensor) -> Tensor:
-            return values.transpose(1, 2).float().contiguous()
-
-        self.target, self.lower, self.upper = lay(problem.target), lay(problem.lower), lay(problem.upper)
-        self.matrix = problem.hessian.coupling
-        self.step = None if problem.step is None else lay(problem.step)
-        self.error = torch.zeros_like(self.target)
+        self._at = Coordinates.of(problem, lambda values: values.transpose(1, 2))
+        self._coupling = Coupling(problem.hessian.coupling)
 
     def start_from(self, q: Tensor) -> None:
         """Set the present point to `q`, `(G, R, D)`."""
-        error = q.transpose(1, 2).float() - self.target
-        self.error = (error if self.step is None else error * self.step).contiguous()
+        at = self._at
+        at.error.copy_((q.transpose(1, 2).float() - at.target) * at.step)
 
     def sweep(self, temperature: float = 0.0) -> None:
         """Visit every coordinate once."""
-        sweep(self.error, self.target, self.lower, self.upper, self.matrix, temperature, step=self.step)
+        sweep(self._at, self._coupling, temperature)
 
     def hardened(self) -> Tensor:
         """The present point rounded to integers inside the bounds: `(G, R, D)` int64."""
-        error = self.error if self.step is None else self.error / self.step
-        q = torch.clamp((error + self.target).round_(), self.lower, self.upper)
-        return q.transpose(1, 2).long()
+        return self._at.rounded().transpose(1, 2).long()
 
     def descend(self, sweeps: int) -> Tensor:
         """Hard sweeps until no coordinate changes, or `sweeps` are spent; returns `(G, R, D)` int64.
@@ -46,18 +39,17 @@ class State:
         A row that a whole sweep leaves unchanged is at its fixed point and takes part no longer.
         """
         self.start_from(self.hardened())
-        active = torch.arange(self.target.shape[2], device=self.target.device)
-        error, target, lower, upper, step = self.error.clone(), self.target, self.lower, self.upper, self.step
+        rows = torch.arange(self._at.target.shape[2], device=self._at.target.device)
+        moving = replace(self._at, error=self._at.error.clone())
         for _ in range(sweeps):
-            before = error.clone()
-            sweep(error, target, lower, upper, self.matrix, step=step)
-            self.error[..., active] = error
-            moving = (error != before).any(dim=1).any(dim=0)
-            if not moving.any():
+            before = moving.error.clone()
+            sweep(moving, self._coupling)
+            self._at.error[..., rows] = moving.error
+            changed = (moving.error != before).any(dim=1).any(dim=0)
+            if not changed.any():
                 break
-            active = active[moving]
-            error, target, lower, upper = (x[..., moving].contiguous() for x in (error, target, lower, upper))
-            step = None if step is None else step[..., moving].contiguous()
+            rows = rows[changed]
+            moving = moving.map(lambda values, changed=changed: values[..., changed].contiguous())  # type: ignore[misc]
         return self.hardened()
 
 
@@ -73,6 +65,6 @@ class CoordinateDescent:
 
     def solve(self, problem: RoundingProblem) -> Rounding:
         """Descend from the problem's nearest rounding."""
-        state = State(problem)
-        state.start_from(problem.nearest)
-        return problem.best_of(state.descend(self.sweeps))
+        descent = Descent(problem)
+        descent.start_from(problem.nearest)
+        return problem.best_of(descent.descend(self.sweeps))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adaround_plugin.problem import Rounding, RoundingProblem
+from adaround_plugin.rounding.problem import Rounding, RoundingProblem
 
 __all__ = ["Nearest"]
 

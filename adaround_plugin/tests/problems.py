@@ -8,8 +8,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from adaround_plugin.hessian import Hessian
-from adaround_plugin.problem import RoundingProblem
+from adaround_plugin.rounding.hessian import Hessian
+from adaround_plugin.rounding.problem import RoundingProblem
 
 __all__ = ["CATALOGUE", "correlated", "definition", "make", "optimum", "small_problem"]
 

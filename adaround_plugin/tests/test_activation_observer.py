@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.ao.quantization.observer import HistogramObserver
 
-from adaround_plugin.activation_observer import AdaRoundActivationObserver
-from adaround_plugin.activation_range import min_mse_qparams
+from adaround_plugin.hosts.activation_observers import AdaRoundActivationObserver
+from adaround_plugin.rounding.activation_range import min_mse_qparams
 from adaround_plugin.errors import InvalidOptionError
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adaround_plugin.activation_range import min_mse_qparams
+from adaround_plugin.rounding.activation_range import min_mse_qparams
 
 BINS = 256
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from adaround_plugin.calibration import Sampling, bind_batches
+from adaround_plugin.regions.calibration import Sampling, bind_batches
 from adaround_plugin.errors import InvalidBatchError
-from adaround_plugin.graph.prepared_fx import placeholder_signature
-from adaround_plugin.weighted_op import Patches, WeightedOp
+from adaround_plugin.hosts.fx.host import placeholder_signature
+from adaround_plugin.rounding.linear_op import Patches, LinearOp
 
 
 class One(nn.Module):
@@ -186,12 +186,12 @@ def sampling(sizes: list[int], holdout: float = 0.0, max_columns: int = 10**9, s
 
 
 def image(samples: int, height: int, width: int) -> Patches:
-    op = WeightedOp("conv", (1, 1), ((0, 0), (0, 0)), (1, 1))
+    op = LinearOp("conv", (1, 1), ((0, 0), (0, 0)), (1, 1))
     return op.patches(torch.zeros(samples, 1, height, width), torch.Size((1, 1, 1, 1)))
 
 
 def tokens(leading: int, length: int) -> Patches:
-    return WeightedOp("linear").patches(torch.zeros(leading, length, 2), torch.Size((3, 2)))
+    return LinearOp("linear").patches(torch.zeros(leading, length, 2), torch.Size((3, 2)))
 
 
 def chosen(found: Sampling, positions: int, sites: int = 1, fold: int = 1) -> list[tuple[int, int]]:

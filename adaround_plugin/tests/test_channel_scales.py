@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adaround_plugin.channel_scales import Link, balance, kernels, level
+from adaround_plugin.equalization.channel_scales import Link, balance, kernels, level
 from adaround_plugin.graph.operators import module_op
-from adaround_plugin.weighted_op import WeightedOp
+from adaround_plugin.rounding.linear_op import LinearOp
 
 SETTINGS: dict[str, Any] = {"iterations": 1000, "tolerance": 1e-12, "limit": math.inf}
 
@@ -187,7 +187,7 @@ def test_leveling_leaves_channels_without_activations_and_keeps_the_limit():
 )
 def test_kernels_are_what_joins_an_input_to_an_output(module):
     op = module_op(module)
-    assert isinstance(op, WeightedOp)
+    assert isinstance(op, LinearOp)
     found = kernels(module.weight, op)
     groups, outputs, inputs, _ = found.shape
     assert torch.equal(op.unrows(found.flatten(2), module.weight.shape).float(), module.weight)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.hessian import Hessian
-from adaround_plugin.problem import RoundingProblem
-from adaround_plugin.qubo import two_levels
+from adaround_plugin.rounding.hessian import Hessian
+from adaround_plugin.rounding.problem import RoundingProblem
+from adaround_plugin.rounding.qubo import two_levels
 from adaround_plugin.solvers import CrossEntropy, cross_entropy
 from adaround_plugin.tests.problems import CATALOGUE, correlated, make, optimum
 

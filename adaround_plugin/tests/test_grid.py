@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.grid import Grid, GridSpec, check_bits, integer_range
+from adaround_plugin.rounding.grid import Grid, GridSpec, check_bits, integer_range
 
 SHAPES = [(6,), (3, 5), (4, 3, 2), (2, 3, 3, 2), (2, 3, 2, 2, 2)]
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaround_plugin.errors import InvalidOptionError, NonFiniteError
-from adaround_plugin.hessian import Hessian
+from adaround_plugin.rounding.hessian import Hessian
 from adaround_plugin.tests.problems import correlated
 
 

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaround_plugin.graph.operators import module_op
-from adaround_plugin.grid import GridSpec, integer_range
-from adaround_plugin.layer import Layer, LayerRounding, Recipe
-from adaround_plugin.moments import Moments
-from adaround_plugin.scale import min_mse_grid
-from adaround_plugin.solvers import Annealing, CoordinateDescent, Nearest, Sequential
-from adaround_plugin.weighted_op import WeightedOp
+from adaround_plugin.rounding.grid import GridSpec, integer_range
+from adaround_plugin.learning.layer import Layer, LayerRounding, Recipe
+from adaround_plugin.rounding.moments import Moments
+from adaround_plugin.learning.scale_search import min_mse_grid
+from adaround_plugin.solvers import Annealing, CoordinateDescent, Nearest, GPTQ
+from adaround_plugin.rounding.linear_op import LinearOp
 
 MODULES = {
     "linear": lambda: nn.Linear(12, 6),
@@ -46,13 +46,13 @@ def streams(module: nn.Module, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return x, (x * 4).round() / 4 + 0.05
 
 
-def columns(op: WeightedOp, weight: Tensor, x: Tensor) -> Tensor:
+def columns(op: LinearOp, weight: Tensor, x: Tensor) -> Tensor:
     patches = op.patches(x, weight.shape)
     sample = torch.arange(patches.samples).repeat_interleave(patches.positions)
     return patches.columns(sample, torch.arange(patches.positions).repeat(patches.samples))
 
 
-def moments_of(op: WeightedOp, weight: Tensor, exact: Tensor, quantized: Tensor) -> Moments:
+def moments_of(op: LinearOp, weight: Tensor, exact: Tensor, quantized: Tensor) -> Moments:
     groups, rows, size = op.rows(weight).shape
     moments = Moments(groups, rows, size, torch.device("cpu"))
     a, b = columns(op, weight, exact), columns(op, weight, quantized)
@@ -194,7 +194,7 @@ def test_up_or_down_holds_on_a_searched_scale():
     assert ((x - found.integers).abs() < 1 + 1e-6).all()
 
 
-@pytest.mark.parametrize("solver", [Annealing(), CoordinateDescent(), Sequential(), Nearest()])
+@pytest.mark.parametrize("solver", [Annealing(), CoordinateDescent(), GPTQ(), Nearest()])
 def test_the_observer_s_scale_is_kept_when_it_is_not_searched(solver):
     layer, *_ = make("conv")
     found = layer.learn(Recipe(), solver, search_scale=False, up_or_down=False)
@@ -326,7 +326,7 @@ def grouped_layer(columns: int, size: int, symmetric: bool, bits: int = 3) -> La
     exact, quantized = streams(module, 200, 1)
     low, high = integer_range(bits)
     spec = GridSpec(low, high, 0, symmetric, torch.int8, group_size=size, scale_dtype=torch.float16)
-    op, weight = WeightedOp("linear"), module.weight.detach()
+    op, weight = LinearOp("linear"), module.weight.detach()
     moments, held = (moments_of(op, weight, exact[part], quantized[part]) for part in (slice(40, 200), slice(40)))
     return Layer(op, weight, min_mse_grid(weight, spec), moments, held)
 
@@ -348,7 +348,7 @@ def test_one_group_per_row_is_what_a_channel_is():
     grouped = grouped_layer(12, 12, True)
     plain = replace(grouped, grid=replace(grouped.grid, group_size=None))
     # without refitting, which groups do without
-    one, other = (layer.learn(Recipe(), Sequential(), True, up_or_down=True) for layer in (grouped, plain))
+    one, other = (layer.learn(Recipe(), GPTQ(), True, up_or_down=True) for layer in (grouped, plain))
     assert torch.equal(one.integers, other.integers)
     assert torch.equal(one.grid.scale, other.grid.scale)
 

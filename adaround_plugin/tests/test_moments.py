@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adaround_plugin.moments import Moments
+from adaround_plugin.rounding.moments import Moments
 
 Columns = tuple[Tensor, Tensor, Tensor]
 

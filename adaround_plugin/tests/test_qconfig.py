@@ -12,8 +12,8 @@ from torch.ao.quantization.observer import PlaceholderObserver
 from torch.ao.quantization.quantize_fx import prepare_fx
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.observers import AdaRoundObserver
-from adaround_plugin.qconfig import get_adaround_qconfig_mapping, get_weight_only_backend_config
+from adaround_plugin.hosts.fx.observers import AdaRoundObserver
+from adaround_plugin.hosts.fx.qconfig import get_adaround_qconfig_mapping, get_weight_only_backend_config
 
 # torch's own default activation observers say this of themselves
 pytestmark = pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.problem import RoundingProblem
-from adaround_plugin.qubo import Qubo, two_levels
+from adaround_plugin.rounding.problem import RoundingProblem
+from adaround_plugin.rounding.qubo import Qubo, two_levels
 from adaround_plugin.tests.problems import CATALOGUE, correlated, definition, make, optimum
 
 every_problem = pytest.mark.parametrize("problem", CATALOGUE.values(), ids=CATALOGUE)

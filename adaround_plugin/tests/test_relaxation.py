@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.soft_rounding import VARIANTS
+from adaround_plugin.rounding.soft_rounding import VARIANTS
 from adaround_plugin.solvers import Annealing, Nearest, Relaxation, get_solver
 from adaround_plugin.tests.problems import CATALOGUE, optimum, small_problem
 

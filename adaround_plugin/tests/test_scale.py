@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adaround_plugin.grid import Grid, GridSpec, integer_range
-from adaround_plugin.hessian import Hessian
-from adaround_plugin.problem import RoundingProblem
-from adaround_plugin.scale import min_max_grid, min_mse_grid, refit_group_scale, refit_scale, search_grid
-from adaround_plugin.solvers import Sequential
-from adaround_plugin.solvers.sequential import round_sequentially
+from adaround_plugin.rounding.grid import Grid, GridSpec, integer_range
+from adaround_plugin.rounding.hessian import Hessian
+from adaround_plugin.rounding.problem import RoundingProblem
+from adaround_plugin.learning.scale_search import min_max_grid, min_mse_grid, refit_group_scale, refit_scale, search_grid
+from adaround_plugin.solvers import GPTQ
+from adaround_plugin.solvers.gptq import round_sequentially
 from adaround_plugin.tests.problems import correlated
 
 
@@ -155,7 +155,7 @@ cases = st.tuples(st.integers(0, 2**31 - 2), st.integers(2, 8), st.sampled_from(
 @given(cases)
 def test_refitting_never_increases_the_loss(case):
     grid, channel, target, hessian = layer(*case)
-    q = Sequential().solve(problem_on(grid, target, hessian)).integers
+    q = GPTQ().solve(problem_on(grid, target, hessian)).integers
     refitted = refit_scale(grid, channel, hessian, target, q)
     before, after = (loss_of(at, q, target, hessian, channel) for at in (grid, refitted))
     # float32 holds the scale to 6e-8 of it, and the loss is flat around its minimum
@@ -166,7 +166,7 @@ def test_refitting_never_increases_the_loss(case):
 @given(cases, st.sampled_from([0.99, 1.01]))
 def test_no_other_scale_is_better_than_the_refitted(case, factor):
     grid, channel, target, hessian = layer(*case)
-    q = Sequential().solve(problem_on(grid, target, hessian)).integers
+    q = GPTQ().solve(problem_on(grid, target, hessian)).integers
     refitted = refit_scale(grid, channel, hessian, target, q)
     other = grid.at(refitted.scale * factor, grid.zero_point)
     best, worse = (loss_of(at, q, target, hessian, channel) for at in (refitted, other))
@@ -175,7 +175,7 @@ def test_no_other_scale_is_better_than_the_refitted(case, factor):
 
 def test_integers_that_represent_nothing_keep_their_scale():
     grid, channel, target, hessian = layer(0, 4)
-    q = Sequential().solve(problem_on(grid, target, hessian)).integers
+    q = GPTQ().solve(problem_on(grid, target, hessian)).integers
     q[0, 1] = 0  # nothing to scale
     q[0, 2] = -q[0, 2]  # the best scale would be negative
     refitted = refit_scale(grid, channel, hessian, target, q)
@@ -218,7 +218,7 @@ def test_searching_pays_at_few_bits(bits, symmetric):
 def test_the_search_is_the_same_when_candidates_do_not_fit_together(monkeypatch):
     grid, channel, target, hessian = layer(3, 3, 0, False)
     whole = search_grid(grid, channel, lambda at: problem_on(at, target, hessian))
-    monkeypatch.setattr("adaround_plugin.scale._ELEMENTS", 2 * target.numel())
+    monkeypatch.setattr("adaround_plugin.learning.scale_search._ELEMENTS", 2 * target.numel())
     parts = search_grid(grid, channel, lambda at: problem_on(at, target, hessian))
     assert torch.equal(whole.scale, parts.scale)
     assert torch.equal(whole.zero_point, parts.zero_point)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.grid import Grid, GridSpec
-from adaround_plugin.schemes import ceil, floor, get_scheme, nearest, stochastic, up_or_down
+from adaround_plugin.rounding.grid import Grid, GridSpec
+from adaround_plugin.rounding.schemes import ceil, floor, get_scheme, nearest, stochastic, up_or_down
 
 NAMES = ("nearest", "floor", "ceil", "stochastic")
 

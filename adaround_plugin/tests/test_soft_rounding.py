@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.soft_rounding import (
+from adaround_plugin.rounding.soft_rounding import (
     VARIANTS,
     annealed_beta,
     bracket,

@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.hessian import Hessian
-from adaround_plugin.problem import Rounding, RoundingProblem
+from adaround_plugin.rounding.hessian import Hessian
+from adaround_plugin.rounding.problem import Rounding, RoundingProblem
 from adaround_plugin.solvers import (
     Annealing,
     CoordinateDescent,
     CrossEntropy,
     Nearest,
     Relaxation,
-    Sequential,
+    GPTQ,
     get_solver,
 )
 from adaround_plugin.solvers.coordinate_descent import State
-from adaround_plugin.solvers.sequential import round_sequentially
+from adaround_plugin.solvers.gptq import round_sequentially
 from adaround_plugin.tests.problems import CATALOGUE, correlated, definition, make, optimum, small_problem
 
 SOLVERS = {
@@ -31,7 +31,7 @@ SOLVERS = {
     "cross_entropy": CrossEntropy(),
     "nearest": Nearest(),
     "relaxation": Relaxation(data="moments", iterations=150, learning_rate=5e-2),
-    "sequential": Sequential(),
+    "gptq": GPTQ(),
 }
 # these try two levels per weight only; test_cross_entropy.py and test_relaxation.py have them on their own ground
 MANY_LEVELS = [name for name in SOLVERS if name not in ("cross_entropy", "relaxation")]
@@ -152,7 +152,7 @@ def test_a_target_on_the_grid_is_returned_as_it_is():
     box = torch.full_like(target, 8)
     nearest = (target + 1).clamp(max=7)
     problem = RoundingProblem(target.double(), Hessian.damped(moment, 0.01), -box, box - 1, nearest)
-    for solver in (Annealing(), Sequential()):
+    for solver in (Annealing(), GPTQ()):
         found = solver.solve(problem)
         assert torch.equal(found.integers, target)
         assert (found.loss == 0).all()
@@ -167,7 +167,7 @@ def _gap(solver) -> float:
 def test_mean_gap_to_the_optimum():
     gap = {name: _gap(SOLVERS[name]) for name in MANY_LEVELS}
     assert gap["annealing"] < gap["coordinate_descent"] < gap["nearest"]
-    assert gap["annealing"] < gap["sequential"] < gap["nearest"]
+    assert gap["annealing"] < gap["gptq"] < gap["nearest"]
     # measured: annealing 0.023, coordinate descent 0.18, sequential 0.33, nearest 2.5
     assert gap["annealing"] < 0.05
 
@@ -182,8 +182,8 @@ def test_annealing_beats_the_others_on_a_correlated_layer(seed):
     problem = make(correlated(1, 96, 400, seed, decay=0.5), 32, seed)
     loss = {name: SOLVERS[name].solve(problem).loss.sum() for name in MANY_LEVELS}
     # measured, relative to nearest: annealing 0.10 to 0.12, sequential 0.12 to 0.15, coordinate descent 0.18 to 0.21
-    assert loss["annealing"] < 0.92 * min(loss["sequential"], loss["coordinate_descent"])
-    assert max(loss["sequential"], loss["coordinate_descent"]) < 0.3 * loss["nearest"]
+    assert loss["annealing"] < 0.92 * min(loss["gptq"], loss["coordinate_descent"])
+    assert max(loss["gptq"], loss["coordinate_descent"]) < 0.3 * loss["nearest"]
 
 
 @pytest.mark.parametrize("solver", [CoordinateDescent(sweeps=100), Annealing(descent_sweeps=100)])
@@ -242,9 +242,9 @@ def test_the_loss_of_a_sequential_pass_is_that_of_its_integers(problem):
 
 def test_stacked_problems_are_solved_like_single_ones():
     first, second = CATALOGUE["correlated"], make(correlated(1, 24, 200, 0), 5, 77, low=-2, high=1)
-    stacked = Sequential().solve(RoundingProblem.stack([first, second])).integers
-    assert torch.equal(stacked[:, :16], Sequential().solve(first).integers)
-    assert torch.equal(stacked[:, 16:], Sequential().solve(second).integers)
+    stacked = GPTQ().solve(RoundingProblem.stack([first, second])).integers
+    assert torch.equal(stacked[:, :16], GPTQ().solve(first).integers)
+    assert torch.equal(stacked[:, 16:], GPTQ().solve(second).integers)
 
 
 def test_best_of_prefers_nearest_then_the_first_on_ties():

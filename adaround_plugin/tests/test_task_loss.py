@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adaround_plugin.errors import InvalidBatchError, InvalidModelError, InvalidOptionError, NonFiniteError
-from adaround_plugin.grid import Grid, GridSpec
-from adaround_plugin.scale import min_max_grid
+from adaround_plugin.rounding.grid import Grid, GridSpec
+from adaround_plugin.learning.scale_search import min_max_grid
 from adaround_plugin.solvers import Annealing, CrossEntropy
-from adaround_plugin.task_loss import MAX_WEIGHTS, expand_task_loss, task_loss_problem
+from adaround_plugin.paper.task_loss import MAX_WEIGHTS, expand_task_loss, task_loss_problem
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:

@@ -34,8 +34,8 @@ from adaround_plugin import (
     get_report,
     get_weight_only_backend_config,
 )
-from adaround_plugin.presets import PRESETS
-from adaround_plugin.pt2e import get_adaround_x86_inductor_config
+from adaround_plugin.methods import PRESETS
+from adaround_plugin.hosts.pt2e import get_adaround_x86_inductor_config
 from integration_tests.benchmarks import glyphs, networks
 
 TEST_IMAGES = 10_000

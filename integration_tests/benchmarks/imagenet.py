@@ -24,9 +24,9 @@ from torch.ao.quantization.quantize_fx import convert_to_reference_fx, prepare_f
 from tqdm import tqdm
 
 from adaround_plugin import adaround, get_adaround_qconfig_mapping, get_report, get_weight_only_backend_config
-from adaround_plugin.equalization import equalize
+from adaround_plugin.equalization.equalize import equalize
 from adaround_plugin.errors import AdaRoundError
-from adaround_plugin.presets import PRESETS
+from adaround_plugin.methods import PRESETS
 from adaround_plugin.solvers import Relaxation
 from integration_tests.benchmarks.imagenet_data import VOC, check_classes, draw, image_folder, loader, mean_iou, top1
 from integration_tests.benchmarks.imagenet_models import TOPOLOGIES, load, weights_of

@@ -28,7 +28,7 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86Induct
 from transformers import AutoTokenizer, BertModel
 
 from adaround_plugin import adaround, get_report
-from adaround_plugin.pt2e import get_adaround_x86_inductor_config
+from adaround_plugin.hosts.pt2e import get_adaround_x86_inductor_config
 
 TOKENS = 64
 UNSEEN = 400
@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--sentences", type=int, default=160)
-    parser.add_argument("--solvers", nargs="+", default=["nearest", "sequential", "annealing"])
+    parser.add_argument("--solvers", nargs="+", default=["nearest", "gptq", "annealing"])
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

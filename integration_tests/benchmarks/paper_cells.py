@@ -14,9 +14,9 @@ from torch.ao.quantization.observer import MinMaxObserver
 from torch.ao.quantization.quantize_fx import convert_to_reference_fx, prepare_fx
 
 from adaround_plugin import get_adaround_qconfig_mapping, get_weight_only_backend_config
-from adaround_plugin.equalization import equalize
-from adaround_plugin.forms import LayerForms
-from adaround_plugin.task_loss import TaskLoss
+from adaround_plugin.equalization.equalize import equalize
+from adaround_plugin.paper.forms import LayerForms
+from adaround_plugin.paper.task_loss import TaskLoss
 from integration_tests.benchmarks import glyphs, networks, scenes, segmenter
 from integration_tests.benchmarks.accuracy import accuracy
 from integration_tests.benchmarks.paper_methods import METHODS, Budget, Task, output_grid_mapping

@@ -12,14 +12,14 @@ from torch.ao.quantization import QConfig, QConfigMapping
 from torch.ao.quantization.backend_config import BackendConfig
 
 from adaround_plugin import adaround
-from adaround_plugin.forms import LayerForms
-from adaround_plugin.graph.hosts import open_host
-from adaround_plugin.grid import Grid
-from adaround_plugin.observers import FrozenObserver
-from adaround_plugin.schemes import Scheme
+from adaround_plugin.paper.forms import LayerForms
+from adaround_plugin.hosts.open import open_host
+from adaround_plugin.rounding.grid import Grid
+from adaround_plugin.hosts.fx.observers import FrozenObserver
+from adaround_plugin.rounding.schemes import Scheme
 from adaround_plugin.solvers import CrossEntropy, Relaxation
-from adaround_plugin.task_loss import TaskLoss
-from adaround_plugin.weights import round_weights, write_integers
+from adaround_plugin.paper.task_loss import TaskLoss
+from adaround_plugin.paper.weights import round_weights, write_integers
 
 __all__ = ["METHODS", "Budget", "Task", "output_grid_mapping"]
 

@@ -31,7 +31,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.pytorch_utils import Conv1D
 
 from adaround_plugin import adaround, get_report
-from adaround_plugin.pt2e import AdaRoundWeightOnlyQuantizer, get_adaround_x86_inductor_config
+from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer, get_adaround_x86_inductor_config
 
 BATCHES, BATCH_SIZE = 8, 16
 VOCABULARY, CLASSES = 100, 10

@@ -1,0 +1,110 @@
+"""An activation observer for fewer than 8 bits: the host's histogram, with a range chosen for that many levels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.ao.quantization.observer import HistogramObserver
+
+from adaround_plugin.rounding.activation_range import min_mse_qparams
+from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.rounding.grid import check_bits
+
+__all__ = ["AdaRoundActivationMixin", "AdaRoundActivationObserver", "grid_ends"]
+
+
+class AdaRoundActivationMixin:
+    """Chooses scale and zero point of a histogram observer's integer range by minimum squared error.
+
+    The hosts' own `HistogramObserver` chooses its range for the 256 integers of its dtype, whatever `quant_max` is.
+    The mixin also marks observers for which `adaround` makes FX stay inside the range (`graph.clamps`).
+    """
+
+    quant_min: int
+    quant_max: int
+    qscheme: torch.qscheme
+    histogram: Tensor
+    min_val: Tensor
+    max_val: Tensor
+    eps: Tensor
+    # in place of what has the least squared error
+    learned_scale: float | None = None
+    learned_zero_point: int | None = None
+
+    @staticmethod
+    def _check(quant_min: int, quant_max: int, qscheme: torch.qscheme) -> None:
+        if qscheme != torch.per_tensor_affine:
+            raise InvalidOptionError(
+                "qscheme", f"{qscheme} wastes levels of activations", "Pass torch.per_tensor_affine."
+            )
+        if quant_min != 0 or not 0 < quant_max <= 255:
+            raise InvalidOptionError(
+                "quant_min, quant_max", f"[{quant_min}, {quant_max}] does not fit", "Pass 0 and at most 255."
+            )
+
+    def keep(self, scale: float) -> None:
+        """Report this scale from now on, with the zero point of now, whatever is observed later."""
+        self.learned_zero_point = int(self.calculate_qparams()[1])
+        self.learned_scale = scale
+
+    def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """`(scale, zero_point)` of the values seen, or those that were learned, each `(1,)`."""
+        low, high = float(self.min_val), float(self.max_val)
+        if low > high:
+            # nothing was seen: the host's warning and its default
+            return super().calculate_qparams(**kwargs)  # type: ignore[misc, no-any-return]
+        if self.learned_scale is not None and self.learned_zero_point is not None:
+            scale, zero_point = self.learned_scale, self.learned_zero_point
+        else:
+            scale, zero_point = min_mse_qparams(self.histogram, low, high, self.quant_min, self.quant_max)
+        device = self.min_val.device
+        scales = torch.tensor([scale], dtype=torch.float32, device=device).clamp_min(float(self.eps))
+        return scales, torch.tensor([zero_point], device=device)
+
+    def bounds(self) -> tuple[float, float]:
+        """The least and the greatest value on the grid."""
+        scale, zero_point = self.calculate_qparams()
+        return grid_ends(float(scale), int(zero_point), self.quant_min, self.quant_max)
+
+
+def grid_ends(scale: float, zero_point: int, quant_min: int, quant_max: int) -> tuple[float, float]:
+    """The least and the greatest value of an affine grid, as float32 has them."""
+    ends = torch.tensor([quant_min - zero_point, quant_max - zero_point])
+    low, high = (ends * torch.tensor(scale, dtype=torch.float32)).tolist()
+    return low, high
+
+
+class AdaRoundActivationObserver(AdaRoundActivationMixin, HistogramObserver):
+    """Activation observer of `torch.ao.quantization` for 2 to 8 bits; use it in a `QConfig` through `with_args`.
+
+    `convert_fx` and `convert_to_reference_fx` clip activations to the range of the storage dtype, not to that of the
+    observer. `adaround` therefore puts a clamp before each observer of this class, and the converted model holds only
+    integers that have `bits` bits.
+
+    Args:
+        bits: 2 to 8; sets the range to `[0, 2^bits - 1]`. `quant_min` and `quant_max` override it.
+        dtype: storage dtype, `torch.quint8`.
+        qscheme: `torch.per_tensor_affine`.
+        **kwargs: as for `torch.ao.quantization.HistogramObserver`.
+
+    Raises:
+        InvalidOptionError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        high = 2 ** check_bits(bits) - 1
+        if dtype != torch.quint8:
+            raise InvalidOptionError("dtype", f"{dtype} does not hold activations in FX", "Pass torch.quint8.")
+        low, high = 0 if quant_min is None else quant_min, high if quant_max is None else quant_max
+        self._check(low, high, qscheme)
+        super().__init__(dtype=dtype, qscheme=qscheme, quant_min=low, quant_max=high, **kwargs)

@@ -1,0 +1,118 @@
+"""Activations whose scale is ours to choose: their observers in the prepared graph, their quantize nodes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from adaround_plugin.hosts.activation_observers import AdaRoundActivationMixin, grid_ends
+from adaround_plugin.hosts.fx.clamps import is_clamp
+from adaround_plugin.hosts.base import ActivationQuantizer
+from adaround_plugin.graph.paths import quantizes
+from adaround_plugin.graph.streams import unpacks
+from adaround_plugin.graph.transforms import origin
+
+__all__ = ["activation_quantizers", "write_scales"]
+
+# what is observed: origin of the node, scale, zero point, range
+_Observed = tuple[str, float, int, int, int]
+
+
+def activation_quantizers(
+    prepared: fx.GraphModule, quantized: fx.GraphModule, fixed: Collection[nn.Module] = ()
+) -> list[ActivationQuantizer]:
+    """Find the activations that an `AdaRoundActivationObserver` watches.
+
+    Observers that are one object, or watch one node with one scale, have their scale in common.
+
+    Args:
+        prepared: the prepared graph, written out, with its observers.
+        quantized: the quantized stream's graph.
+        fixed: observers whose scale another one is derived from.
+    """
+    found: dict[_Observed, list[str]] = defaultdict(list)
+    observers: dict[int, list[_Observed]] = defaultdict(list)
+    for node in prepared.graph.nodes:
+        observer = prepared.get_submodule(node.target) if node.op == "call_module" else None
+        if not isinstance(observer, AdaRoundActivationMixin) or observer in fixed:
+            continue
+        scale, zero_point = (value.item() for value in observer.calculate_qparams())
+        key = (origin(node.args[0]), scale, int(zero_point), observer.quant_min, observer.quant_max)
+        found[key].append(str(node.target))
+        observers[id(observer)].append(key)
+    nodes = _quantize_nodes(quantized)
+    result = []
+    for keys in _connected(list(observers.values())):
+        ours = [node for key in keys for node in nodes[key[0]] if _settings(quantized, node) == key[1:3]]
+        if ours:
+            names = tuple(dict.fromkeys(name for key in keys for name in found[key]))
+            result.append(_quantizer(quantized, names, ours, keys[0]))
+    return result
+
+
+def write_scales(model: nn.Module, scales: Mapping[str, float]) -> None:
+    """Let observers report other scales, by their qualified names."""
+    for name, scale in scales.items():
+        observer = model.get_submodule(name)
+        assert isinstance(observer, AdaRoundActivationMixin)
+        observer.keep(scale)
+
+
+def _connected(groups: list[list[_Observed]]) -> list[list[_Observed]]:
+    """Groups that share a member, put together; members in order and once."""
+    result: list[list[_Observed]] = []
+    for group in groups:
+        touching = [other for other in result if not set(other).isdisjoint(group)]
+        result = [other for other in result if other not in touching]
+        result.append(list(dict.fromkeys(key for other in (*touching, group) for key in other)))
+    return result
+
+
+def _quantize_nodes(quantized: fx.GraphModule) -> dict[str, list[fx.Node]]:
+    """Quantize nodes by the origin of what they quantize."""
+    found: dict[str, list[fx.Node]] = defaultdict(list)
+    for node in quantized.graph.nodes:
+        if quantizes(node):
+            source = node.args[0]
+            source = source.args[0] if is_clamp(source) else source
+            if "adaround_origin" in source.meta:
+                found[origin(source)].append(node)
+    return found
+
+
+def _settings(quantized: fx.GraphModule, node: fx.Node) -> tuple[Any, ...]:
+    """Scale and zero point of a quantize node: numbers in PT2E, buffers in FX; None where they are computed."""
+    values = []
+    for argument in node.args[1:3]:
+        if isinstance(argument, fx.Node):
+            argument = _buffer(quantized, argument).item() if argument.op == "get_attr" else None
+        values.append(argument)
+    return tuple(values)
+
+
+def _buffer(module: fx.GraphModule, node: fx.Node) -> Any:
+    path, _, leaf = str(node.target).rpartition(".")
+    return getattr(module.get_submodule(path), leaf)
+
+
+def _quantizer(
+    quantized: fx.GraphModule, names: tuple[str, ...], nodes: list[fx.Node], observed: _Observed
+) -> ActivationQuantizer:
+    _, scale, zero_point, quant_min, quant_max = observed
+    sources = [node.args[0] for node in nodes]
+    clamps = tuple(dict.fromkeys(node for node in sources if isinstance(node, fx.Node) and is_clamp(node)))
+
+    def set_scale(value: float) -> None:
+        for clamp in clamps:
+            clamp.args = (clamp.args[0], *grid_ends(value, zero_point, quant_min, quant_max))
+        for node in nodes:
+            if isinstance(node.args[1], fx.Node):
+                _buffer(quantized, node.args[1]).fill_(value)
+                continue
+            for one in (node, *(user for user in node.users if unpacks(user))):
+                one.args = (one.args[0], value, *one.args[2:])
+
+    return ActivationQuantizer(names, tuple(nodes), clamps, scale, zero_point, quant_min, quant_max, set_scale)

@@ -1,0 +1,183 @@
+"""The FX host: a model from `prepare_fx`, its weighted nodes, its two graphs, and writing back into it.
+
+The quantized stream is the host's own reference conversion of a copy of the prepared model, so it equals
+`convert_to_reference_fx` bit for bit and shows, node by node, what the host really quantizes.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.ao.quantization import QConfig
+from torch.ao.quantization.backend_config import BackendConfig
+from torch.ao.quantization.observer import PlaceholderObserver
+from torch.ao.quantization.quantize_fx import convert_to_reference_fx
+
+from adaround_plugin.hosts.checks import check_prepared_fx
+from adaround_plugin.hosts.fx.clamps import insert_clamps, remove_clamps
+from adaround_plugin.graph.compat import is_observed, is_observer, unfused
+from adaround_plugin.hosts.fx.nodes import Finder, attribute, owner
+from adaround_plugin.hosts.base import WeightedNode
+from adaround_plugin.hosts.activation_quantizers import activation_quantizers, write_scales
+from adaround_plugin.graph.streams import Stream
+from adaround_plugin.graph.transforms import functionalize, inline, strip
+from adaround_plugin.rounding.grid import Grid
+from adaround_plugin.learning.layer import LayerRounding
+from adaround_plugin.hosts.fx.observers import FrozenObserver
+from adaround_plugin.hosts.fx.qconfig import get_weight_only_backend_config
+
+__all__ = ["PreparedFX", "placeholder_signature"]
+
+
+class PreparedFX:
+    """A calibrated model from `prepare_fx`.
+
+    Args:
+        prepared: the model; it is read, and changed only by `write`.
+        backend_config: what `prepare_fx` was given. None takes the default, or the weight-only configuration if
+            no activation of the model is observed.
+
+    Attributes:
+        float_stream: the model without observers.
+        quantized_stream: the host's reference conversion.
+        signature, nodes, skipped, quantizers, batch_size: as in `Host`.
+
+    Raises:
+        InvalidModelError: not prepared, in train mode, not calibrated, not in float32, or without a weighted node.
+        NonFiniteError: a weight holds NaN or infinity.
+    """
+
+    batch_size: int | None = None
+
+    def __init__(self, prepared: nn.Module, backend_config: BackendConfig | None = None) -> None:
+        check_prepared_fx(prepared)
+        assert isinstance(prepared, fx.GraphModule)
+        self.prepared = prepared
+        self.signature = placeholder_signature(prepared)
+        graph = inline(prepared, is_observed)
+        remove_clamps(graph)
+        if backend_config is None and not _observes_activations(graph):
+            backend_config = get_weight_only_backend_config()
+        reference = _reference(prepared, backend_config)
+        inlined = {
+            id(reference.get_submodule(path))
+            for path, module in prepared.named_modules()
+            if path and is_observed(module)
+        }
+        flat_reference = inline(reference, lambda module: id(module) in inlined)
+        self.nodes, self.skipped = Finder(graph, flat_reference).find()
+        quantized = functionalize(strip(flat_reference, is_observer))
+        self.quantizers = activation_quantizers(graph, quantized)
+        self.float_stream = Stream(functionalize(strip(graph, is_observer)))
+        self.quantized_stream = Stream(quantized)
+
+    def flatten(self, arguments: inspect.BoundArguments) -> list[Any]:
+        """Arguments in the order of the graph's placeholders."""
+        return list(arguments.arguments.values())
+
+    def copy(self) -> fx.GraphModule:
+        """A deep copy of the prepared model."""
+        return copy.deepcopy(self.prepared)
+
+    def is_type(self, node: WeightedNode, kind: type[nn.Module]) -> bool:
+        """Whether a node's module, or the weighted module fused into it, is of a type."""
+        found = attribute(self.prepared, node.name)
+        return isinstance(found, kind) or isinstance(unfused(found), kind)
+
+    def write(self, model: fx.GraphModule, roundings: Mapping[str, LayerRounding], scales: Mapping[str, float]) -> None:
+        """Write roundings (by name of the weighted node) and scales of activations (by name of the observer) into
+        `model`, this prepared model or a deep copy of it."""
+        written: set[int] = set()
+        for node in self.nodes:
+            for name in node.names if node.name in roundings else ():
+                key = id(owner(model, name)[0] or name)
+                if key not in written:
+                    _write(model, name, roundings[node.name])
+                written.add(key)
+        write_scales(model, scales)
+        insert_clamps(model)
+
+
+def placeholder_signature(model: fx.GraphModule) -> inspect.Signature:
+    """The inputs of a graph whose placeholders are its arguments."""
+    parameters = [
+        inspect.Parameter(
+            str(node.target),
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=node.args[0] if node.args else inspect.Parameter.empty,
+        )
+        for node in model.graph.nodes
+        if node.op == "placeholder" and not str(node.target).startswith("*")
+    ]
+    # a placeholder without a default may follow one with (keyword-only arguments): order checks are torch's business
+    return inspect.Signature(parameters, __validate_parameters__=False)
+
+
+def _observes_activations(graph: fx.GraphModule) -> bool:
+    """Whether any activation (not a parameter) passes an observer that quantizes."""
+    return any(
+        node.op == "call_module"
+        and is_observer(observer := graph.get_submodule(node.target))
+        and node.all_input_nodes[0].op != "get_attr"
+        and not (isinstance(observer, PlaceholderObserver) and observer.dtype == torch.float)
+        for node in graph.graph.nodes
+    )
+
+
+def _reference(prepared: fx.GraphModule, backend_config: BackendConfig | None) -> fx.GraphModule:
+    """The host's reference conversion of a copy."""
+    prepared = copy.deepcopy(prepared)
+    insert_clamps(prepared)
+    # reference modules are born with random weights, which must not cost the caller's generator a step
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        # the host's advice on deprecated flows and unused ranges; the caller sees it at their own convert
+        warnings.simplefilter("ignore")
+        return convert_to_reference_fx(prepared, backend_config=backend_config)
+
+
+def _write(model: fx.GraphModule, name: str, rounding: LayerRounding) -> None:
+    """Write integers and grid into a prepared model, so that its own convert quantizes back to exactly these."""
+    # new parameters throughout: the old ones may be shared with a model, or tied to a layer, that must not change
+    weight = nn.Parameter(rounding.grid.dequantize(rounding.integers))
+    module, _ = owner(model, name)
+    if module is None:
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, weight)
+        _replace_observer(model, name, rounding.grid)
+        return
+    module.weight = weight
+    bias = rounding.corrected(None if module.bias is None else module.bias.detach())
+    if bias is not None:
+        module.bias = nn.Parameter(bias.clone())
+    outer = model.get_submodule(name)
+    qconfig = QConfig(activation=outer.qconfig.activation, weight=_Frozen(rounding.grid))  # type: ignore[union-attr,no-untyped-call]
+    outer.qconfig = module.qconfig = qconfig  # type: ignore[assignment]
+
+
+def _replace_observer(model: fx.GraphModule, name: str, grid: Grid) -> None:
+    """Put a frozen observer behind every use of a functional weight."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    graph, target = (owner, leaf) if isinstance(owner, fx.GraphModule) and path else (model, name)
+    for node in graph.graph.nodes:
+        if node.op != "get_attr" or node.target != target:
+            continue
+        for user in node.users:
+            if user.op == "call_module" and is_observer(graph.get_submodule(user.target)):
+                graph.set_submodule(user.target, FrozenObserver(grid))
+
+
+class _Frozen:
+    """A qconfig's weight entry that always builds the same frozen observer."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+
+    def __call__(self, **kwargs: Any) -> FrozenObserver:
+        return FrozenObserver(self.grid, **kwargs)

@@ -1,0 +1,297 @@
+"""The PT2E host: a model from torchao's `prepare_pt2e`, its two graphs, and writing back into it.
+
+The quantized stream is the host's own `convert_pt2e` of a copy of the prepared model, so it equals the converted
+program bit for bit. Only the weights and biases of the nodes that are learned come from attributes of our own, which
+hold what the host's quantize and dequantize operators make of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torchao.quantization.pt2e import DerivedObserverOrFakeQuantize
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+from torchao.quantization.pt2e.quantizer import DerivedQuantizationSpec, SharedQuantizationSpec
+
+from adaround_plugin.errors import InvalidModelError
+from adaround_plugin.hosts.checks import check_values
+from adaround_plugin.graph.compat import export_inputs, flatten_inputs, is_observed, is_observer, operator_name
+from adaround_plugin.hosts.base import WeightedNode
+from adaround_plugin.hosts.pt2e.nodes import (
+    Finder,
+    argument,
+    innermost_module,
+    is_torchao_observer,
+    parameter_node,
+    set_argument,
+)
+from adaround_plugin.hosts.activation_quantizers import activation_quantizers, write_scales
+from adaround_plugin.graph.streams import Stream
+from adaround_plugin.graph.transforms import functionalize, inline, origin, strip
+from adaround_plugin.learning.layer import LayerRounding
+from adaround_plugin.hosts.pt2e.observers import frozen_observer
+
+__all__ = ["PreparedPT2E"]
+
+# the call that torch.export puts in front of a program, to check the shapes of its inputs
+_GUARDS = "_guards_fn"
+# position of the argument by which an operator behaves as in training: a flag, or a probability of dropping
+_TRAINING = {"dropout": 2, "feature_dropout": 2, "alpha_dropout": 2, "batch_norm": 5, "scaled_dot_product_attention": 4}
+
+
+class PreparedPT2E:
+    """A calibrated model from `prepare_pt2e`.
+
+    Args:
+        prepared: the model; it is read, and changed only by `write`.
+
+    Attributes are those of `Host`.
+
+    Raises:
+        InvalidModelError: not prepared, exported in train mode, not calibrated, with observers of torch.ao, not in
+            float32, or without a weighted node.
+        NonFiniteError: a weight holds NaN or infinity.
+    """
+
+    def __init__(self, prepared: fx.GraphModule) -> None:
+        _check(prepared)
+        self.prepared = prepared
+        names, self._positional = export_inputs(prepared)
+        self.signature = inspect.Signature(
+            [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        )
+        self.batch_size = _batch_size(prepared)
+        graph = _without_guards(inline(prepared, lambda module: False))
+        converted = _without_guards(inline(_converted(self.copy()), lambda module: False))
+        self.nodes, self.skipped, self._uses = Finder(graph, converted).find()
+        quantized = functionalize(strip(converted, is_torchao_observer))
+        self.quantizers = activation_quantizers(graph, quantized, _sources_of_derived(graph))
+        self.float_stream = Stream(functionalize(_without_observers(graph)))
+        self.quantized_stream = Stream(quantized)
+
+    def flatten(self, arguments: inspect.BoundArguments) -> list[Any]:
+        """Arguments as leaves, checked against the shapes that the program was exported for."""
+        named = list(arguments.arguments.items())
+        values = tuple(value for _, value in named[: self._positional])
+        leaves = flatten_inputs(self.prepared, values, dict(named[self._positional :]))
+        placeholders = [node for node in self.prepared.graph.nodes if node.op == "placeholder"]
+        for node, leaf in zip(placeholders, leaves, strict=True):
+            _check_leaf(node, leaf)
+        guards = getattr(self.prepared, _GUARDS, None)
+        if guards is not None:
+            try:
+                guards(*leaves)
+            except AssertionError as error:
+                raise ValueError(f"{error}; export with dynamic_shapes for batches of several sizes") from None
+        return leaves
+
+    def copy(self) -> fx.GraphModule:
+        """A deep copy whose quantization annotations name nodes of the copy, as torchao's passes over it expect."""
+        result = copy.deepcopy(self.prepared)
+        by_name = {node.name: node for node in result.graph.nodes}
+
+        def edge(value: Any) -> Any:
+            return tuple(map(edge, value)) if isinstance(value, tuple) else by_name.get(value.name, value)
+
+        def moved(spec: Any) -> Any:
+            if isinstance(spec, SharedQuantizationSpec):
+                return replace(spec, edge_or_node=edge(spec.edge_or_node))
+            if isinstance(spec, DerivedQuantizationSpec):
+                return replace(spec, derived_from=[edge(source) for source in spec.derived_from])
+            return spec
+
+        for node in result.graph.nodes:
+            annotation = node.meta.get("quantization_annotation")
+            if annotation is not None:
+                inputs = annotation.input_qspec_map.items()
+                annotation.input_qspec_map = {edge(source): moved(spec) for source, spec in inputs}
+                annotation.output_qspec = moved(annotation.output_qspec)
+        return result
+
+    def is_type(self, node: WeightedNode, kind: type[nn.Module]) -> bool:
+        """Whether a node stands in the code of a module of exactly this type."""
+        return any(
+            innermost_module(site.float_node)[1] == f"{kind.__module__}.{kind.__qualname__}" for site in node.sites
+        )
+
+    def write(self, model: fx.GraphModule, roundings: Mapping[str, LayerRounding], scales: Mapping[str, float]) -> None:
+        """Write roundings (by name of the weighted node) and scales of activations (by name of the observer) into
+        `model`, this prepared model or a deep copy of it."""
+        by_name = {node.name: node for node in model.graph.nodes}
+        for node in self.nodes:
+            if node.name in roundings:
+                calls = [by_name[origin(use.site.float_node)] for use in self._uses[node.name]]
+                _write(model, calls, roundings[node.name])
+        write_scales(model, scales)
+        model.recompile()
+
+
+def _sources_of_derived(model: nn.Module) -> set[nn.Module]:
+    """Observers from whose scales others derive theirs, such as those of quantized biases."""
+    derived = [module for module in model.modules() if isinstance(module, DerivedObserverOrFakeQuantize)]
+    return {source for module in derived for source in module.obs_or_fqs}
+
+
+def _batch_size(prepared: fx.GraphModule) -> int | None:
+    """The number of samples that a program was exported for; None where its batches may have any size."""
+    examples = [node.meta.get("val") for node in prepared.graph.nodes if node.op == "placeholder"]
+    first = next((example for example in examples if isinstance(example, Tensor) and example.dim()), None)
+    return first.shape[0] if first is not None and isinstance(first.shape[0], int) else None
+
+
+def _check(prepared: fx.GraphModule) -> None:
+    """What must hold before work starts."""
+    if not is_observed(prepared):
+        raise InvalidModelError(
+            "prepared", "is an exported program without observers", "Call prepare_pt2e on it and calibrate first."
+        )
+    if any(operator_name(node)[0].startswith("dequantize") for node in prepared.graph.nodes):
+        raise InvalidModelError(
+            "prepared", "is already converted", "Call adaround after prepare_pt2e and calibration, before convert_pt2e."
+        )
+    foreign = [name for name, module in prepared.named_modules() if is_observer(module)]
+    if foreign:
+        raise InvalidModelError(
+            f"observer {foreign[0]!r}",
+            "is one of torch.ao.quantization, which torchao leaves in float",
+            "Use observers of torchao; AdaRound's are in adaround_plugin.hosts.pt2e.",
+        )
+    for node in prepared.graph.nodes:
+        position = _TRAINING.get(operator_name(node)[0]) if node.op == "call_function" else None
+        if position is not None and len(node.args) > position and node.args[position]:
+            raise InvalidModelError(f"node {node.name!r}", "is in train mode", "Call .eval() before torch.export.")
+    check_values(prepared, is_torchao_observer)
+
+
+def _converted(prepared: fx.GraphModule) -> fx.GraphModule:
+    """The host's conversion, which uses the prepared model up."""
+    with warnings.catch_warnings():
+        # the host's own advice; the caller sees it at their own convert
+        warnings.simplefilter("ignore")
+        converted = convert_pt2e(prepared, fold_quantize=False)
+    assert isinstance(converted, fx.GraphModule)
+    return converted
+
+
+def _without_observers(module: fx.GraphModule) -> fx.GraphModule:
+    """Take observers out of a graph, in place, and out of copies of the bodies of its higher-order operators."""
+    for node in module.graph.nodes:
+        body = getattr(*_owner(module, str(node.target))) if node.op == "get_attr" else None
+        if isinstance(body, fx.GraphModule):
+            stripped = _without_observers(copy.deepcopy(body))
+            stripped.recompile()
+            node.target = f"_adaround_{str(node.target).replace('.', '_')}"
+            setattr(module, node.target, stripped)
+    return strip(module, is_torchao_observer)
+
+
+def _check_leaf(node: fx.Node, leaf: Any) -> None:
+    """Raise `ValueError` unless an input is of the kind that the program was exported for."""
+    example = node.meta.get("val")
+    if not isinstance(example, Tensor):
+        return
+    if not isinstance(leaf, Tensor):
+        raise ValueError(f"input {node.name!r} is {type(leaf).__name__}, but the program was exported for a tensor")
+    if leaf.dim() != example.dim() or leaf.is_floating_point() != example.is_floating_point():
+        raise ValueError(
+            f"input {node.name!r} is {leaf.dtype} of shape {tuple(leaf.shape)}, "
+            f"but the program was exported for {example.dtype} of shape {tuple(example.shape)}"
+        )
+
+
+def _without_guards(module: fx.GraphModule) -> fx.GraphModule:
+    """Take out, in place, the check of the inputs' shapes, which is made once for each batch when it is bound."""
+    for node in module.graph.nodes:
+        if node.op == "call_module" and node.target == _GUARDS:
+            module.graph.erase_node(node)
+    return module
+
+
+def _write(model: fx.GraphModule, calls: list[fx.Node], rounding: LayerRounding) -> None:
+    """Write integers, grid and bias into a prepared model, so that its own convert quantizes back to exactly these."""
+    weight = rounding.grid.dequantize(rounding.integers)
+    for call in calls:
+        source, observers = parameter_node(model, argument(call, 1, "weight"))
+        assert source is not None
+        for observer in observers:
+            _freeze(model, str(observer.target), rounding)
+        # new parameters throughout: the old ones share memory with the model that was exported
+        _put(model, source, weight, [observers[-1]], 0, "x")
+    correction = rounding.bias_correction
+    if correction is None:
+        return
+    present: dict[fx.Node, list[fx.Node]] = {}
+    absent = []
+    for call in calls:
+        bias = argument(call, 2, "bias")
+        if bias is None:
+            absent.append(call)
+        else:
+            present.setdefault(bias, []).append(call)
+    for bias, users in present.items():
+        old = _owner(model, str(bias.target))
+        _put(model, bias, getattr(*old).detach() + correction, users, 2, "bias")
+    if absent:
+        source, _ = parameter_node(model, argument(absent[0], 1, "weight"))
+        assert source is not None
+        path = str(source.target).rpartition(".")[0]
+        _add(model, path, "bias", correction.clone(), source, absent, 2, "bias")
+
+
+def _freeze(model: fx.GraphModule, target: str, rounding: LayerRounding) -> None:
+    """Put a frozen observer in the place of a weight's, also where another observer derives its scale from it."""
+    old, new = model.get_submodule(target), frozen_observer(rounding.grid)
+    model.set_submodule(target, new)
+    for module in model.modules():
+        if isinstance(module, DerivedObserverOrFakeQuantize):
+            module.obs_or_fqs = [new if observer is old else observer for observer in module.obs_or_fqs]
+
+
+def _put(
+    model: fx.GraphModule, source: fx.Node, value: Tensor, users: list[fx.Node], position: int, keyword: str
+) -> None:
+    """Give `users` a new value of the parameter that `source` reads; other readers of it keep the old one."""
+    target = str(source.target)
+    readers = [
+        user for node in model.graph.nodes if node.op == "get_attr" and node.target == target for user in node.users
+    ]
+    if set(readers) <= set(users):
+        setattr(*_owner(model, target), nn.Parameter(value, requires_grad=False))
+        return
+    path, _, leaf = target.rpartition(".")
+    _add(model, path, leaf, value, source, users, position, keyword)
+
+
+def _add(
+    model: fx.GraphModule,
+    path: str,
+    leaf: str,
+    value: Tensor,
+    like: fx.Node,
+    users: list[fx.Node],
+    position: int,
+    keyword: str,
+) -> None:
+    """Add a parameter beside others of a module, and let `users` read it."""
+    module = model.get_submodule(path)
+    while hasattr(module, leaf):
+        leaf += "_adaround"
+    setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+    with model.graph.inserting_before(like):
+        added = model.graph.get_attr(f"{path}.{leaf}" if path else leaf)
+    example = like.meta.get("val")
+    if isinstance(example, Tensor):
+        added.meta["val"] = example.detach().new_empty(value.shape)
+    for user in users:
+        set_argument(user, position, keyword, added)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf

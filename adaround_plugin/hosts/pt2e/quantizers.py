@@ -1,0 +1,154 @@
+"""Quantizer settings of the PT2E flow that use AdaRound's observers, and a quantizer for weights only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import fx
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationConfig, QuantizationSpec, Quantizer
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import get_default_x86_inductor_quantization_config
+
+from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.graph.operators import is_transposed, is_weighted_function
+from adaround_plugin.rounding.grid import check_bits, integer_range
+from adaround_plugin.names import select
+from adaround_plugin.hosts.pt2e.observers import AdaRoundActivationObserver, AdaRoundGroupObserver, AdaRoundObserver
+
+__all__ = ["AdaRoundWeightOnlyQuantizer", "get_adaround_weight_spec", "get_adaround_x86_inductor_config"]
+
+
+def get_adaround_weight_spec(
+    weight_bits: int = 4,
+    per_channel: bool = True,
+    symmetric: bool = True,
+    ch_axis: int = 0,
+    group_size: int | None = None,
+    scale: Literal["mse", "minmax"] = "mse",
+    scale_dtype: torch.dtype = torch.float32,
+) -> QuantizationSpec:
+    """The weight specification with AdaRound's observer, for the annotations or configuration of any quantizer.
+
+    Args:
+        weight_bits: 2 to 8; integers in `[-2^(b-1), 2^(b-1) - 1]`, stored as int8.
+        per_channel: one scale per channel along `ch_axis`, else one per weight.
+        symmetric: zero point 0, else affine (X86InductorQuantizer takes symmetric ones only).
+        ch_axis: 0, or 1 for transposed convolutions.
+        group_size: for linear layers, entries of a row that share a scale; it divides the row. None for whole rows.
+        scale: the observer's own choice of scale, `"mse"` or `"minmax"`.
+        scale_dtype: scales are rounded to numbers of this dtype, for a host that stores them so.
+
+    Raises:
+        InvalidOptionError: bits out of range, an unknown scale, or groups where there is one scale per tensor.
+    """
+    observer = AdaRoundObserver.with_args(ch_axis=ch_axis, scale=scale, scale_dtype=scale_dtype)
+    if group_size is not None:
+        if not per_channel or ch_axis:
+            raise InvalidOptionError("group_size", "is for rows of a matrix", "Leave per_channel and ch_axis alone.")
+        observer = AdaRoundGroupObserver.with_args(group_size=group_size, scale=scale, scale_dtype=scale_dtype)
+    low, high = integer_range(weight_bits)
+    if per_channel:
+        qscheme = torch.per_channel_symmetric if symmetric else torch.per_channel_affine
+    else:
+        qscheme = torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine
+    return QuantizationSpec(
+        dtype=torch.int8,
+        quant_min=low,
+        quant_max=high,
+        qscheme=qscheme,
+        ch_axis=ch_axis if per_channel else None,
+        is_dynamic=False,
+        observer_or_fake_quant_ctr=observer,
+    )
+
+
+def get_adaround_x86_inductor_config(
+    weight_bits: int = 4,
+    activation_bits: int | None = 8,
+    per_channel: bool = True,
+    is_dynamic: bool = False,
+) -> QuantizationConfig:
+    """A configuration of `X86InductorQuantizer` with AdaRound's weight observer beside its own activation observers.
+
+    Pass it to `set_global`, `set_module_name_qconfig` and their like.
+
+    Args:
+        weight_bits: 2 to 8, symmetric.
+        activation_bits: 8 for the quantizer's own activation observers; 2 to 7 for AdaRound's, or where dynamic for the
+            range of each batch on that many bits; None for weight-only quantization.
+        per_channel: one scale per output channel, else one per weight.
+        is_dynamic: activations are quantized with the range of each batch (linear layers only).
+
+    Raises:
+        InvalidOptionError: bits out of range.
+    """
+    if is_dynamic and activation_bits is None:
+        raise InvalidOptionError("is_dynamic", "there are no activations to quantize", "Pass activation_bits=8.")
+    default = get_default_x86_inductor_quantization_config(is_dynamic=is_dynamic)
+    specs: list[QuantizationSpec | None] = [default.input_activation, default.output_activation]
+    if activation_bits is None:
+        specs = [None, None]
+    elif check_bits(activation_bits, "activation_bits") < 8:
+        specs = [_narrow(spec, activation_bits) for spec in specs]
+    return QuantizationConfig(*specs, get_adaround_weight_spec(weight_bits, per_channel), default.bias)
+
+
+def _narrow(spec: QuantizationSpec | None, bits: int) -> QuantizationSpec | None:
+    """The specification of an activation for fewer bits."""
+    if spec is None:
+        return None
+    observer = spec.observer_or_fake_quant_ctr
+    if not spec.is_dynamic:
+        observer = AdaRoundActivationObserver.with_args(eps=2**-12)
+    return replace(spec, quant_min=0, quant_max=2**bits - 1, observer_or_fake_quant_ctr=observer)
+
+
+class AdaRoundWeightOnlyQuantizer(Quantizer):
+    """Quantizes the weights of linear layers and convolutions, transposed ones included, and no activations.
+
+    Args:
+        layers: for layers by qualified name, name of a parent, or regular expression, the options that differ, such as
+            `{"head": {"weight_bits": 8}}`; None leaves a layer in float. The last entry that matches counts.
+        linear_only: leave convolutions in float.
+        **options: of `get_adaround_weight_spec`, for all layers. Convolutions ignore `group_size`, and `ch_axis` is
+            set for each operator.
+
+    Raises:
+        InvalidOptionError: at `prepare_pt2e`, where a name in `layers` matches nothing or an option is out of range.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, Mapping[str, Any] | None] | None = None, linear_only: bool = False, **options: Any
+    ) -> None:
+        super().__init__()
+        get_adaround_weight_spec(**options)  # complains now, if it must
+        self.layers, self.linear_only, self.options = dict(layers or {}), linear_only, options
+
+    def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
+        """Called by `prepare_pt2e`."""
+        weights = {}
+        for node in model.graph.nodes:
+            if is_weighted_function(node):
+                weight = node.args[1]
+                if isinstance(weight, fx.Node) and weight.op == "get_attr":
+                    weights[node] = str(weight.target).removesuffix(".weight")
+        names = list(dict.fromkeys(weights.values()))
+        options: dict[str, Mapping[str, Any] | None] = dict.fromkeys(names, self.options)
+        for pattern, changed in self.layers.items():
+            for name in select(pattern, names, f"layers[{pattern!r}]"):
+                options[name] = None if changed is None else {**self.options, **changed}
+        for node, name in weights.items():
+            given = options[name]
+            linear = node.target is torch.ops.aten.linear.default
+            if given is None or (self.linear_only and not linear):
+                continue
+            fitting = {**given, "ch_axis": int(is_transposed(node)), "group_size": None}
+            spec = get_adaround_weight_spec(**(given if linear else fitting))
+            annotation = QuantizationAnnotation(input_qspec_map={node.args[1]: spec}, _annotated=True)
+            node.meta["quantization_annotation"] = annotation
+        return model
+
+    def validate(self, model: fx.GraphModule) -> None:
+        """Called by `prepare_pt2e`; every annotation is fine for every operator."""

@@ -1,0 +1,241 @@
+"""One layer, from its moments to a rounding: target, problem, scale, solution, and the check on held-out samples.
+
+No graph and no host: a layer is an operator, a weight, a grid and moments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import nan
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adaround_plugin.rounding.grid import Grid
+from adaround_plugin.rounding.hessian import Hessian
+from adaround_plugin.rounding.moments import Moments
+from adaround_plugin.rounding.problem import RoundingProblem, Solver
+from adaround_plugin.learning.scale_search import refit_group_scale, refit_scale, search_grid
+from adaround_plugin.rounding.schemes import up_or_down as floor_and_next
+from adaround_plugin.solvers import Nearest
+from adaround_plugin.rounding.linear_op import LinearOp
+
+__all__ = ["Layer", "LayerRounding", "Recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a layer is asked to imitate, and how its data are weighed.
+
+    Attributes:
+        asymmetric: imitate the float output from the *quantized* input (equation 25 without its activation), else
+            only undo the weight's own error.
+        correct_bias: let the bias absorb the mean error, where the layer's bias can be written.
+        column_weighting: `"none"`; `"inverse_norm"` to weigh each column by `1 / |x|^2`, so that a few columns with
+            massive activations do not decide for all; or `"fisher"` to weigh it by the squared derivative of the
+            network's output by the layer's output there.
+        damping: ridge on the hessian, relative to the mean of its diagonal.
+    """
+
+    asymmetric: bool = True
+    correct_bias: bool = True
+    column_weighting: Literal["none", "inverse_norm", "fisher"] = "none"
+    damping: float = 0.01
+
+
+@dataclass(frozen=True)
+class LayerRounding:
+    """What was decided for one layer.
+
+    Attributes:
+        grid, integers: the quantized weight; `integers` has the weight's shape.
+        bias_correction: `(out,)` float32 to add to the bias, or None.
+        learned: False where nearest was kept.
+        nearest_error, learned_error: output error relative to the output's variance, on the learning samples.
+        nearest_holdout, learned_holdout: the same on held-out samples; None without any.
+    """
+
+    grid: Grid
+    integers: Tensor
+    bias_correction: Tensor | None
+    learned: bool
+    nearest_error: float
+    learned_error: float
+    nearest_holdout: float | None
+    learned_holdout: float | None
+
+    def corrected(self, bias: Tensor | None) -> Tensor | None:
+        """A bias with the correction added; the correction where there is no bias."""
+        if self.bias_correction is None:
+            return bias
+        return self.bias_correction.clone() if bias is None else bias + self.bias_correction
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weighted operator with the data it has seen.
+
+    Attributes:
+        op: what the operator does to its weight.
+        weight: the float weight.
+        grid: the grid to start from.
+        moments: of the learning samples, finished.
+        holdout: of the held-out samples, finished; its count may be 0.
+    """
+
+    op: LinearOp
+    weight: Tensor
+    grid: Grid
+    moments: Moments
+    holdout: Moments
+
+    def nearest(self) -> LayerRounding:
+        """Round to nearest on the starting grid, bias untouched: the baseline."""
+        integers = self.grid.nearest(self.weight)
+        error, held = self._errors(self.grid, integers, None)
+        return LayerRounding(self.grid, integers, None, False, error, error, held, held)
+
+    def rounded(self, grid: Grid, integers: Tensor, bias_correction: Tensor | None) -> LayerRounding:
+        """A rounding that was found elsewhere, with its errors beside those of nearest."""
+        baseline = self.nearest()
+        error, held = self._errors(grid, integers, bias_correction)
+        return LayerRounding(
+            *(grid, integers, bias_correction, True),
+            *(baseline.nearest_error, error, baseline.nearest_holdout, held),
+        )
+
+    def learn(
+        self, recipe: Recipe, solver: Solver, search_scale: bool, up_or_down: bool, judge: bool = True
+    ) -> LayerRounding:
+        """Learn the rounding; nearest is kept where it is better on held-out samples.
+
+        Args:
+            recipe: what to imitate; `correct_bias` must be off if the bias cannot be written.
+            solver: solves the rounding problem.
+            search_scale: choose the scale under the hessian, else keep the grid's.
+            up_or_down: restrict to floor and ceil of the weight on its grid, as the paper does.
+            judge: compare with nearest. Without, for trials, whatever was learned is kept, its errors are NaN, and
+                fewer scales are tried.
+        """
+        hessian, target = self._form(recipe)
+        grid = self.grid
+        if search_scale and self.can_search_scale:
+            grid = self._search(hessian, target, up_or_down, steps=13 if judge else 7)
+        rounding = solver.solve(self._problem(grid, hessian, target, up_or_down))
+        if search_scale and self.can_search_scale and not up_or_down and not isinstance(solver, Nearest):
+            grid = self._refit(grid, hessian, target, rounding.integers)
+        # solvers work column by column; the model wants rows
+        integers = self.op.unrows(rounding.integers, self.weight.shape).contiguous()
+        correction = None
+        if recipe.correct_bias:
+            correction = self.op.outputs(self.moments.bias(self._change(grid, integers))).float()
+        if not judge:
+            return LayerRounding(grid, integers, correction, True, nan, nan, None, None)
+        return self._judged(grid, integers, correction)
+
+    def _judged(self, grid: Grid, integers: Tensor, correction: Tensor | None) -> LayerRounding:
+        """The learned rounding, or nearest where that is better on held-out samples (on all without any)."""
+        found = self.rounded(grid, integers, correction)
+        if found.learned_holdout is not None and found.nearest_holdout is not None:
+            learned = found.learned_holdout <= found.nearest_holdout
+        else:
+            learned = found.learned_error <= found.nearest_error
+        if learned:
+            return found
+        nearest = self.grid.nearest(self.weight)
+        return replace(found, grid=self.grid, integers=nearest, bias_correction=None, learned=False)
+
+    def _form(self, recipe: Recipe) -> tuple[Hessian, Tensor]:
+        """Damped hessian and target in weight units.
+
+        Completing the square of `E (d + (w - w^) x^)^2` gives the target `t = w + E[d x^^T] (H + delta I)^-1`.
+        """
+        moments = self.moments
+        second, cross, _ = (
+            (moments.hessian, moments.cross, moments.power) if recipe.correct_bias else moments.uncentred()
+        )
+        hessian = Hessian.damped(second, recipe.damping, self._power(moments))
+        target = self.op.rows(self.weight).double()
+        if recipe.asymmetric:
+            target = target + hessian.solve(cross)
+        return hessian, target
+
+    def _problem(self, grid: Grid, hessian: Hessian, target: Tensor, up_or_down: bool) -> RoundingProblem:
+        """The rounding problem on `grid`, in its coordinates."""
+        rows, shape = self.op.rows, self.weight.shape
+        scale = rows(grid.expand(grid.scale, shape)).double()
+        zero_point = rows(grid.expand(grid.zero_point, shape))
+        if up_or_down:
+            lower, upper = map(rows, floor_and_next(grid, self.weight))
+        else:
+            lower, upper = torch.full_like(zero_point, grid.quant_min), torch.full_like(zero_point, grid.quant_max)
+        nearest, step = rows(grid.nearest(self.weight)), None if self._scale_follows_rows else scale
+        return RoundingProblem(target / scale + zero_point, hessian, lower, upper, nearest, step)
+
+    @property
+    def can_search_scale(self) -> bool:
+        """Whether a scale can be judged by the rows that it serves: not where it runs along the columns of all."""
+        return self._scale_follows_rows or self.grid.group_size is not None
+
+    @property
+    def _scale_follows_rows(self) -> bool:
+        """Whether one scale serves a whole row."""
+        return self.grid.group_size is None and self.grid.ch_axis in (None, self.op.output_axis)
+
+    def _search(self, hessian: Hessian, target: Tensor, up_or_down: bool, steps: int) -> Grid:
+        """Choose the scale under the hessian: of each row, or of each group of its columns by the group's own share."""
+        size = self.grid.group_size
+        if size is None:
+            return search_grid(
+                self.grid, self._channel(), lambda at: self._problem(at, hessian, target, up_or_down), steps
+            )
+        share = hessian.blocks(size)
+        rows, groups = self.weight.shape[0], share.matrix.shape[0]
+        channel = torch.arange(rows * groups, device=self.weight.device).reshape(rows, groups).T
+        return search_grid(
+            self.grid,
+            channel,
+            lambda at: self._problem(at, hessian, target, up_or_down).blocks(share, size),
+            steps,
+        )
+
+    def _refit(self, grid: Grid, hessian: Hessian, target: Tensor, integers: Tensor) -> Grid:
+        """The best scale for the integers as they are."""
+        if grid.group_size is not None:
+            return refit_group_scale(grid, hessian, target, integers)
+        return refit_scale(grid, self._channel(), hessian, target, integers)
+
+    def _channel(self) -> Tensor:
+        """`(G, R)`: the grid's channel that each row belongs to."""
+        index = torch.arange(self.grid.scale.numel(), device=self.weight.device)
+        return self.op.rows(self.grid.expand(self.grid.per_channel(index), self.weight.shape))[..., 0]
+
+    def _change(self, grid: Grid, integers: Tensor) -> Tensor:
+        """`w - w^` as rows, float64."""
+        return self.op.rows(self.weight.double() - grid.dequantize(integers).double())
+
+    def _errors(self, grid: Grid, integers: Tensor, correction: Tensor | None) -> tuple[float, float | None]:
+        """Output error over output variance on the learning and on the held-out samples."""
+        change, rows = self._change(grid, integers), self.op.rows(self.weight).double()
+        found: list[float | None] = []
+        for moments in (self.moments, self.holdout):
+            if not moments.count:
+                found.append(None)
+                continue
+            error = moments.error(change, correct_bias=False)
+            if correction is not None:
+                # the bias is learned on the learning samples; held-out ones must live with it
+                offset = correction.double().reshape(error.shape)
+                error = (error - 2 * offset * moments.bias(change) + offset.square()).clamp_min(0)
+            variance = ((rows @ moments.hessian) * rows).sum()
+            square = variance + (rows @ moments.mean.unsqueeze(2)).square().sum()
+            # an output that does not vary is measured against its mean square
+            power = variance if variance > 1e-9 * square else square
+            found.append(float(error.sum() / power) if power > 0 else float(error.sum()))
+        return found[0] or 0.0, found[1]
+
+    @staticmethod
+    def _power(moments: Moments) -> Tensor:
+        """`(G,)`: mean square of the columns' entries."""
+        return (moments.hessian.diagonal(dim1=1, dim2=2) + moments.mean.square()).mean(1)

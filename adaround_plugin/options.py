@@ -1,0 +1,60 @@
+"""Checks of what a user sets: one for each kind of value, with one form of error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+from adaround_plugin.errors import InvalidOptionError
+
+__all__ = ["check_bool", "check_choice", "check_integer", "check_number", "check_solver", "named"]
+
+
+def named(owner: object, name: str) -> tuple[str, Any]:
+    """What errors call an attribute of an object, and its value."""
+    return f"{type(owner).__name__}.{name}", getattr(owner, name)
+
+
+def check_integer(argument: str, value: Any, least: int | None = None) -> None:
+    """Raise `InvalidOptionError` unless `value` is an integer, and no smaller than `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidOptionError(argument, f"{value!r} is not an integer", "Pass an integer.")
+    if least is not None and value < least:
+        raise InvalidOptionError(argument, f"{value!r} is too small", f"Pass at least {least}.")
+
+
+def check_number(
+    argument: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raise `InvalidOptionError` unless `value` is a finite number in the range."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and math.isfinite(value) and above < value < below and least <= value <= most:
+        return
+    limits = [("at least", least), ("above", above), ("at most", most), ("below", below)]
+    wanted = " and ".join(f"{word} {limit:g}" for word, limit in limits if math.isfinite(limit))
+    raise InvalidOptionError(argument, f"{value!r} is not accepted", f"Pass a number{wanted and f' {wanted}'}.")
+
+
+def check_bool(argument: str, value: Any) -> None:
+    """Raise `InvalidOptionError` unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise InvalidOptionError(argument, f"{value!r} is not known", "Pass True or False.")
+
+
+def check_choice(argument: str, value: Any, choices: Collection[Any]) -> None:
+    """Raise `InvalidOptionError` unless `value` is one of `choices`, of the same type."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise InvalidOptionError(argument, f"{value!r} is not known", f"Pass one of {list(choices)}.")
+
+
+def check_solver(argument: str, value: Any) -> None:
+    """Raise `InvalidOptionError` unless `value` is an object with a method `solve`."""
+    if isinstance(value, type) or not callable(getattr(value, "solve", None)):
+        raise InvalidOptionError(argument, f"{value!r} has no solve method", "Pass a solver such as Annealing().")

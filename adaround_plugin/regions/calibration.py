@@ -1,0 +1,190 @@
+"""Calibration batches: what a loader yields, fitted to the model's signature, and which columns of it are used."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaround_plugin.errors import InvalidBatchError, InvalidOptionError
+from adaround_plugin.rounding.linear_op import Patches
+
+__all__ = ["Sampling", "bind_batches"]
+
+_log = logging.getLogger(__name__)
+_GOLDEN = 0.6180339887498949
+
+
+def bind_batches(
+    model: nn.Module,
+    signature: inspect.Signature,
+    flatten: Callable[[inspect.BoundArguments], list[Any]],
+    batches: Iterable[Any],
+    inputs: Callable[[Any], Any] | None,
+) -> list[list[Any]]:
+    """The arguments of every batch, as the model's graph takes them.
+
+    Args:
+        model: whose parameters say on which device batches must lie, if all of them lie on one.
+        signature: its inputs.
+        flatten: from bound arguments to the values of the graph's placeholders; raises `ValueError` on a misfit.
+        batches: a DataLoader, a list, any iterable; an iterator is read once and kept.
+        inputs: maps a batch to the model's inputs, for example `lambda batch: batch[0]` to drop labels.
+
+    Raises:
+        InvalidBatchError: no batches, or a batch that does not fit the signature, or lies on another device.
+        InvalidOptionError: `inputs` cannot be called.
+    """
+    if inputs is not None and not callable(inputs):
+        raise InvalidOptionError("inputs", f"{inputs!r} is not callable", "Pass a function of one batch.")
+    if isinstance(batches, Tensor | Mapping | str):
+        raise InvalidBatchError(
+            "batches", f"is one {type(batches).__name__}, not a sequence of batches", "Pass [batch] instead."
+        )
+    try:
+        iterator = iter(batches)
+    except TypeError:
+        raise InvalidBatchError(
+            "batches", f"{type(batches).__name__} is not iterable", "Pass a DataLoader or a list of batches."
+        ) from None
+    devices = {parameter.device for parameter in model.parameters()}
+    device = devices.pop() if len(devices) == 1 else None
+    bound = [_bind(device, signature, flatten, batch, inputs, i) for i, batch in enumerate(iterator)]
+    if not bound:
+        raise InvalidBatchError(
+            "batches", "is empty (an iterator that was already consumed is)", "Pass a list or a DataLoader."
+        )
+    _log.debug("%d calibration batches", len(bound))
+    return bound
+
+
+def _bind(
+    device: torch.device | None,
+    signature: inspect.Signature,
+    flatten: Callable[[inspect.BoundArguments], list[Any]],
+    batch: Any,
+    inputs: Callable[[Any], Any] | None,
+    index: int,
+) -> list[Any]:
+    given = inputs(batch) if inputs is not None else batch
+    args = tuple(given) if isinstance(given, tuple | list) else () if isinstance(given, Mapping) else (given,)
+    kwargs = dict(given) if isinstance(given, Mapping) else {}
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        shown = list(kwargs) if kwargs else [type(arg).__name__ for arg in args]
+        raise InvalidBatchError(
+            f"batch {index}",
+            f"{shown} does not fit the model's inputs {list(signature.parameters)} ({error})",
+            "Pass inputs= to map a batch to the model's inputs, for example inputs=lambda batch: batch[0].",
+        ) from None
+    bound.apply_defaults()
+    for name, value in bound.arguments.items():
+        for tensor in filter(Tensor.is_floating_point, _tensors(value)):
+            # a lone number may come from anywhere; so may indices and lengths, which some operators want elsewhere
+            if tensor.dim() and device not in (None, tensor.device):
+                raise InvalidBatchError(
+                    f"batch {index}",
+                    f"input {name!r} lies on {tensor.device}, the model on {device}",
+                    f"Pass inputs= to bring a batch there, for example inputs=lambda batch: batch.to({str(device)!r}).",
+                )
+            if tensor.dtype != torch.float32:
+                raise InvalidBatchError(f"batch {index}", f"input {name!r} is {tensor.dtype}", "Pass float32.")
+            if not torch.isfinite(tensor).all():
+                raise InvalidBatchError(f"batch {index}", f"input {name!r} holds NaN or infinity", "Remove the sample.")
+    tensors = _tensors(list(bound.arguments.values()))
+    if not tensors or not tensors[0].numel():
+        raise InvalidBatchError(f"batch {index}", "holds no data", "Pass batches of at least one sample.")
+    try:
+        return flatten(bound)
+    except ValueError as error:
+        raise InvalidBatchError(
+            f"batch {index}", f"does not fit the model ({error})", "Pass batches like the example inputs."
+        ) from None
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in a nested input, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []
+
+
+def _samples(arguments: list[Any]) -> int:
+    """Length of the leading axis of the first tensor."""
+    first = _tensors(arguments)[0]
+    return first.shape[0] if first.dim() else 1
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which columns of a layer's design matrix are used, and which samples are held out: deterministic and even.
+
+    A sample is an entry of the leading axis of the model's first input, numbered through all batches; an operator
+    whose leading axis is longer (tokens or windows folded into it) has equal runs of it per sample.
+
+    Attributes:
+        first, size: number of the first sample of each batch, and how many it has.
+        every: one of each run of `every` samples is held out; 0 holds out none.
+        max_columns: at most about this many columns per layer, or four per weight of a row where that is more.
+        seed: shifts the output positions that are used where not all are.
+    """
+
+    first: tuple[int, ...]
+    size: tuple[int, ...]
+    every: int
+    max_columns: int
+    seed: int
+
+    @classmethod
+    def of(cls, bound: list[list[Any]], holdout: float, max_columns: int, seed: int) -> Sampling:
+        """The sampling of bound batches with a share `holdout` held out (at least one sample, if there are two)."""
+        size = tuple(_samples(arguments) for arguments in bound)
+        total = sum(size)
+        first = tuple(sum(size[:i]) for i in range(len(size)))
+        every = min(max(2, round(1 / holdout)), total) if holdout > 0 and total > 1 else 0
+        return cls(first, size, every, max_columns, seed)
+
+    @property
+    def total(self) -> int:
+        """The number of samples."""
+        return sum(self.size)
+
+    def has_samples(self, batch: int, length: int) -> bool:
+        """Whether a leading axis of this length can be one of the batch's samples, or of equal runs of them."""
+        return length % self.size[batch] == 0
+
+    def held_out(self, batch: int, length: int, device: torch.device | None = None) -> Tensor:
+        """For each of `length` entries of a leading axis in this batch, whether its sample is held out: bool."""
+        if not self.every:
+            return torch.zeros(length, dtype=torch.bool, device=device)
+        sample = self.first[batch] + torch.arange(length, device=device) * self.size[batch] // max(1, length)
+        # which one of each run moves with the golden ratio, so that it cannot fall in step with `columns`
+        chosen = ((sample // self.every + 1).double() * _GOLDEN).frac() * self.every
+        return sample % self.every == chosen.long()
+
+    def columns(self, batch: int, patches: Patches, sites: int) -> tuple[Tensor, Tensor]:
+        """Chosen columns of one call site out of `sites`: `(n,)` leading indices and `(n,)` output positions.
+
+        The leading axis is numbered through all batches; entry `i` gives `floor((i + 1) r) - floor(i r)` of its
+        positions, spaced evenly from an offset that runs through the golden ratio's multiples.
+        """
+        length, positions, device = patches.samples, patches.positions, patches.view.device
+        per_sample = length / self.size[batch]
+        most = max(self.max_columns, 4 * patches.row_length)
+        rate = min(1.0, most / (sites * positions * per_sample * self.total))
+        entry = self.first[batch] * per_sample + torch.arange(length, dtype=torch.float64, device=device)
+        share = rate * positions
+        count = (((entry + 1) * share + 1e-6).floor() - (entry * share + 1e-6).floor()).long()
+        index = torch.repeat_interleave(torch.arange(length, device=device), count)
+        rank = torch.arange(index.numel(), device=device) - (count.cumsum(0) - count)[index]
+        offset = ((entry + self.seed) * _GOLDEN).frac()[index]
+        position = ((rank + offset) * positions / count[index]).long().clamp_max(positions - 1)
+        return index, position

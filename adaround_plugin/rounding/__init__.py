@@ -1,0 +1,4 @@
+"""The mathematics of rounding one weight: grids, second moments, the rounding problem and its relaxation.
+
+Imports torch and `errors` alone.
+"""

@@ -1,0 +1,185 @@
+"""What a linear operator does to its weight: rows, groups and the design matrix.
+
+Convolutions (1-d to 3-d, transposed, grouped, dilated, every padding mode) and linear layers are linear in their
+weight: for one output position, `y = W x` with `x` the patch of the input under the kernel. `LinearOp` gives
+`W` as `(groups, rows, columns)` and the patches, a *column* of the design matrix each, at any subset of the output
+positions, gathered straight from a strided view of the padded input: no unfolded copy of the whole input is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["LinearOp"]
+
+
+@dataclass(frozen=True)
+class LinearOp:
+    """A linear or convolutional operator, seen from its weight.
+
+    Attributes:
+        kind: `"linear"`, `"conv"` or `"conv_transpose"`.
+        stride, dilation, output_padding: one entry per spatial dimension; empty for a linear layer.
+        padding: `(before, after)` per spatial dimension.
+        padding_mode: as in `torch.nn.Conv2d`.
+        groups: number of groups of the convolution.
+    """
+
+    kind: Literal["linear", "conv", "conv_transpose"]
+    stride: tuple[int, ...] = ()
+    padding: tuple[tuple[int, int], ...] = ()
+    dilation: tuple[int, ...] = ()
+    output_padding: tuple[int, ...] = ()
+    padding_mode: str = "zeros"
+    groups: int = 1
+
+    @property
+    def output_axis(self) -> int:
+        """The axis of the weight that runs over output channels (of one group, when transposed)."""
+        return 1 if self.kind == "conv_transpose" else 0
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """Lay a weight (or anything of its shape) out as `(groups, rows, columns)`; a row makes one output."""
+        if self.kind == "conv_transpose":
+            inputs, outputs = weight.shape[:2]
+            grouped = weight.reshape(self.groups, inputs // self.groups, outputs, -1)
+            return grouped.transpose(1, 2).reshape(self.groups, outputs, -1)
+        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+
+    def unrows(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """Inverse of `rows`: back to the weight's own `shape`."""
+        if self.kind == "conv_transpose":
+            inputs, outputs = shape[:2]
+            grouped = rows.reshape(self.groups, outputs, inputs // self.groups, -1)
+            return grouped.transpose(1, 2).reshape(shape)
+        return rows.reshape(shape)
+
+    def outputs(self, per_row: Tensor) -> Tensor:
+        """`(groups, rows)` values as one vector over the output channels, in the bias's order."""
+        return per_row.reshape(-1)
+
+    def outputs_at(self, y: Tensor, weight_shape: torch.Size, sample: Tensor, position: Tensor) -> Tensor:
+        """Outputs of chosen columns: what `rows` gives for the patches that `Patches.columns` takes at the same place.
+
+        Args:
+            y: the operator's output: `(N, C, *spatial)` or `(C, *spatial)`; `(N, ..., out)` or `(out,)` if linear.
+            weight_shape: shape of the operator's weight.
+            sample, position: `(n,)` each.
+
+        Returns:
+            `(groups, n, rows)`.
+        """
+        if self.kind == "linear":
+            y = y.reshape(1, 1, 1, -1) if y.dim() == 1 else y.reshape(y.shape[0], prod(y.shape[1:-1]), 1, -1)
+        else:
+            y = y if y.dim() == len(weight_shape) else y.unsqueeze(0)
+            y = y.reshape(y.shape[0], self.groups, y.shape[1] // self.groups, prod(y.shape[2:])).permute(0, 3, 1, 2)
+        return y[sample, position].transpose(0, 1)
+
+    def accepts(self, x: Tensor, weight_shape: torch.Size) -> bool:
+        """Whether an input's dimensions and channels fit a weight of this shape."""
+        if self.kind == "linear":
+            return x.dim() >= 1 and x.shape[-1] == weight_shape[1]
+        spatial = len(weight_shape) - 2
+        channels = weight_shape[0] if self.kind == "conv_transpose" else weight_shape[1] * self.groups
+        return x.dim() in (spatial + 1, spatial + 2) and x.shape[-spatial - 1] == channels
+
+    def patches(self, x: Tensor, weight_shape: torch.Size) -> Patches:
+        """The design matrix of input `x`, not yet materialized.
+
+        Args:
+            x: the operator's input: `(N, C, *spatial)` or `(C, *spatial)`; `(N, ..., in)` or `(in,)` if linear.
+            weight_shape: shape of the operator's weight.
+        """
+        if self.kind == "linear":
+            x = x.reshape(1, 1, -1) if x.dim() == 1 else x.reshape(x.shape[0], -1, x.shape[-1])
+            # (N, positions, 1 group, in)
+            return Patches(x.unsqueeze(2), 1)
+        kernel = tuple(weight_shape[2:])
+        spatial = len(kernel)
+        if x.dim() == spatial + 1:
+            x = x.unsqueeze(0)
+        x, stride = self._padded(x, kernel)
+        size = [(x.shape[2 + i] - self.dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(spatial)]
+        steps = x.stride()
+        x = x.as_strided(
+            (x.shape[0], *size, self.groups, x.shape[1] // self.groups, *kernel),
+            (
+                steps[0],
+                *(steps[2 + i] * stride[i] for i in range(spatial)),
+                steps[1] * (x.shape[1] // self.groups),
+                steps[1],
+                *(steps[2 + i] * self.dilation[i] for i in range(spatial)),
+            ),
+            x.storage_offset(),
+        )
+        # a transposed convolution is the correlation of its zero-stuffed input with the mirrored kernel
+        flip = tuple(range(-spatial, 0)) if self.kind == "conv_transpose" else ()
+        return Patches(x, spatial, flip)
+
+    def _padded(self, x: Tensor, kernel: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+        """Pad `x` so that the operator is a plain correlation; returns it with the correlation's stride."""
+        if self.kind == "conv":
+            if not any(map(any, self.padding)):
+                return x.contiguous(), self.stride
+            flat = [side for before_after in reversed(self.padding) for side in before_after]
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            return F.pad(x, flat, mode=mode).contiguous(), self.stride
+        # transposed: input i lands at i * stride + dilation * (kernel - 1) - padding
+        spatial = len(kernel)
+        before = [self.dilation[i] * (kernel[i] - 1) - self.padding[i][0] for i in range(spatial)]
+        after = [
+            self.dilation[i] * (kernel[i] - 1) - self.padding[i][1] + self.output_padding[i] for i in range(spatial)
+        ]
+        spread = [(x.shape[2 + i] - 1) * self.stride[i] + 1 for i in range(spatial)]
+        stuffed = x.new_zeros(x.shape[0], x.shape[1], *spread)
+        spread_at: tuple[Any, ...] = (..., *(slice(None, None, step) for step in self.stride))
+        stuffed[spread_at] = x
+        flat = [side for i in reversed(range(spatial)) for side in (before[i], after[i])]
+        return F.pad(stuffed, flat).contiguous(), (1,) * spatial
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Patches of an input as a strided view: `(N, *positions, groups, *patch)`."""
+
+    view: Tensor
+    position_dims: int
+    flip: tuple[int, ...] = ()
+
+    @property
+    def samples(self) -> int:
+        """Length of the input's leading axis."""
+        return self.view.shape[0]
+
+    @property
+    def positions(self) -> int:
+        """Output positions per entry of the leading axis."""
+        return prod(self.view.shape[1 : 1 + self.position_dims])
+
+    @property
+    def row_length(self) -> int:
+        """Entries of one column in one group: weights of an output channel."""
+        return prod(self.view.shape[2 + self.position_dims :])
+
+    def columns(self, sample: Tensor, position: Tensor) -> Tensor:
+        """Materialize chosen columns.
+
+        Args:
+            sample: `(n,)` indices into the leading axis.
+            position: `(n,)` flat indices of output positions.
+
+        Returns:
+            `(groups, n, columns)`: for each group the patches as rows, in the order of `LinearOp.rows`.
+        """
+        index = torch.unravel_index(position, self.view.shape[1 : 1 + self.position_dims])
+        picked = self.view[(sample, *index)]  # (n, groups, *patch)
+        if self.flip:
+            picked = picked.flip(self.flip)
+        return picked.reshape(picked.shape[0], picked.shape[1], self.row_length).transpose(0, 1)

@@ -1,0 +1,137 @@
+"""The rounding problem every solver takes, and the rounding it returns.
+
+Equation 20 of the AdaRound paper (arXiv 2004.10568) is a quadratic unconstrained binary problem per output row; here
+it is written in grid coordinates (`q = w / scale + zero_point`) and with as many levels as the grid has:
+
+    minimise (q - t) H (q - t)^T   over integers   lower <= q <= upper,   for every row, all rows sharing H.
+
+`q - t` is taken times the size of a grid step, `step`: 1 where one scale serves a row, and the scale itself where it
+varies along the row (groups of columns with a scale each). Nothing here knows of layers, hosts or data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adaround_plugin.errors import InvalidOptionError, NonFiniteError
+from adaround_plugin.rounding.hessian import Hessian
+
+__all__ = ["Rounding", "RoundingProblem", "Solver"]
+
+
+@dataclass(frozen=True)
+class RoundingProblem:
+    """Minimise `(q - target) hessian (q - target)^T` per row over integers in a box.
+
+    Attributes:
+        target: `(G, R, D)` float64, the real point to imitate, in grid coordinates.
+        hessian: the quadratic form, `D` columns in each of `G` groups.
+        lower, upper: `(G, R, D)` int64 bounds.
+        nearest: `(G, R, D)` int64, round-to-nearest of the weight itself; no solver may return a worse row.
+        step: `(G, R, D)` float64, the size of a grid step in the units of the hessian; anything that broadcasts.
+    """
+
+    target: Tensor
+    hessian: Hessian
+    lower: Tensor
+    upper: Tensor
+    nearest: Tensor
+    step: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.float64))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "step", self.step.to(self.target.device).expand(self.target.shape))
+        groups, _, columns = self.target.shape
+        if self.hessian.matrix.shape[:2] != (groups, columns):
+            raise InvalidOptionError(
+                "hessian",
+                f"{tuple(self.hessian.matrix.shape)} does not fit a target of shape {tuple(self.target.shape)}",
+                f"Pass shape {(groups, columns, columns)}.",
+            )
+        if not torch.isfinite(self.target).all():
+            raise NonFiniteError("target", "holds NaN or infinity", "Check the weights and the calibration data.")
+
+    def loss(self, q: Tensor) -> Tensor:
+        """`e H e^T` with `e = (q - t) step` for each row: `(G, R)` float64."""
+        return self.hessian.quadratic((q - self.target) * self.step)
+
+    def map(self, fn: Callable[[Tensor], Tensor], hessian: Hessian) -> RoundingProblem:
+        """The problem whose tensors of one entry for each weight are what `fn` makes of this one's."""
+        return RoundingProblem(
+            target=fn(self.target),
+            hessian=hessian,
+            lower=fn(self.lower),
+            upper=fn(self.upper),
+            nearest=fn(self.nearest),
+            step=fn(self.step),
+        )
+
+    def clamp(self, q: Tensor) -> Tensor:
+        """Clip to the box."""
+        return torch.minimum(torch.maximum(q, self.lower.to(q.dtype)), self.upper.to(q.dtype))
+
+    def part(self, groups: slice, rows: slice) -> RoundingProblem:
+        """The problem of some rows of some groups."""
+        return self.map(lambda values: values[groups, rows], Hessian(self.hessian.matrix[groups]))
+
+    def blocks(self, hessian: Hessian, size: int) -> RoundingProblem:
+        """The problems of runs of `size` columns, the coupling between them left out, in steps of the grid.
+
+        Args:
+            hessian: `self.hessian.blocks(size)`, which many problems may share.
+            size: number of columns in a run, in which the step must not vary; a smaller last run is filled up with
+                columns that are already exact.
+        """
+        groups, rows, columns = self.target.shape
+
+        def split(values: Tensor) -> Tensor:
+            runs = F.pad(values, (0, -columns % size)).reshape(groups, rows, -1, size)
+            return runs.transpose(1, 2).reshape(-1, rows, size)
+
+        return replace(self.map(split, hessian), step=torch.ones((), dtype=torch.float64))
+
+    @staticmethod
+    def stack(problems: Sequence[RoundingProblem]) -> RoundingProblem:
+        """The rows of problems that share one hessian, as one problem."""
+        first = problems[0]
+
+        def stacked(name: str) -> Tensor:
+            return torch.cat([getattr(problem, name) for problem in problems], 1)
+
+        names = ("target", "lower", "upper", "nearest", "step")
+        return replace(first, **{name: stacked(name) for name in names})
+
+    def best_of(self, *candidates: Tensor) -> Rounding:
+        """Keep, row by row, the candidate with the smallest loss; the first wins ties, and nearest comes first."""
+        best, loss = self.nearest, self.loss(self.nearest)
+        for candidate in candidates:
+            candidate_loss = self.loss(candidate)
+            better = candidate_loss < loss
+            best = torch.where(better.unsqueeze(-1), candidate, best)
+            loss = torch.where(better, candidate_loss, loss)
+        return Rounding(best, loss)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A solver's answer: `(G, R, D)` int64 integers and their `(G, R)` float64 loss."""
+
+    integers: Tensor
+    loss: Tensor
+
+
+class Solver(Protocol):
+    """A way to solve a rounding problem. The answer depends on the problem alone, and no row is above nearest's.
+
+    Floor, ceil and a plain stochastic draw can be above nearest's, and are to be measured as they are: they are
+    functions of a weight and its grid, in `adaround_plugin.rounding.schemes`.
+    """
+
+    def solve(self, problem: RoundingProblem) -> Rounding:
+        """Solve `problem`."""
+        ...

@@ -1,0 +1,116 @@
+"""Grids chosen from values alone: by the range of a weight, or by the squared error of a weight or of activations.
+
+The AdaRound paper fixes the scale by the minimum squared error of the weights before rounding is learned (its
+section 5).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adaround_plugin.rounding.grid import Grid, GridSpec
+
+__all__ = ["SMALLEST_SCALE", "min_max_grid", "min_mse_grid", "min_mse_qparams"]
+
+# well above subnormal scales, which no host reproduces exactly
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny * 2**24
+# candidate scales of activations, as shares of the one that clips nothing: down to 1/152 in steps of one percent
+_SHARES = 0.99 ** torch.arange(501, dtype=torch.float64)
+
+
+def _grid(spec: GridSpec, low: Tensor, high: Tensor) -> Grid:
+    """The grid that covers `[low, high]` of each channel without clipping; all-zero channels get scale 1."""
+    low, high = low.clamp_max(0.0), high.clamp_min(0.0)
+    if spec.symmetric:
+        sides = [high / spec.quant_max] if spec.quant_max > 0 else []
+        sides += [low / spec.quant_min] if spec.quant_min < 0 else []
+        scale = torch.stack(sides).amax(0)
+        zero_point = torch.zeros_like(scale)
+    else:
+        scale = (high - low) / (spec.quant_max - spec.quant_min)
+        zero_point = spec.quant_min - (low / scale.clamp_min(SMALLEST_SCALE)).round()
+        zero_point = zero_point.clamp(spec.quant_min, spec.quant_max)
+    scale = torch.where(scale > SMALLEST_SCALE, scale, torch.ones_like(scale))
+    return spec.at(spec.per_channel(scale), spec.per_channel(zero_point))
+
+
+def min_max_grid(weight: Tensor, spec: GridSpec) -> Grid:
+    """The smallest scale that clips nothing."""
+    low, high = torch.aminmax(spec.channels(weight.detach().float()), dim=1)
+    return _grid(spec, low, high)
+
+
+def min_mse_grid(weight: Tensor, spec: GridSpec, steps: int = 60) -> Grid:
+    """The scale with the smallest squared rounding error of the weights.
+
+    Each channel tries `steps` shrinkages of its range, then a finer fan around the best.
+    """
+    channels = spec.channels(weight.detach().float())
+    low, high = torch.aminmax(channels, dim=1)
+    best, best_error, best_ratio = _grid(spec, low, high), torch.full_like(low, float("inf")), torch.ones_like(low)
+    step = 0.9 / steps
+    for centre, offsets in ((1.0, [-step * i for i in range(steps)]), (None, [step * i / 8 for i in range(-7, 8)])):
+        around = best_ratio.clone() if centre is None else torch.full_like(low, centre)
+        for offset in offsets:
+            ratio = around + offset
+            grid = _grid(spec, low * ratio, high * ratio)
+            scale, zero_point = grid.scale.reshape(-1, 1), grid.zero_point.reshape(-1, 1)
+            q = (channels / scale + zero_point).round_().clamp_(spec.quant_min, spec.quant_max)
+            error = q.sub_(zero_point).mul_(scale).sub_(channels).square_().sum(1)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_ratio = torch.where(better, ratio, best_ratio)
+            best = spec.choose(better, grid, best)
+    return best
+
+
+def min_mse_qparams(histogram: Tensor, low: float, high: float, quant_min: int, quant_max: int) -> tuple[float, int]:
+    """`(scale, zero_point)` of the affine grid with the smallest squared error, clipping included.
+
+    Every candidate scale is tried with every zero point. The error of each is exact for a histogram whose counts sit
+    in the middle of their bins. Zero is always a level, as the hosts want it; values on one side of it get all levels.
+
+    Args:
+        histogram: (bins,), counts of the values in equal bins between `low` and `high`.
+        low, high: least and greatest value. Where both are 0, the scale is 0 too.
+        quant_min, quant_max: the integer range.
+    """
+    low_end, high_end = min(low, 0.0), max(high, 0.0)
+    if low_end == high_end:
+        return 0.0, quant_min
+    steps, bins = quant_max - quant_min, len(histogram)
+    middles = low + (high - low) / bins * (torch.arange(bins, dtype=torch.float64) + 0.5)
+    scales = (high_end - low_end) / steps * _SHARES
+    errors = _squared_errors(histogram.double().cpu(), middles, scales, steps)
+    first, last = (0, 0) if low >= 0 else (steps, steps) if high <= 0 else (0, steps)
+    scale, zero_point = divmod(int(errors[:, first : last + 1].argmin()), last - first + 1)
+    return float(scales[scale]), quant_min + first + zero_point
+
+
+def _squared_errors(histogram: Tensor, middles: Tensor, scales: Tensor, steps: int) -> Tensor:
+    """Errors of the grids `(q - z) s` with `0 <= q <= steps`, for every scale and zero point: (scales, steps + 1).
+
+    Values in the cell around `v = j s` add `sum (x - v)^2 = S_2 - 2 v S_1 + v^2 S_0` with `S_k = sum x^k`, whatever the
+    zero point is; it decides only where the cells end and clipping begins.
+    """
+    powers = torch.stack([histogram * middles**power for power in range(3)])
+    sums = F.pad(powers.cumsum(1), (1, 0))
+    cells = torch.arange(-steps, steps + 1)
+    lattice = scales[:, None] * cells
+    edges = torch.searchsorted(middles, scales[:, None] * (torch.arange(-steps, steps + 2) - 0.5))
+
+    def error(start: Tensor, stop: Tensor, value: Tensor) -> Tensor:
+        s_0, s_1, s_2 = sums[:, stop] - sums[:, start]
+        total: Tensor = s_2 - 2 * value * s_1 + value.square() * s_0
+        return total
+
+    inside = F.pad(error(edges[:, :-1], edges[:, 1:], lattice).cumsum(1), (1, 0))
+    # where the cells of the lowest and of the highest level stand, for each zero point
+    lowest = torch.arange(steps, -1, -1)
+    highest = lowest + steps
+    start, stop = edges[:, lowest + 1], edges[:, highest]
+    below = error(torch.zeros_like(start), start, lattice[:, lowest])
+    above = error(stop, torch.full_like(stop, len(middles)), lattice[:, highest])
+    return below + inside[:, highest] - inside[:, lowest + 1] + above

@@ -1,0 +1,153 @@
+"""One Gauss-Seidel sweep over the columns of a rounding problem: the kernel that all the fast solvers share.
+
+The conditional optimum of coordinate j, all others fixed, is `c_j = t_j - sum_{k != j} M_jk e_k / step_j` with the error
+`e = (q - t) step` and `M` a coupling with rows scaled to a unit diagonal: `H_jk / H_jj` for coordinate descent, a
+triangular factor for GPTQ. Columns go in blocks, so that all but the coupling inside a block is one matrix product, as in
+GPTQ (Frantar et al. 2022). The inside of a block is a loop of torch's operators, or one kernel on a CUDA device.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from adaround_plugin.rounding.problem import RoundingProblem
+
+__all__ = ["Coordinates", "Coupling", "sweep", "visit"]
+
+_log = logging.getLogger(__name__)
+# coordinates of a block; Triton's blocks are powers of two
+_BLOCK, _CUDA_BLOCK = 48, 64
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """The rows of a problem laid out for sweeping: `(G, D, R)` float32, one contiguous vector for each coordinate.
+
+    Attributes:
+        error: `(q - target) step` at the present point `q`, updated in place.
+        target, lower, upper, step: as in `RoundingProblem`.
+    """
+
+    error: Tensor
+    target: Tensor
+    lower: Tensor
+    upper: Tensor
+    step: Tensor
+
+    @classmethod
+    def of(cls, problem: RoundingProblem, lay: Callable[[Tensor], Tensor]) -> Coordinates:
+        """The coordinates of a problem, their present point the target.
+
+        Args:
+            problem: whose tensors are `(G, R, D)`.
+            lay: brings the columns into the order in which they are visited, as `(G, D, R)`.
+        """
+        target, lower, upper, step = (
+            lay(values).float().contiguous() for values in (problem.target, problem.lower, problem.upper, problem.step)
+        )
+        return cls(torch.zeros_like(target), target, lower, upper, step)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Coordinates:
+        """What `fn` makes of every tensor."""
+        return Coordinates(fn(self.error), fn(self.target), fn(self.lower), fn(self.upper), fn(self.step))
+
+    def rounded(self) -> Tensor:
+        """The present point rounded to integers inside the bounds: `(G, D, R)` float32."""
+        return torch.clamp((self.error / self.step + self.target).round_(), self.lower, self.upper)
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """How coordinates pull on one another.
+
+    Attributes:
+        matrix: `(G, D, D)` float32, zero diagonal.
+        curvature: `(G, D)` float32 of a triangular factor: `matrix` is then zero above the diagonal, and a sweep gives
+            the loss `sum_j curvature_j ((q_j - c_j) step_j)^2`. None for a full matrix.
+    """
+
+    matrix: Tensor
+    curvature: Tensor | None = None
+
+    def block(self, part: slice) -> Coupling:
+        """The coupling inside a block of coordinates."""
+        return Coupling(self.matrix[:, part, part], None if self.curvature is None else self.curvature[:, part])
+
+
+def sweep(at: Coordinates, coupling: Coupling, temperature: float = 0.0) -> Tensor:
+    """Visit every coordinate once and set it to its rounded conditional optimum, for all rows at the same time.
+
+    Args:
+        at: the present point; its error is updated in place.
+        coupling: of the coordinates.
+        temperature: 0 rounds hard; above, rounding is softened to
+            `floor(c) + sigmoid((2 (c - floor(c)) - 1) / temperature)`, mean-field annealing of the QUBO.
+
+    Returns:
+        `(G, R)` float32 loss of a triangular coupling, zero for a full one.
+    """
+    columns = at.target.shape[1]
+    loss = torch.zeros_like(at.target[:, 0])
+    visit_block, size = _visitor(at.error.device)
+    for start in range(0, columns, size):
+        part = slice(start, min(start + size, columns))
+        # the pull on the block of all coordinates as they are, the block's own included
+        reach = columns if coupling.curvature is None else start
+        pull = torch.bmm(coupling.matrix[:, part, :reach], at.error[:, :reach])
+        visit_block(pull, at.map(lambda values, part=part: values[:, part]), coupling.block(part), temperature, loss)  # type: ignore[misc]
+    return loss
+
+
+@cache
+def _visitor(device: torch.device) -> tuple[Callable[..., None], int]:
+    """What visits a block on this device, and the size of a block."""
+    if device.type == "cuda":
+        try:
+            from adaround_plugin.solvers import sweep_triton
+
+            sweep_triton.try_out(device)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # not installed, no compiler, no driver that it knows: whatever it is, the loop works
+            _log.warning("Triton does not run here (%s): sweeps on the GPU are many times slower.", error)
+        else:
+            return sweep_triton.visit, _CUDA_BLOCK
+    return visit, _BLOCK
+
+
+def visit(pull: Tensor, at: Coordinates, coupling: Coupling, temperature: float, loss: Tensor) -> None:
+    """Visit the coordinates of a block in order; errors and `loss` are updated in place, `pull` is used up.
+
+    Args:
+        pull: `(G, B, R)`, the pull on the block of all coordinates as they were before.
+        at: the block's coordinates, `(G, B, R)` each.
+        coupling: inside the block.
+        temperature: as for `sweep`.
+        loss: `(G, R)`, to which the loss of the block is added where the coupling is triangular.
+    """
+    triangular = coupling.curvature is not None
+    # views of the coordinates, made in one call each: the loop below is bound by the cost of calls
+    errors, targets, lowers, uppers, steps = (
+        values.unbind(1) for values in (at.error, at.target, at.lower, at.upper, at.step)
+    )
+    for j, drawn in enumerate(pull.unbind(1)):
+        new = targets[j] - drawn / steps[j]
+        if temperature:
+            base = new.floor()
+            new.sub_(base).mul_(2 / temperature).sub_(1 / temperature).sigmoid_().add_(base)
+        else:
+            new.round_()
+        torch.clamp(new, lowers[j], uppers[j], out=new).sub_(targets[j]).mul_(steps[j])
+        if j + 1 < pull.shape[1]:
+            change = new if triangular else new - errors[j]
+            pull[:, j + 1 :].baddbmm_(coupling.matrix[:, j + 1 :, j : j + 1], change.unsqueeze(1))
+        errors[j].copy_(new)
+    if coupling.curvature is not None:
+        loss += torch.bmm(coupling.curvature.unsqueeze(1), pull.add_(at.error).square_()).squeeze(1)
