@@ -1,6 +1,7 @@
 """AdaRound (Nagel et al. 2020, arXiv 2004.10568) as a plugin for the quantization flows of PyTorch."""
 
 from adaround_plugin._version import __version__
+from adaround_plugin.api import adaround
 from adaround_plugin.equalization.equalize import equalize
 from adaround_plugin.equalization.report import get_equalization_report
 from adaround_plugin.errors import (
@@ -11,21 +12,28 @@ from adaround_plugin.errors import (
     MissingDependencyError,
     NonFiniteError,
 )
-from adaround_plugin.api import adaround
 from adaround_plugin.hosts.fx.observers import AdaRoundObserver
 from adaround_plugin.hosts.fx.qconfig import get_adaround_qconfig_mapping, get_weight_only_backend_config
-from adaround_plugin.learning.finetuning import Refinement
+from adaround_plugin.learning.blockwise import BlockWise
+from adaround_plugin.learning.finetuning import Finetune
+from adaround_plugin.learning.layerwise import LayerWise
+from adaround_plugin.methods import METHODS
+from adaround_plugin.paper.method import Paper
 from adaround_plugin.report import get_report
 
 __all__ = [
+    "METHODS",
     "AdaRoundError",
     "AdaRoundObserver",
+    "BlockWise",
+    "Finetune",
     "InvalidBatchError",
     "InvalidModelError",
     "InvalidOptionError",
+    "LayerWise",
     "MissingDependencyError",
     "NonFiniteError",
-    "Refinement",
+    "Paper",
     "__version__",
     "adaround",
     "equalize",

@@ -142,9 +142,9 @@ def _table(bits: Sequence[int], backend: str, layers: bool) -> Iterator[str]:
         prepared = prepare_fx(model, get_adaround_qconfig_mapping(backend, weight_bits=width), (batches[0],))
         for batch in batches:
             prepared(batch)
-        for name, solver in (("nearest", "nearest"), ("AdaRound", "annealing")):
+        for name, method in (("nearest", "nearest"), ("AdaRound", "default")):
             start = time.perf_counter()
-            learned = adaround(prepared, batches, solver=solver, progress=False)
+            learned = adaround(prepared, batches, method, progress=False)
             seconds = time.perf_counter() - start
             report, packed = get_report(learned), _packed_kilobytes(learned)
             converted = convert_fx(learned)

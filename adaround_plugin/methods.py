@@ -1,73 +1,72 @@
-"""Presets: what the options of `adaround` mean where they are left to `"auto"`."""
+"""Methods by name: what `adaround(method=...)` does."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Protocol
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.solvers import Annealing, Relaxation
+from adaround_plugin.learning.blockwise import BlockWise
+from adaround_plugin.learning.finetuning import Finetune
+from adaround_plugin.learning.layerwise import LayerWise
+from adaround_plugin.learning.passes import Pass
+from adaround_plugin.paper.method import Paper
+from adaround_plugin.solvers import Nearest
 
-__all__ = ["PRESETS", "resolve"]
+__all__ = ["METHODS", "Method", "Preset", "get_preset"]
 
-# an option that a preset leaves to "auto" is decided by trials, or by the observer
-_DEFAULT: dict[str, Any] = {
-    "solver": Annealing(),
-    "blocks": False,
-    "scale": "auto",
-    "rounding": "grid",
-    "asymmetric": "auto",
-    "correct_bias": "auto",
-    "column_weighting": "auto",
-    "damping": "auto",
-    "holdout": 0.125,
-}
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # the fast one: second moments, annealed
-    "default": _DEFAULT,
-    # Nagel et al. 2020, equations 21 to 25 and section 5: floor or ceil, the observer's scale, asymmetric, the
-    # activation function in the loss, 10,000 steps of 32 samples, biases as they are, all samples to learn from
-    "paper": {
-        "solver": Relaxation(),
-        "blocks": False,
-        "scale": "observer",
-        "rounding": "up_or_down",
-        "asymmetric": True,
-        "correct_bias": False,
-        "column_weighting": "none",
-        "damping": 0.01,
-        "holdout": 0.0,
-    },
-    # annealed layer by layer, then all roundings of a block together, errors weighed by what they do to the network's
-    # output: for 2 bits
-    "blocks": {
-        **_DEFAULT,
-        "solver": Relaxation(
-            iterations=1000,
-            learning_rate=0.1,
-            regularization=30.0,
-            beta=(8.0, 2.0),
-            start=Annealing(),
-            drop=0.5,
-            fisher=True,
-            learn_scale=True,
-        ),
-        "column_weighting": "fisher",
-        "blocks": True,
-    },
+class Method(Protocol):
+    """A way to decide every layer of a network: `LayerWise`, `BlockWise` or `Paper`."""
+
+    @property
+    def layers(self) -> LayerWise:
+        """How each layer is decided, or started."""
+
+    def with_layers(self, layers: LayerWise) -> Method:
+        """The method whose layers are decided so."""
+
+    def learn(self, run: Pass) -> None:
+        """Decide every layer of a pass."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A method, and how the whole network is finetuned after it; None for not at all."""
+
+    method: Method
+    finetune: Finetune | None = None
+
+
+METHODS: Mapping[str, Preset] = {
+    # second moments, annealed: 4 and 3 bits
+    "default": Preset(LayerWise()),
+    # the baseline
+    "nearest": Preset(LayerWise(solver=Nearest())),
+    # all roundings of a block together
+    "blocks": Preset(BlockWise()),
+    # blocks with more damping, then the whole network, its integers too: what is best at 2 bits and at 4-bit
+    # activations, and takes longest
+    "best": Preset(
+        BlockWise(layers=LayerWise(column_weighting="fisher", damping=0.1)), Finetune(iterations=2500, integers=True)
+    ),
+    # Nagel et al. 2020 to the letter
+    "paper": Preset(Paper()),
 }
 
 
-def resolve(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options given, those that are `"auto"` as the preset has them.
+def get_preset(method: str | Method) -> Preset:
+    """The preset of that name, or of that method alone.
 
     Raises:
-        InvalidOptionError: an unknown preset.
+        InvalidOptionError: no preset has that name, or the object is no method.
     """
-    if preset not in PRESETS:
-        raise InvalidOptionError("preset", f"{preset!r} is not known", f"Pass one of {list(PRESETS)}.")
-    chosen = PRESETS[preset]
-    return {
-        name: chosen[name] if isinstance(value, str) and value == "auto" else value for name, value in given.items()
-    }
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise InvalidOptionError("method", f"{method!r} is not known", f"Pass one of {list(METHODS)}.")
+        return METHODS[method]
+    if isinstance(method, type) or not callable(getattr(method, "learn", None)):
+        known = "LayerWise(...), BlockWise(...) or Paper(...)"
+        raise InvalidOptionError("method", f"{method!r} is no method", f"Pass one of {list(METHODS)}, or {known}.")
+    return Preset(method)

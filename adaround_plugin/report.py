@@ -93,26 +93,27 @@ class Report:
     """What `adaround` did.
 
     Attributes:
-        solver, recipe: what was used.
+        method, solver, recipe: what was used: the method, the solver of each layer's problem, and what it imitates.
         layers: learned layers in the order in which they were solved.
         skipped: `(name, kind, reason)` of weighted nodes that were not learned.
         trials: recipes tried by `"auto"`.
         blocks: what was learned on samples. The errors of `layers` are then those before it, but where a block is one
             layer.
-        refinement: the whole network, where its scales and biases were learned on samples in the end.
+        finetuning: the whole network, where its scales and biases were learned on samples in the end.
         output_error: squared error of the network's output over its variance on held-out samples (on all without any,
             and all of an output without a leading axis of samples).
         seconds: wall time by phase: `setup` (checks and the reference conversion), `importance` (of columns),
-            `forward`, `moments`, `solve`, `reconstruct` (learning on samples), `refine`, `trials`, `total`.
+            `forward`, `moments`, `solve`, `reconstruct` (learning on samples), `finetune`, `trials`, `total`.
     """
 
+    method: str
     solver: str
     recipe: str
     layers: list[LayerReport]
     skipped: list[tuple[str, str, str]]
     trials: list[RecipeTrial] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
-    refinement: BlockReport | None = None
+    finetuning: BlockReport | None = None
     output_error: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -122,7 +123,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = _table(_HEAD, [_row(layer) for layer in self.layers])
-        learned = [*self.blocks, *([] if self.refinement is None else [self.refinement])]
+        learned = [*self.blocks, *([] if self.finetuning is None else [self.finetuning])]
         if learned:
             lines += _table(_BLOCK_HEAD, [_block_row(block) for block in learned])
         lines += [f"skipped {name} ({kind}): {reason}" for name, kind, reason in self.skipped]
@@ -130,19 +131,37 @@ class Report:
         kept = sum(layer.learned for layer in self.layers)
         seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in self.seconds.items())
         lines.append(
-            f"{kept} of {len(self.layers)} layers learned with {self.solver} ({self.recipe}); "
+            f"{kept} of {len(self.layers)} layers learned by {self.method} with {self.solver} ({self.recipe}); "
             f"output error {_number(self.output_error)}; {seconds}"
         )
         return "\n".join(lines)
 
 
 _HEAD = (
-    *("layer", "op", "weight", "bits", "nearest", "learned", "held-out nearest", "held-out learned"),
-    *("flipped", "clipped", "bias", "seconds", "note"),
+    "layer",
+    "op",
+    "weight",
+    "bits",
+    "nearest",
+    "learned",
+    "held-out nearest",
+    "held-out learned",
+    "flipped",
+    "clipped",
+    "bias",
+    "seconds",
+    "note",
 )
 _BLOCK_HEAD = (
-    *("learned on samples", "layers", "start", "learned", "held-out start", "held-out learned"),
-    *("iterations", "seconds", "note"),
+    "learned on samples",
+    "layers",
+    "start",
+    "learned",
+    "held-out start",
+    "held-out learned",
+    "iterations",
+    "seconds",
+    "note",
 )
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaround_plugin.regions.calibration import bind_batches
-from adaround_plugin.errors import InvalidBatchError, NonFiniteError
 from adaround_plugin.equalization.layer_pairs import LayerPair
+from adaround_plugin.errors import InvalidBatchError, NonFiniteError
+from adaround_plugin.regions.calibration import bind_batches
 
 __all__ = ["activation_ranges"]
 
@@ -55,7 +55,8 @@ def activation_ranges(
             for one in totals:
                 if not one.is_finite:
                     raise NonFiniteError(
-                        *(f"batch {index}", f"layer {one.pair.second.name!r} reads NaN or infinity"),
+                        f"batch {index}",
+                        f"layer {one.pair.second.name!r} reads NaN or infinity",
                         "Repair the float model, or remove the batch.",
                     )
     finally:

@@ -17,12 +17,12 @@ from torch import Tensor, fx, nn
 from adaround_plugin.equalization.capped_relu import CappedReLU
 from adaround_plugin.equalization.channel_ranges import activation_ranges
 from adaround_plugin.equalization.channel_scales import Link, balance, level
-from adaround_plugin.equalization.report import KEY, EqualizationReport, EqualizedPair, difference, spread
-from adaround_plugin.errors import InvalidModelError, InvalidOptionError, NonFiniteError
-from adaround_plugin.graph.compat import is_observed
 from adaround_plugin.equalization.homogeneous import cap_of
 from adaround_plugin.equalization.layer_pairs import LayerPair, PairFinder
+from adaround_plugin.equalization.report import KEY, EqualizationReport, EqualizedPair, difference, spread
 from adaround_plugin.equalization.scaled_layers import ScaledLayer
+from adaround_plugin.errors import InvalidModelError, InvalidOptionError, NonFiniteError
+from adaround_plugin.graph.compat import is_observed
 
 __all__ = ["equalize"]
 

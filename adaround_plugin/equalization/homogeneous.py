@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from adaround_plugin.graph.arguments import argument
 from adaround_plugin.graph.compat import Dropout
 
 __all__ = ["Channels", "cap_of", "is_elementwise", "passed"]
@@ -33,28 +34,22 @@ class Channels:
 
 
 _ELEMENTWISE_MODULES = {nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity}
-_ELEMENTWISE: set[Any] = {
-    *(torch.relu, torch.relu_, F.relu, F.relu_, F.leaky_relu, F.leaky_relu_, F.prelu, torch.prelu),
-    *("relu", "relu_", "prelu", "contiguous", "clone", "detach"),
-}
+_ELEMENTWISE_FUNCTIONS = {torch.relu, torch.relu_, F.relu, F.relu_, F.leaky_relu, F.leaky_relu_, F.prelu, torch.prelu}
+_ELEMENTWISE_METHODS = {"relu", "relu_", "prelu", "contiguous", "clone", "detach"}
+_ELEMENTWISE: set[Any] = _ELEMENTWISE_FUNCTIONS | _ELEMENTWISE_METHODS
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
-_RESHAPES: set[Any] = {
-    *(nn.Flatten, nn.Unflatten, torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze),
-    *("flatten", "view", "reshape", "squeeze", "unsqueeze"),
-}
+_RESHAPE_FUNCTIONS = {torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze}
+_RESHAPE_METHODS = {"flatten", "view", "reshape", "squeeze", "unsqueeze"}
+_RESHAPES: set[Any] = {nn.Flatten, nn.Unflatten} | _RESHAPE_FUNCTIONS | _RESHAPE_METHODS
 _MEANS: set[Any] = {torch.mean, "mean"}
 _RESIZES: set[Any] = {F.interpolate, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d}
+_POOLS = ("MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool")
+_PADS = ("ZeroPad", "ReflectionPad", "ReplicationPad", "CircularPad")
+_FUNCTIONAL_POOLS = ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool")
 # how many axes at the end each of these works over; a maximum pads with -inf, which scales too
 _SPATIAL: dict[Any, int] = {
     getattr(owner, f"{kind}{dims}d"): dims
-    for owner, kinds in {
-        nn: (
-            *("MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool"),
-            *("ZeroPad", "ReflectionPad", "ReplicationPad", "CircularPad"),
-        ),
-        F: ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool"),
-        torch: ("max_pool",),
-    }.items()
+    for owner, kinds in {nn: _POOLS + _PADS, F: _FUNCTIONAL_POOLS, torch: ("max_pool",)}.items()
     for kind in kinds
     for dims in (1, 2, 3)
 }
@@ -65,9 +60,9 @@ def is_elementwise(node: fx.Node, module: nn.Module | None) -> bool:
     if module is not None:
         return type(module) in _ELEMENTWISE_MODULES or isinstance(module, Dropout)
     if node.target in _DROPOUTS:
-        return _argument(node, 2, "training", True) is False
+        return argument(node, 2, "training", True) is False
     if node.target is torch.dropout:
-        return _argument(node, 2, "train", True) is False
+        return argument(node, 2, "train", True) is False
     return node.target in _ELEMENTWISE
 
 
@@ -100,18 +95,13 @@ def passed(
     if operation in _RESIZES:
         return channels if channels.axis == 1 else None
     if operation in _MEANS:
-        axes = _argument(node, 1, "dim", None)
+        axes = argument(node, 1, "dim")
         return channels if _are_positions(axes, len(before), channels.axis) else None
     if operation is F.pad:
-        padding = _argument(node, 1, "pad", None)
-        is_zero = _argument(node, 2, "mode", "constant") != "constant" or not _argument(node, 3, "value", None)
+        padding = argument(node, 1, "pad")
+        is_zero = argument(node, 2, "mode", "constant") != "constant" or not argument(node, 3, "value")
         return channels if is_zero and isinstance(padding, tuple | list) and len(padding) <= 2 * positions else None
     return None
-
-
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    """An argument of a call, whichever way it was passed."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def _reshaped(before: torch.Size, after: torch.Size, channels: Channels) -> Channels | None:

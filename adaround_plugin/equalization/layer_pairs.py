@@ -8,17 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from adaround_plugin.graph.compat import operator_name
 from adaround_plugin.equalization.homogeneous import Channels, cap_of, is_elementwise, passed
-from adaround_plugin.graph.operators import is_weighted_function, module_op
 from adaround_plugin.equalization.scaled_layers import ScaledLayer
+from adaround_plugin.graph.arguments import attribute, input_of
+from adaround_plugin.graph.compat import operator_name
+from adaround_plugin.graph.operators import is_weighted_function, module_op
 
 __all__ = ["Cap", "LayerPair", "PairFinder"]
 
-_CONVOLUTIONS = {
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-}
+_CONVOLUTIONS = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
 _LAYERS = {nn.Linear, *_CONVOLUTIONS}
 _NORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
 # they read a value's shape, not its entries
@@ -87,8 +85,7 @@ class PairFinder:
         self._owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
         for node in self._nodes:
             if node.op == "get_attr":
-                path, _, leaf = str(node.target).rpartition(".")
-                self._owners[id(getattr(self._modules[path], leaf, None))] += 1
+                self._owners[id(attribute(model, str(node.target)))] += 1
 
     def find(self) -> tuple[list[LayerPair], list[tuple[str, str, str]]]:
         """The pairs in the order of the graph, and `(name, kind, reason)` of each layer that is not first in one."""
@@ -174,8 +171,7 @@ class PairFinder:
         if user.op == "output":
             raise _UnpairedError(f"{_name(value)!r} is an output of the model")
         arguments = [*user.args, *user.kwargs.values()]
-        first = user.args[0] if user.args else user.kwargs.get("input")
-        if first is not value or sum(argument is value for argument in arguments) != 1:
+        if input_of(user) is not value or sum(argument is value for argument in arguments) != 1:
             raise _UnpairedError(f"{_name(user)!r} does not pass the scale of a channel on")
         return user
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,9 +17,12 @@ from torch.utils import _pytree as pytree
 __all__ = [
     "Convolution",
     "Dropout",
+    "Mover",
     "Normalization",
     "export_inputs",
     "flatten_inputs",
+    "guards_of",
+    "is_guards",
     "is_observed",
     "is_observer",
     "is_quantized",
@@ -26,11 +31,27 @@ __all__ = [
     "returns_view",
     "share_attributes",
     "unfused",
+    "unordered_signature",
 ]
 
 Convolution = nn.modules.conv._ConvNd
 Dropout = nn.modules.dropout._DropoutNd
 Normalization = nn.modules.batchnorm._NormBase
+
+# the submodule that torch.export calls in front of a program, to check the shapes of its inputs
+_GUARDS = "_guards_fn"
+
+
+class Mover(nn.Module):
+    """A module that is told how its tensors are moved or converted (`to`, `cuda`, `half`, ...)."""
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Called with the function that was applied to every parameter and buffer."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.moved(fn)
+        return self
 
 
 def is_observed(module: nn.Module) -> bool:
@@ -92,6 +113,22 @@ def export_inputs(program: fx.GraphModule) -> tuple[list[str], int]:
     names = list(program.graph._codegen.pytree_info.orig_args)  # type: ignore[attr-defined]
     positional, _ = program._in_spec.children()
     return names, positional.num_children
+
+
+def is_guards(node: fx.Node) -> bool:
+    """Whether a node of an exported program checks the shapes of the inputs."""
+    return node.op == "call_module" and node.target == _GUARDS
+
+
+def guards_of(program: fx.GraphModule) -> Callable[..., Any] | None:
+    """What checks the shapes of an exported program's inputs with an `AssertionError`, if anything does."""
+    found: Callable[..., Any] | None = getattr(program, _GUARDS, None)
+    return found
+
+
+def unordered_signature(parameters: Iterable[inspect.Parameter]) -> inspect.Signature:
+    """A signature in which one with a default may come before one without: the order is torch's business."""
+    return inspect.Signature(list(parameters), __validate_parameters__=False)
 
 
 def flatten_inputs(program: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -72,7 +72,8 @@ def function_op(node: fx.Node, weight_shape: torch.Size) -> LinearOp | None:
         return LinearOp("linear")
     transposed = is_transposed(node)
     spatial = (_TRANSPOSED if transposed else _CONVOLUTIONS)[node.target]
-    names = ("stride", "padding", *(["output_padding", "groups", "dilation"] if transposed else ["dilation", "groups"]))
+    order = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
+    names = ("stride", "padding", *order)
     settings: dict[str, Any] = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
     settings.update(zip(names, node.args[3:], strict=False))
     settings.update({name: node.kwargs[name] for name in names if name in node.kwargs})

@@ -1,4 +1,4 @@
-"""Rewrites of our own copies of a graph that make it easy to walk. Modules of others are shared, never changed."""
+"""Rewrites of our own copies of a graph that make it easy to walk. Their modules are copies too, tensors in common."""
 
 from __future__ import annotations
 
@@ -28,35 +28,24 @@ _INPLACE_OPERATORS = {
     operator.ior,
     operator.ixor,
 }
+# functions and methods, ATen operators too, whose result may be a view: of another shape, of a part, or the same
+_RESHAPES = {"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze"}
+_AXES = {"transpose", "swapaxes", "permute", "movedim", "t", "expand", "expand_as", "unfold", "as_strided"}
+_PARTS = {"narrow", "select", "diagonal", "unbind", "split", "chunk", "tensor_split", "getitem"}
+_VIEWS = _RESHAPES | _AXES | _PARTS | {"contiguous", "detach", "to", "float", "dropout"}
 
-
-_VIEWS = {
-    *(
-        "view",
-        "view_as",
-        "reshape",
-        "reshape_as",
-        "flatten",
-        "unflatten",
-        "ravel",
-        "contiguous",
-        "detach",
-        "to",
-        "float",
-    ),
-    *("squeeze", "unsqueeze", "transpose", "swapaxes", "permute", "movedim", "t", "expand", "expand_as", "unfold"),
-    *("narrow", "select", "diagonal", "unbind", "split", "chunk", "tensor_split", "getitem", "as_strided", "dropout"),
-}
+# meta entry of a node that came from another graph
+_ORIGIN = "adaround_origin"
 
 
 def origin(node: fx.Node) -> str:
     """The node's name in the graph it came from, with the path of that graph in front."""
-    return str(node.meta["adaround_origin"])
+    return str(node.meta[_ORIGIN])
 
 
 def has_origin(node: fx.Node) -> bool:
     """Whether a node came from another graph."""
-    return "adaround_origin" in node.meta
+    return _ORIGIN in node.meta
 
 
 def separate(module: fx.GraphModule) -> nn.Module:
@@ -64,8 +53,10 @@ def separate(module: fx.GraphModule) -> nn.Module:
 
     A graph's nodes run on either.
     """
-    root = nn.Module()
-    names = {str(node.target).partition(".")[0] for node in module.graph.nodes if node.op in ("call_module", "get_attr")}
+    root = nn.Module().train(module.training)
+    names = {
+        str(node.target).partition(".")[0] for node in module.graph.nodes if node.op in ("call_module", "get_attr")
+    }
     for name in sorted(names):
         setattr(root, name, getattr(module, name))
     shared = [tensor for one in root.modules() for tensor in vars(one).values() if isinstance(tensor, torch.Tensor)]
@@ -76,12 +67,12 @@ def separate(module: fx.GraphModule) -> nn.Module:
 def inline(module: fx.GraphModule, is_inlined: Callable[[nn.Module], bool]) -> fx.GraphModule:
     """A copy of the graph in which calls of submodules that are graphs of their own are written out.
 
-    Nodes remember where they came from (`origin`). Submodules and parameters are those of `module`.
+    Nodes remember where they came from (`origin`). The modules are `separate` from those of `module`.
     """
     graph = fx.Graph()
     outputs = _copy_into(graph, module, "", is_inlined, None)
     graph.output(outputs)
-    return fx.GraphModule(module, graph)
+    return fx.GraphModule(separate(module), graph)
 
 
 def _copy_into(
@@ -109,7 +100,7 @@ def _copy_into(
         new = graph.node_copy(node, copied.__getitem__)
         if node.op in ("call_module", "get_attr"):
             new.target = prefix + str(node.target)
-        new.meta["adaround_origin"] = prefix + node.name
+        new.meta[_ORIGIN] = prefix + node.name
         copied[node] = new
     return None
 
@@ -164,7 +155,7 @@ def functionalize(module: fx.GraphModule) -> fx.GraphModule:
         else:
             with module.graph.inserting_before(node):
                 copy = module.graph.call_function(torch.clone, (target,))
-            copy.meta["adaround_origin"] = f"{origin(node)}:copy"
+            copy.meta[_ORIGIN] = f"{origin(node)}:copy"
             node.replace_input_with(target, copy)
         for user in list(target.users):
             if position.get(user, -1) > position[node]:

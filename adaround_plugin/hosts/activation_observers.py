@@ -1,4 +1,7 @@
-"""An activation observer for fewer than 8 bits: the host's histogram, with a range chosen for that many levels."""
+"""What AdaRound's activation observers do: the host's histogram, with a range chosen for fewer than 256 levels.
+
+It is a mixin that knows no host; a class in each host's `observers` gives it that host's histogram observer.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.ao.quantization.observer import HistogramObserver
 
-from adaround_plugin.rounding.activation_range import min_mse_qparams
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.rounding.grid import check_bits
+from adaround_plugin.rounding.ranges import min_mse_qparams
 
-__all__ = ["AdaRoundActivationMixin", "AdaRoundActivationObserver", "grid_ends"]
+__all__ = ["AdaRoundActivationMixin", "grid_ends"]
 
 
 class AdaRoundActivationMixin:
     """Chooses scale and zero point of a histogram observer's integer range by minimum squared error.
 
     The hosts' own `HistogramObserver` chooses its range for the 256 integers of its dtype, whatever `quant_max` is.
-    The mixin also marks observers for which `adaround` makes FX stay inside the range (`graph.clamps`).
+    The mixin also marks observers for which `adaround` makes FX stay inside the range (`hosts.fx.clamps`).
     """
 
     quant_min: int
@@ -74,37 +75,3 @@ def grid_ends(scale: float, zero_point: int, quant_min: int, quant_max: int) -> 
     ends = torch.tensor([quant_min - zero_point, quant_max - zero_point])
     low, high = (ends * torch.tensor(scale, dtype=torch.float32)).tolist()
     return low, high
-
-
-class AdaRoundActivationObserver(AdaRoundActivationMixin, HistogramObserver):
-    """Activation observer of `torch.ao.quantization` for 2 to 8 bits; use it in a `QConfig` through `with_args`.
-
-    `convert_fx` and `convert_to_reference_fx` clip activations to the range of the storage dtype, not to that of the
-    observer. `adaround` therefore puts a clamp before each observer of this class, and the converted model holds only
-    integers that have `bits` bits.
-
-    Args:
-        bits: 2 to 8; sets the range to `[0, 2^bits - 1]`. `quant_min` and `quant_max` override it.
-        dtype: storage dtype, `torch.quint8`.
-        qscheme: `torch.per_tensor_affine`.
-        **kwargs: as for `torch.ao.quantization.HistogramObserver`.
-
-    Raises:
-        InvalidOptionError: an argument is out of range.
-    """
-
-    def __init__(
-        self,
-        bits: int = 4,
-        dtype: torch.dtype = torch.quint8,
-        qscheme: torch.qscheme = torch.per_tensor_affine,
-        quant_min: int | None = None,
-        quant_max: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        high = 2 ** check_bits(bits) - 1
-        if dtype != torch.quint8:
-            raise InvalidOptionError("dtype", f"{dtype} does not hold activations in FX", "Pass torch.quint8.")
-        low, high = 0 if quant_min is None else quant_min, high if quant_max is None else quant_max
-        self._check(low, high, qscheme)
-        super().__init__(dtype=dtype, qscheme=qscheme, quant_min=low, quant_max=high, **kwargs)

@@ -6,16 +6,20 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-from adaround_plugin.hosts.activation_observers import AdaRoundActivationMixin, grid_ends
-from adaround_plugin.hosts.fx.clamps import is_clamp
-from adaround_plugin.hosts.base import ActivationQuantizer
+from adaround_plugin.graph.arguments import attribute, owner_of
 from adaround_plugin.graph.paths import quantizes
-from adaround_plugin.graph.streams import unpacks
-from adaround_plugin.graph.transforms import origin
+from adaround_plugin.graph.streams import Stream, unpacks
+from adaround_plugin.graph.transforms import has_origin, origin
+from adaround_plugin.hosts.activation_observers import AdaRoundActivationMixin, grid_ends
+from adaround_plugin.hosts.base import ActivationQuantizer
 
-__all__ = ["activation_quantizers", "write_scales"]
+__all__ = ["activation_quantizers", "is_clamp", "mark_clamp", "write_scales"]
+
+# meta entry of a clamp of ours, which the host's conversion keeps
+_CLAMP = "adaround_clamp"
 
 # what is observed: origin of the node, scale, zero point, range
 _Observed = tuple[str, float, int, int, int]
@@ -30,7 +34,7 @@ def activation_quantizers(
 
     Args:
         prepared: the prepared graph, written out, with its observers.
-        quantized: the quantized stream's graph.
+        quantized: the host's conversion of it, written out.
         fixed: observers whose scale another one is derived from.
     """
     found: dict[_Observed, list[str]] = defaultdict(list)
@@ -49,7 +53,7 @@ def activation_quantizers(
         ours = [node for key in keys for node in nodes[key[0]] if _settings(quantized, node) == key[1:3]]
         if ours:
             names = tuple(dict.fromkeys(name for key in keys for name in found[key]))
-            result.append(_quantizer(quantized, names, ours, keys[0]))
+            result.append(_quantizer(names, ours, keys[0]))
     return result
 
 
@@ -59,6 +63,16 @@ def write_scales(model: nn.Module, scales: Mapping[str, float]) -> None:
         observer = model.get_submodule(name)
         assert isinstance(observer, AdaRoundActivationMixin)
         observer.keep(scale)
+
+
+def mark_clamp(node: fx.Node) -> None:
+    """Mark a node as a clamp of ours: it keeps the activation behind it inside the range of its observer."""
+    node.meta[_CLAMP] = True
+
+
+def is_clamp(node: fx.Node) -> bool:
+    """Whether a node is one of these, also in the host's conversion of the model."""
+    return bool(node.meta.get(_CLAMP))
 
 
 def _connected(groups: list[list[_Observed]]) -> list[list[_Observed]]:
@@ -78,7 +92,7 @@ def _quantize_nodes(quantized: fx.GraphModule) -> dict[str, list[fx.Node]]:
         if quantizes(node):
             source = node.args[0]
             source = source.args[0] if is_clamp(source) else source
-            if "adaround_origin" in source.meta:
+            if has_origin(source):
                 found[origin(source)].append(node)
     return found
 
@@ -88,31 +102,38 @@ def _settings(quantized: fx.GraphModule, node: fx.Node) -> tuple[Any, ...]:
     values = []
     for argument in node.args[1:3]:
         if isinstance(argument, fx.Node):
-            argument = _buffer(quantized, argument).item() if argument.op == "get_attr" else None
+            argument = attribute(quantized, str(argument.target)).item() if argument.op == "get_attr" else None
         values.append(argument)
     return tuple(values)
 
 
-def _buffer(module: fx.GraphModule, node: fx.Node) -> Any:
-    path, _, leaf = str(node.target).rpartition(".")
-    return getattr(module.get_submodule(path), leaf)
-
-
-def _quantizer(
-    quantized: fx.GraphModule, names: tuple[str, ...], nodes: list[fx.Node], observed: _Observed
-) -> ActivationQuantizer:
+def _quantizer(names: tuple[str, ...], nodes: list[fx.Node], observed: _Observed) -> ActivationQuantizer:
     _, scale, zero_point, quant_min, quant_max = observed
     sources = [node.args[0] for node in nodes]
     clamps = tuple(dict.fromkeys(node for node in sources if isinstance(node, fx.Node) and is_clamp(node)))
 
-    def set_scale(value: float) -> None:
+    def set_scale(stream: Stream, value: float) -> None:
         for clamp in clamps:
-            clamp.args = (clamp.args[0], *grid_ends(value, zero_point, quant_min, quant_max))
+            low, high = grid_ends(value, zero_point, quant_min, quant_max)
+            stream.replace_arguments(clamp, (clamp.args[0], low, high))
         for node in nodes:
-            if isinstance(node.args[1], fx.Node):
-                _buffer(quantized, node.args[1]).fill_(value)
+            argument = node.args[1]
+            if isinstance(argument, fx.Node):
+                module, leaf = owner_of(stream.module, str(argument.target))
+                # a new tensor: other streams have the old one
+                setattr(module, leaf, torch.full_like(getattr(module, leaf), value))
                 continue
-            for one in (node, *(user for user in node.users if unpacks(user))):
-                one.args = (one.args[0], value, *one.args[2:])
+            unpacking = [user for user in node.users if unpacks(user)]
+            for one in (node, *unpacking):
+                stream.replace_arguments(one, (one.args[0], value, *one.args[2:]))
 
-    return ActivationQuantizer(names, tuple(nodes), clamps, scale, zero_point, quant_min, quant_max, set_scale)
+    return ActivationQuantizer(
+        names=names,
+        nodes=tuple(nodes),
+        clamps=clamps,
+        scale=scale,
+        zero_point=zero_point,
+        quant_min=quant_min,
+        quant_max=quant_max,
+        set_scale=set_scale,
+    )

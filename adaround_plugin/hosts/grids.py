@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from adaround_plugin.errors import InvalidModelError
+from adaround_plugin.hosts.weight_observers import AdaRoundWeightMixin, FrozenMixin
 from adaround_plugin.rounding.grid import Grid
-from adaround_plugin.hosts.fx.observers import AdaRoundWeightMixin, FrozenMixin
 from adaround_plugin.rounding.linear_op import LinearOp
 
 __all__ = ["observed_grid", "same_grid"]
@@ -38,15 +38,16 @@ def observed_grid(name: str, observer: Any, weight: Tensor, op: LinearOp) -> tup
         return observer.grid(weight), False
     scale, zero_point = observer.calculate_qparams()
     shape = () if ch_axis is None else (-1,)
-    return Grid(
-        int(observer.quant_min),
-        int(observer.quant_max),
-        ch_axis,
-        observer.qscheme in _SYMMETRIC,
-        observer.dtype,
-        scale.float().reshape(shape),
-        zero_point.long().reshape(shape),
-    ), True
+    grid = Grid(
+        quant_min=int(observer.quant_min),
+        quant_max=int(observer.quant_max),
+        ch_axis=ch_axis,
+        symmetric=observer.qscheme in _SYMMETRIC,
+        dtype=observer.dtype,
+        scale=scale.float().reshape(shape),
+        zero_point=zero_point.long().reshape(shape),
+    )
+    return grid, True
 
 
 def same_grid(one: Grid, other: Grid) -> bool:

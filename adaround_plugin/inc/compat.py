@@ -28,6 +28,7 @@ __all__ = [
     "DEFAULT_WHITE_LIST",
     "FRAMEWORK_NAME",
     "GLOBAL",
+    "INTERNAL",
     "LOCAL",
     "STATIC_QUANT",
     "INCWeightOnlyLinear",
@@ -47,6 +48,10 @@ __all__ = [
 ]
 
 
+# what INC hands back to a configuration's constructor among its parameters
+INTERNAL = {"params_list", "non_tunable_params", "_is_initialized"}
+
+
 def mark_exported(model: fx.GraphModule) -> fx.GraphModule:
     """Tell INC that `model` is an exported program, as its own `export` does; a copy loses the mark."""
     vars(model)["_exported"] = True
@@ -55,6 +60,10 @@ def mark_exported(model: fx.GraphModule) -> fx.GraphModule:
 
 class SoleConfig(TorchBaseConfig):
     """A configuration that cannot be a term of INC's sums of several algorithms."""
+
+    def finish(self) -> None:
+        """What INC wants called once the parameters are set."""
+        self._post_init()
 
     def _get_op_name_op_type_config(self) -> Any:
         """INC's sums ask each term for its local parts, and drop the global ones."""

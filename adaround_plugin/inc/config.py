@@ -7,31 +7,28 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from itertools import product
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar, get_type_hints
+from typing import Any, ClassVar, Self
 
-from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.inc.compat import (
-    DEFAULT_WHITE_LIST,
     FRAMEWORK_NAME,
     GLOBAL,
+    INTERNAL,
     LOCAL,
     OperatorConfig,
     SoleConfig,
     register_config,
 )
 from adaround_plugin.inc.layers import WEIGHTED, Layer, text, weighted_layers
-from adaround_plugin.inc.parts import LAYER_SETTINGS, PASS_SETTINGS, resolve
+from adaround_plugin.inc.parameters import PARAMETERS, check, signature
+from adaround_plugin.inc.parts import resolve
 
 __all__ = ["AdaRoundConfig"]
 
-T = TypeVar("T")
-Tunable: TypeAlias = T | Annotated[list[T], Field(min_length=1)]
-
-_PRIORITY = 95  # autotune tries configurations of high priority first; INC's GPTQ has 90
-_INTERNAL = {"params_list", "non_tunable_params", "_is_initialized"}  # INC hands these back to constructors
+# autotune tries configurations of high priority first; INC's GPTQ has 90
+_PRIORITY = 95
 
 
 @register_config(framework_name=FRAMEWORK_NAME, algo_name="adaround", priority=_PRIORITY)
@@ -50,10 +47,12 @@ class AdaRoundConfig(SoleConfig):
         act_dtype: `"uint8"`: an eager model becomes one of torch's integer kernels, an exported program one with
             quantize and dequantize operators. `"fp32"`: activations stay in float; the linear layers of an eager
             model become INC's packed ones.
-        preset, solver, scale, asymmetric, correct_bias, column_weighting, damping, rounding, holdout, max_columns,
-            refine, seed: as in `adaround_plugin.adaround`; `preset="paper"` is the paper's own method, `"blocks"`
-            learns the layers of a block together. They and `act_dtype` hold for the whole pass: local parts follow the
-            global one.
+        method: as in `adaround_plugin.adaround`, by name: `"default"`, `"blocks"`, `"best"`, `"paper"` or `"nearest"`.
+        solver, search_scale, propagate_error, correct_bias, column_weighting, damping, levels, holdout, max_columns: as
+            in `adaround_plugin.LayerWise`; None is what the method has.
+        finetune: finetune the whole network in the end; None is what the method's name stands for.
+        seed: as in `adaround_plugin.adaround`. What follows `group_size` up to here holds for the whole pass: local
+            parts follow the global one.
         white_list: `"*"` for every weighted layer; a list of names, patterns and module types; None for nothing but
             what `set_local` adds. A pattern is what `exclude` of `adaround` takes: a name, the name of a parent, or a
             regular expression on whole names; also the name of a module type.
@@ -65,45 +64,23 @@ class AdaRoundConfig(SoleConfig):
     name: ClassVar[str] = "adaround"
     supported_configs: ClassVar[list[OperatorConfig]] = []
 
-    def __init__(
-        self,
-        dtype: Tunable[Literal["int", "fp32"]] = "int",
-        bits: Tunable[Annotated[int, Field(ge=2, le=8)]] = 4,
-        use_sym: Tunable[bool] = True,
-        w_granularity: Tunable[Literal["per_channel", "per_tensor"]] = "per_channel",
-        group_size: Tunable[Literal[-1] | Annotated[int, Field(ge=1)]] = -1,
-        act_dtype: Tunable[Literal["uint8", "fp32"]] = "uint8",
-        preset: Tunable[Literal["default", "paper", "blocks"]] = "default",
-        solver: Tunable[
-            Literal["auto", "annealing", "coordinate_descent", "cross_entropy", "nearest", "relaxation", "gptq"]
-        ] = "auto",
-        scale: Tunable[Literal["auto", "observer", "search"]] = "auto",
-        asymmetric: Tunable[bool | Literal["auto"]] = "auto",
-        correct_bias: Tunable[bool | Literal["auto"]] = "auto",
-        column_weighting: Tunable[Literal["auto", "none", "inverse_norm", "fisher"]] = "auto",
-        damping: Tunable[Annotated[float, Field(gt=0)] | Literal["auto"]] = "auto",
-        rounding: Tunable[Literal["auto", "grid", "up_or_down"]] = "auto",
-        holdout: Tunable[Annotated[float, Field(ge=0, le=0.5)] | Literal["auto"]] = "auto",
-        max_columns: Tunable[Annotated[int, Field(ge=1)]] = 16384,
-        refine: Tunable[bool] = False,
-        seed: Tunable[int] = 0,
-        white_list: list[str | type[nn.Module]] | Literal["*"] | None = DEFAULT_WHITE_LIST,
-        **kwargs: Any,
-    ) -> None:
-        given = locals()
-        if unknown := kwargs.keys() - _INTERNAL:
-            raise InvalidOptionError("AdaRoundConfig", f"has no {sorted(unknown)}", f"It has {sorted(_ADAPTERS)}.")
-        super().__init__(white_list=_checked("white_list", white_list))
-        for parameter in (*LAYER_SETTINGS, *PASS_SETTINGS):
-            setattr(self, parameter, given[parameter])
-        self._post_init()
+    def __init__(self, **given: Any) -> None:
+        known = {one.name: one.default for one in PARAMETERS}
+        if unknown := given.keys() - {*known, "white_list", *INTERNAL}:
+            raise InvalidOptionError("AdaRoundConfig", f"has no {sorted(unknown)}", f"It has {sorted(known)}.")
+        super().__init__(**{name: check(name, given[name]) for name in ("white_list",) if name in given})
+        for name, default in known.items():
+            setattr(self, name, given.get(name, default))
+        self.finish()
+
+    __init__.__signature__ = signature()  # type: ignore[attr-defined]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, _checked(name, value) if name in _ADAPTERS else value)
+        super().__setattr__(name, check(name, value))
 
     def get_params_dict(self) -> dict[str, Any]:
         """The parameters by name, `white_list` left out."""
-        return {name: getattr(self, name) for name in (*LAYER_SETTINGS, *PASS_SETTINGS)}
+        return {one.name: getattr(self, one.name) for one in PARAMETERS}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads; module types are written by their names."""
@@ -211,23 +188,4 @@ class AdaRoundConfig(SoleConfig):
         return cls(bits=[4, 8])
 
 
-def _checked(name: str, value: Any) -> Any:
-    """`value`, if the annotation of the parameter admits it."""
-    try:
-        _ADAPTERS[name].validate_python(value, strict=True)
-    except ValidationError as error:
-        reasons = [
-            detail["msg"] for detail in error.errors() if isinstance(value, list) or detail["type"] != "list_type"
-        ]
-        raise InvalidOptionError(
-            name, f"{value!r} is not accepted", f"{' or '.join(dict.fromkeys(reasons))}."
-        ) from None
-    return value
-
-
-_ADAPTERS = {
-    name: TypeAdapter(hint)
-    for name, hint in get_type_hints(AdaRoundConfig.__init__, include_extras=True).items()
-    if name not in ("return", "kwargs")
-}
 AdaRoundConfig.register_supported_configs()

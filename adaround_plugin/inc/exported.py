@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import fx
 
+from adaround_plugin.api import adaround
 from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.hosts.pt2e import get_adaround_x86_inductor_config
 from adaround_plugin.inc.compat import (
     STATIC_QUANT,
     W8A8PT2EQuantizer,
@@ -19,8 +21,6 @@ from adaround_plugin.inc.layers import weighted_layers
 from adaround_plugin.inc.parts import Parts, float_activations, pass_options
 from adaround_plugin.inc.programs import weight_only_quantizer
 from adaround_plugin.inc.recording import Recording
-from adaround_plugin.api import adaround
-from adaround_plugin.hosts.pt2e import get_adaround_x86_inductor_config
 
 __all__ = ["ExportedQuantizer"]
 

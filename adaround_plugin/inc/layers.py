@@ -8,8 +8,8 @@ from torch import fx, nn
 
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError
 from adaround_plugin.graph.compat import Convolution
-from adaround_plugin.hosts.open import is_exported
 from adaround_plugin.graph.operators import is_weighted_function
+from adaround_plugin.hosts.open import is_exported
 from adaround_plugin.hosts.pt2e.nodes import innermost_module
 from adaround_plugin.inc.recording import Layer, Recording
 from adaround_plugin.names import select

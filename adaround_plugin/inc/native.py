@@ -8,13 +8,13 @@ from typing import Any
 from torch import fx, nn
 from torch.ao.quantization.quantize_fx import convert_fx
 
+from adaround_plugin.api import adaround
 from adaround_plugin.inc.compat import Quantizer
 from adaround_plugin.inc.layers import weighted_layers
 from adaround_plugin.inc.observed import observed
 from adaround_plugin.inc.parts import META, pass_options
 from adaround_plugin.inc.recording import Recording
 from adaround_plugin.inc.saving import save
-from adaround_plugin.api import adaround
 from adaround_plugin.report import KEY, get_report
 
 __all__ = ["NativeQuantizer"]

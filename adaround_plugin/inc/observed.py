@@ -10,9 +10,10 @@ from torch.ao.quantization import QConfig, QConfigMapping
 from torch.ao.quantization.quantize_fx import prepare_fx
 
 from adaround_plugin.errors import InvalidModelError
-from adaround_plugin.inc.compat import TorchBaseConfig
-from adaround_plugin.inc.parts import LAYER_SETTINGS, ROOT, Parts
 from adaround_plugin.hosts.fx.qconfig import get_adaround_qconfig_mapping
+from adaround_plugin.inc.compat import TorchBaseConfig
+from adaround_plugin.inc.parameters import LAYER_PARAMETERS
+from adaround_plugin.inc.parts import ROOT, Parts
 
 __all__ = ["observed"]
 
@@ -40,7 +41,7 @@ def _mapping(model: nn.Module, parts: Parts) -> QConfigMapping:
 
 
 def _settings(part: TorchBaseConfig) -> tuple[Any, ...]:
-    return tuple(getattr(part, name) for name in LAYER_SETTINGS)
+    return tuple(getattr(part, parameter.name) for parameter in LAYER_PARAMETERS)
 
 
 def _whole_mapping(part: TorchBaseConfig) -> QConfigMapping:

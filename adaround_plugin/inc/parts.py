@@ -9,11 +9,10 @@ from typing import Any
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.inc.compat import TorchBaseConfig
 from adaround_plugin.inc.layers import Layer, is_type, selected
+from adaround_plugin.inc.parameters import PASS_PARAMETERS, method_of
 
 __all__ = [
-    "LAYER_SETTINGS",
     "META",
-    "PASS_SETTINGS",
     "ROOT",
     "Parts",
     "float_activations",
@@ -29,14 +28,6 @@ ROOT: Layer = ("", "")
 
 # where a quantized model keeps its parts: meta survives a deep copy, attributes of a GraphModule do not
 META = "adaround_parts"
-
-# settings that a layer may have for itself; all others hold for the whole pass
-LAYER_SETTINGS = ("dtype", "bits", "use_sym", "w_granularity", "group_size")
-PASS_OPTIONS = (
-    *("preset", "solver", "scale", "asymmetric", "correct_bias", "column_weighting", "damping", "rounding"),
-    *("holdout", "max_columns", "refine", "seed"),
-)
-PASS_SETTINGS = ("act_dtype", *PASS_OPTIONS)
 
 
 def resolve(configs: Sequence[TorchBaseConfig], layers: Sequence[Layer]) -> OrderedDict[Layer, TorchBaseConfig]:
@@ -66,10 +57,11 @@ def resolve(configs: Sequence[TorchBaseConfig], layers: Sequence[Layer]) -> Orde
 def _completed(part: TorchBaseConfig, whole: TorchBaseConfig) -> TorchBaseConfig:
     """`part` with the settings that hold for the whole pass, ready for it."""
     default = type(part)(white_list=None)
-    for name in PASS_SETTINGS:
+    names = [parameter.name for parameter in PASS_PARAMETERS]
+    for name in names:
         if getattr(part, name) not in (getattr(whole, name), getattr(default, name)):
             raise InvalidOptionError(name, "holds for the whole pass", "Set it in the global part only.")
-    shared = {name: getattr(whole, name) for name in PASS_SETTINGS}
+    shared = {name: getattr(whole, name) for name in names}
     completed = type(part)(**{**part.get_params_dict(), **shared}, white_list=None)
     for name, value in completed.get_params_dict().items():
         if isinstance(value, list):
@@ -80,9 +72,10 @@ def _completed(part: TorchBaseConfig, whole: TorchBaseConfig) -> TorchBaseConfig
 
 
 def pass_options(parts: Parts) -> dict[str, Any]:
-    """The options of `adaround` that all parts share."""
-    first = next(iter(parts.values()))
-    return {name: getattr(first, name) for name in PASS_OPTIONS}
+    """The arguments of `adaround` that all parts share."""
+    first: Any = next(iter(parts.values()))
+    method, finetune = method_of(first)
+    return {"method": method, "finetune": finetune, "seed": first.seed}
 
 
 def float_activations(parts: Parts) -> bool:

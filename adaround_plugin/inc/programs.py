@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adaround_plugin.hosts.open import learned_weights
+from adaround_plugin.graph.arguments import argument
 from adaround_plugin.graph.operators import is_weighted_function
-from adaround_plugin.hosts.pt2e.nodes import argument, innermost_module, parameter_node
-from adaround_plugin.rounding.grid import Grid
+from adaround_plugin.hosts.open import learned_weights
+from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
+from adaround_plugin.hosts.pt2e.nodes import innermost_module, parameter_node
 from adaround_plugin.inc.packing import IntegerLinear
 from adaround_plugin.inc.parts import ROOT, Parts
-from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
+from adaround_plugin.rounding.grid import Grid
 
 __all__ = ["integer_linears", "weight_only_quantizer"]
 

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
+from adaround_plugin.api import adaround
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError
 from adaround_plugin.inc.compat import Quantizer
 from adaround_plugin.inc.layers import weighted_layers
@@ -15,7 +16,6 @@ from adaround_plugin.inc.packing import pack
 from adaround_plugin.inc.parts import ROOT, pass_options
 from adaround_plugin.inc.programs import integer_linears, weight_only_quantizer
 from adaround_plugin.inc.recording import Batch, Recording
-from adaround_plugin.api import adaround
 from adaround_plugin.report import KEY, get_report
 
 __all__ = ["WeightOnlyQuantizer"]

@@ -1,4 +1,4 @@
-"""Refinement: scales and biases of a whole network learned together, and the integers too where that is asked for.
+"""Finetuning: scales and biases of a whole network learned together, and the integers too where that is asked for.
 
 What rounding could not undo is spread over the whole network: steps of activations that are chosen one by one, by the
 squared error of the values that pass, and biases that are corrected layer by layer. As step sizes are learned end to
@@ -9,40 +9,46 @@ it is and the neighbour on the side to which the error falls.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from adaround_plugin.errors import InvalidOptionError, taking_derivatives
-from adaround_plugin.regions.reconstruction import (
-    LAST_SHARE,
-    Minibatch,
-    Moving,
-    Reconstructed,
-    Reconstruction,
-    Samples,
-    Start,
-    relative_errors,
+from adaround_plugin.errors import taking_derivatives
+from adaround_plugin.learning.layerwise import LayerWise
+from adaround_plugin.learning.passes import Pass, Snapshot
+from adaround_plugin.learning.region_step import RegionStep
+from adaround_plugin.options import check_bool, check_integer, check_number, named
+from adaround_plugin.regions.blocks import output_exits
+from adaround_plugin.regions.learnable import (
+    LearnableWeight,
+    LearnedWeight,
+    Outcome,
+    WeightInit,
+    learned_errors,
     slopes,
-    squared_error,
 )
-from adaround_plugin.rounding.soft_rounding import SoftRounding, bracket, soft_rounding
-from adaround_plugin.solvers.relaxation import Relaxation, descend
+from adaround_plugin.regions.minibatches import Samples, squared_error
+from adaround_plugin.regions.reconstruction import LAST_SHARE
+from adaround_plugin.regions.region import Drawing, Region
+from adaround_plugin.rounding.soft_rounding import SoftRounding, bracket
+from adaround_plugin.solvers.relaxation import Schedule, descend
 
-__all__ = ["Refinement", "refine"]
+__all__ = ["Finetune", "finetune"]
 
-_BLAME = ("refine", "Pass refine=False.")
-# how integers are learned: as in the preset "blocks", at half its rate
-_INTEGERS = Relaxation(learning_rate=0.05, regularization=30.0, beta=(8.0, 2.0))
+_ERROR_CONTEXT = ("finetune", "Pass finetune=False.")
+# how integers are learned: as in blocks, at half their rate
+_INTEGERS = Schedule(learning_rate=0.05, regularization=30.0, beta=(8.0, 2.0))
 
 
-@dataclass(frozen=True)
-class Refinement:
-    """How scales and biases are learned, and whether integers are.
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """Learn scales and biases of the whole network by the error of its output, when all is rounded.
+
+    Learned are scales of weights and biases as the method leaves them free, and step sizes of the activations that
+    AdaRound's observers watch. What is no better than its start on held-out samples is not taken.
 
     Attributes:
         iterations: steps of Adam; the rate falls to zero along a half cosine, over the last fifth where integers are
@@ -50,140 +56,219 @@ class Refinement:
         batch_size: samples in a minibatch; a program exported for one batch size has that.
         learning_rate: the first; of scales relative to themselves, of biases relative to the root mean square of the
             layer's output.
-        seed: of the minibatches.
         integers: learn integers too, in the first four fifths of the steps: for 2 bits, with 1,000 steps or more. Each
             stays or goes to the neighbour on whose side the error falls.
 
     Raises:
-        InvalidOptionError: a number is out of range.
+        InvalidOptionError: an option is out of range.
     """
 
     iterations: int = 300
     batch_size: int = 32
     learning_rate: float = 1e-3
-    seed: int = 0
     integers: bool = False
 
-    # as `Relaxation` has them: every activation is quantized, and the network's output is what matters
-    drop: ClassVar[float] = 0.0
-    fisher: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
-        def refuse(name: str, remedy: str) -> None:
-            raise InvalidOptionError(f"Refinement.{name}", f"{getattr(self, name)!r} is not accepted", remedy)
+        check_integer(*named(self, "iterations"), least=1)
+        check_integer(*named(self, "batch_size"), least=1)
+        check_number(*named(self, "learning_rate"), above=0)
+        check_bool(*named(self, "integers"))
 
-        for name in ("iterations", "batch_size"):
-            if not _is_integer(getattr(self, name)) or getattr(self, name) < 1:
-                refuse(name, "Pass a positive integer.")
-        rate = self.learning_rate
-        if not (isinstance(rate, float) or _is_integer(rate)) or not 0 < rate < math.inf:
-            refuse("learning_rate", "Pass a positive number.")
-        if not _is_integer(self.seed):
-            refuse("seed", "Pass an integer.")
-        if not isinstance(self.integers, bool):
-            refuse("integers", "Pass True or False.")
+    def learn(self, run: Pass, layers: LayerWise, start: Snapshot) -> None:
+        """Finetune what a pass has decided.
+
+        Args:
+            run: the pass, all of its layers decided.
+            layers: how they were: what of them may move.
+            start: of the pass, at the network's inputs.
+        """
+        step = RegionStep(
+            run=run,
+            layers=layers,
+            name="network",
+            nodes=run.nodes,
+            exits=output_exits(run.streams),
+            drawing=Drawing(self.batch_size, seed=run.seed),
+            phase="finetune",
+            learns_scale=True,
+            propagate_error=True,
+            quantizers=run.host.quantizers,
+            start=start,
+        )
+
+        def learn(
+            region: Region, inits: list[WeightInit], report: Callable[[int, float], None] | None
+        ) -> Outcome | None:
+            return finetune(region, inits, len(region.quantizers), self, seed=run.seed, report=report)
+
+        report = step.learn(learn)
+        if run.report is not None:
+            run.report.finetuning = report
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def refine(
+def finetune(
     samples: Samples,
-    starts: Sequence[Start],
+    inits: Sequence[WeightInit],
     activations: int,
-    settings: Refinement,
+    settings: Finetune,
+    *,
+    seed: int = 0,
     report: Callable[[int, float], None] | None = None,
-) -> Reconstruction:
+) -> Outcome | None:
     """Learn scales and biases where they may move, the scales of activations, and integers if so set.
 
     Args:
         samples: the data, with the network's outputs as exits.
-        starts: the weights, in the order in which `samples` takes them.
+        inits: the weights, in the order in which `samples` takes them.
         activations: how many scales of activations `samples` takes.
         settings: how.
+        seed: of the minibatches.
         report: called now and then with the number of iterations and the loss relative to that of the start.
+
+    Returns:
+        The outcome; None where nothing may move.
 
     Raises:
         InvalidOptionError: no derivative could be taken.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
-    before = [Reconstructed(start.grid, start.integers, start.correction) for start in starts]
-    start_square, start_error = relative_errors(samples.all(held_out=False), before)
-    _, start_holdout = relative_errors(samples.all(held_out=True), before)
-    moves_bias = any(start.moves_bias for start in starts)
-    output_scales = samples.output_scale() if moves_bias else [0.0] * len(starts)
-    pairs = zip(starts, output_scales, strict=True)
-    softs = _softs(samples, starts) if settings.integers and start_square else [None] * len(starts)
-    moving = [
-        Moving(start, soft, output_scale, settings.learning_rate)
-        for (start, output_scale), soft in zip(pairs, softs, strict=True)
-    ]
-    logarithms = [torch.zeros((), requires_grad=True) for _ in range(activations)]
-    groups = [group for one in moving for group in one.groups]
-    if logarithms:
-        groups.append({"params": logarithms, "lr": settings.learning_rate})
-    soft = [one for one in softs if one is not None]
-    if not start_square or not (groups or soft):
-        return Reconstruction(before, start_error or 0.0, start_error or 0.0, start_holdout, start_holdout, 0)
-    with torch.enable_grad():
-
-        def loss_of(batch: Minibatch, progress: float | None) -> Tensor:
-            corrections = [one.correction for one in moving]
-            stretches = [logarithm.exp() for logarithm in logarithms]
-            outputs = batch.run([one.weight(progress) for one in moving], corrections, stretches)
-            return squared_error(batch, outputs) / (batch.samples * start_square)
-
-        # what lies behind an operator that no derivative goes through, such as a comparison, stays as it is
-        reached = groups
-        if groups:
-            reached = _reached(loss_of(samples.draw(torch.Generator().manual_seed(settings.seed)), None), groups)
-        last = int(settings.iterations * LAST_SHARE) if soft and reached else 0 if soft else settings.iterations
-        made = 0
-        if soft:
-            made = descend(
-                *(soft, reached, lambda progress: loss_of(samples.draw(generator), progress)),
-                replace(_INTEGERS, iterations=settings.iterations - last),
-                report,
-                blame=_BLAME,
-            )
-        if last and reached:
-            goes_on = None if report is None else lambda step, value: report(made + step, value)
-            made += descend(
-                *([], reached, lambda progress: loss_of(samples.draw(generator), None)),
-                Relaxation(iterations=last),
-                goes_on,
-                decay=True,
-                blame=_BLAME,
-            )
-    after = [one.result() for one in moving]
-    stretches = [logarithm.detach().exp() for logarithm in logarithms]
-    _, learned_error = relative_errors(samples.all(held_out=False), after, stretches)
-    _, learned_holdout = relative_errors(samples.all(held_out=True), after, stretches)
-    return Reconstruction(
-        *(after, start_error or 0.0, learned_error or 0.0, start_holdout, learned_holdout, made),
-        [float(stretch) for stretch in stretches],
-        _count(groups) - _count(reached),
+    if not activations and not any(init.moves_scale or init.moves_bias or settings.integers for init in inits):
+        return None
+    before = [init.as_it_is() for init in inits]
+    start_square, start_error = learned_errors(samples, before, held_out=False)
+    _, start_holdout = learned_errors(samples, before, held_out=True)
+    outcome = Outcome(
+        weights=before,
+        start_error=start_error or 0.0,
+        learned_error=start_error or 0.0,
+        start_holdout=start_holdout,
+        learned_holdout=start_holdout,
+        iterations=0,
+        scale_factors=[1.0] * activations,
     )
+    if not start_square:
+        return replace(outcome, notes=_notes(inits, outcome, 0, settings))
+    network = _Network(samples, inits, activations, settings, start_square)
+    made, unreached = network.descend(seed, report)
+    after, factors = network.result()
+    _, learned_error = learned_errors(samples, after, held_out=False, scale_factors=factors)
+    _, learned_holdout = learned_errors(samples, after, held_out=True, scale_factors=factors)
+    outcome = replace(
+        outcome,
+        weights=after,
+        learned_error=learned_error or 0.0,
+        learned_holdout=learned_holdout,
+        iterations=made,
+        scale_factors=[float(factor) for factor in factors],
+    )
+    return replace(outcome, notes=_notes(inits, outcome, unreached, settings))
 
 
-def _softs(samples: Samples, starts: Sequence[Start]) -> list[SoftRounding | None]:
+class _Network:
+    """All that is learned of a network.
+
+    Args:
+        samples, inits, activations, settings: as for `finetune`.
+        start_square: squared error per sample at the start.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        inits: Sequence[WeightInit],
+        activations: int,
+        settings: Finetune,
+        start_square: float,
+    ) -> None:
+        self._samples, self._settings, self._start_square = samples, settings, start_square
+        moves_bias = any(init.moves_bias for init in inits)
+        output_scales = samples.output_scale() if moves_bias else [0.0] * len(inits)
+        softs = _softs(samples, inits) if settings.integers else [None] * len(inits)
+        self._weights = [
+            LearnableWeight(init, soft, output_scale, settings.learning_rate)
+            for init, soft, output_scale in zip(inits, softs, output_scales, strict=True)
+        ]
+        self._softs = [soft for soft in softs if soft is not None]
+        self._logarithms = [torch.zeros((), requires_grad=True) for _ in range(activations)]
+
+    def _factors(self) -> list[Tensor]:
+        return [logarithm.exp() for logarithm in self._logarithms]
+
+    def _loss(self, generator: torch.Generator, progress: float | None) -> Tensor:
+        """The error on a minibatch, relative to that of the start."""
+        batch = self._samples.draw(generator)
+        weights = [one.weight(progress) for one in self._weights]
+        outputs = batch.run(weights, [one.correction for one in self._weights], self._factors())
+        return squared_error(batch, outputs) / (batch.samples * self._start_square)
+
+    def descend(self, seed: int, report: Callable[[int, float], None] | None) -> tuple[int, int]:
+        """Make the steps; how many were made, and how many scales and biases no derivative reaches."""
+        generator = torch.Generator().manual_seed(seed)
+        groups = [group for one in self._weights for group in one.groups]
+        if self._logarithms:
+            groups.append({"params": self._logarithms, "lr": self._settings.learning_rate})
+        reached, made, iterations = groups, 0, self._settings.iterations
+        with torch.enable_grad():
+            # what lies behind an operator that no derivative goes through, such as a comparison, stays as it is
+            if groups:
+                reached = _reached(self._loss(torch.Generator().manual_seed(seed), None), groups)
+            last = iterations if not self._softs else int(iterations * LAST_SHARE) if reached else 0
+            if self._softs:
+                made = descend(
+                    self._softs,
+                    reached,
+                    lambda progress: self._loss(generator, progress),
+                    replace(_INTEGERS, iterations=iterations - last),
+                    report=report,
+                    error_context=_ERROR_CONTEXT,
+                )
+            if last and reached:
+                first = made
+                made += descend(
+                    [],
+                    reached,
+                    lambda progress: self._loss(generator, None),
+                    Schedule(iterations=last),
+                    report=None if report is None else lambda step, value: report(first + step, value),
+                    decay=True,
+                    error_context=_ERROR_CONTEXT,
+                )
+        return made, _count(groups) - _count(reached)
+
+    def result(self) -> tuple[list[LearnedWeight], list[Tensor]]:
+        """What was learned: weights, and factors of the scales of activations."""
+        return [one.result() for one in self._weights], [factor.detach() for factor in self._factors()]
+
+
+def _notes(inits: Sequence[WeightInit], found: Outcome, unreached: int, settings: Finetune) -> list[str]:
+    """What was learned, in words."""
+    notes = [
+        f"{sum(init.moves_scale for init in inits)} scales of weights, "
+        f"{sum(init.moves_bias for init in inits)} biases, {len(found.scale_factors)} step sizes of activations"
+    ]
+    if unreached:
+        notes.append(f"no derivative reaches {unreached} of these")
+    if found.better and settings.integers:
+        pairs = zip(inits, found.weights, strict=True)
+        moved = sum(int((init.integers != learned.integers).sum()) for init, learned in pairs)
+        notes.append(f"{moved} of {sum(init.integers.numel() for init in inits)} integers moved")
+    return notes
+
+
+def _softs(samples: Samples, inits: Sequence[WeightInit]) -> list[SoftRounding | None]:
     """Every weight's integers on their way to a neighbour; None where no derivative reaches them."""
-    found: list[SoftRounding | None] = []
     with torch.enable_grad():
-        falling = slopes(samples, starts, _BLAME, unreached=True)
-    for start, slope in zip(starts, falling, strict=True):
-        lower, upper = bracket(start.integers, slope, start.lowest, start.highest)
-        at = (lower, upper, start.integers)
-        reached = bool(slope.any())
-        found.append(soft_rounding(_INTEGERS.variant, *at, _INTEGERS.warm_up, _INTEGERS.beta) if reached else None)
+        falling = slopes(samples, inits, _ERROR_CONTEXT, unreached=True)
+    found: list[SoftRounding | None] = []
+    for init, slope in zip(inits, falling, strict=True):
+        lower, upper = bracket(init.integers, slope, init.lowest, init.highest)
+        found.append(_INTEGERS.soften(lower, upper, init.integers) if slope.any() else None)
     return found
 
 
 def _reached(loss: Tensor, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The parameter groups without the parameters that the loss does not depend on; empty ones are left out."""
     parameters = [parameter for group in groups for parameter in group["params"]]
-    with taking_derivatives(*_BLAME):
+    with taking_derivatives(*_ERROR_CONTEXT):
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     known = {id(one) for one, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
     kept = [{**group, "params": [one for one in group["params"] if id(one) in known]} for group in groups]

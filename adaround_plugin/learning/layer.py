@@ -6,22 +6,22 @@ No graph and no host: a layer is an operator, a weight, a grid and moments.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import nan
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from adaround_plugin.learning.scale_search import refit_group_scale, refit_scale, search_grid
 from adaround_plugin.rounding.grid import Grid
 from adaround_plugin.rounding.hessian import Hessian
+from adaround_plugin.rounding.linear_op import LinearOp
 from adaround_plugin.rounding.moments import Moments
 from adaround_plugin.rounding.problem import RoundingProblem, Solver
-from adaround_plugin.learning.scale_search import refit_group_scale, refit_scale, search_grid
+from adaround_plugin.rounding.result import LayerRounding
 from adaround_plugin.rounding.schemes import up_or_down as floor_and_next
 from adaround_plugin.solvers import Nearest
-from adaround_plugin.rounding.linear_op import LinearOp
 
-__all__ = ["Layer", "LayerRounding", "Recipe"]
+__all__ = ["Layer", "Recipe"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Recipe:
     """What a layer is asked to imitate, and how its data are weighed.
 
     Attributes:
-        asymmetric: imitate the float output from the *quantized* input (equation 25 without its activation), else
-            only undo the weight's own error.
+        propagate_error: imitate the float output from the *quantized* input, so that the layer makes up for the errors
+            of those before it (equation 25 without its activation function; the paper calls it asymmetric
+            reconstruction). Else only undo the weight's own error.
         correct_bias: let the bias absorb the mean error, where the layer's bias can be written.
         column_weighting: `"none"`; `"inverse_norm"` to weigh each column by `1 / |x|^2`, so that a few columns with
             massive activations do not decide for all; or `"fisher"` to weigh it by the squared derivative of the
@@ -38,38 +39,17 @@ class Recipe:
         damping: ridge on the hessian, relative to the mean of its diagonal.
     """
 
-    asymmetric: bool = True
+    propagate_error: bool = True
     correct_bias: bool = True
     column_weighting: Literal["none", "inverse_norm", "fisher"] = "none"
     damping: float = 0.01
 
-
-@dataclass(frozen=True)
-class LayerRounding:
-    """What was decided for one layer.
-
-    Attributes:
-        grid, integers: the quantized weight; `integers` has the weight's shape.
-        bias_correction: `(out,)` float32 to add to the bias, or None.
-        learned: False where nearest was kept.
-        nearest_error, learned_error: output error relative to the output's variance, on the learning samples.
-        nearest_holdout, learned_holdout: the same on held-out samples; None without any.
-    """
-
-    grid: Grid
-    integers: Tensor
-    bias_correction: Tensor | None
-    learned: bool
-    nearest_error: float
-    learned_error: float
-    nearest_holdout: float | None
-    learned_holdout: float | None
-
-    def corrected(self, bias: Tensor | None) -> Tensor | None:
-        """A bias with the correction added; the correction where there is no bias."""
-        if self.bias_correction is None:
-            return bias
-        return self.bias_correction.clone() if bias is None else bias + self.bias_correction
+    def __str__(self) -> str:
+        return (
+            f"errors {'propagated' if self.propagate_error else 'not propagated'}, "
+            f"bias {'corrected' if self.correct_bias else 'kept'}, "
+            f"column weighting {self.column_weighting}, damping {self.damping:g}"
+        )
 
 
 @dataclass(frozen=True)
@@ -94,19 +74,38 @@ class Layer:
         """Round to nearest on the starting grid, bias untouched: the baseline."""
         integers = self.grid.nearest(self.weight)
         error, held = self._errors(self.grid, integers, None)
-        return LayerRounding(self.grid, integers, None, False, error, error, held, held)
+        return LayerRounding(
+            self.grid,
+            integers,
+            nearest_error=error,
+            learned_error=error,
+            nearest_holdout=held,
+            learned_holdout=held,
+        )
 
     def rounded(self, grid: Grid, integers: Tensor, bias_correction: Tensor | None) -> LayerRounding:
         """A rounding that was found elsewhere, with its errors beside those of nearest."""
         baseline = self.nearest()
         error, held = self._errors(grid, integers, bias_correction)
         return LayerRounding(
-            *(grid, integers, bias_correction, True),
-            *(baseline.nearest_error, error, baseline.nearest_holdout, held),
+            grid,
+            integers,
+            bias_correction,
+            learned=True,
+            nearest_error=baseline.nearest_error,
+            learned_error=error,
+            nearest_holdout=baseline.nearest_holdout,
+            learned_holdout=held,
         )
 
     def learn(
-        self, recipe: Recipe, solver: Solver, search_scale: bool, up_or_down: bool, judge: bool = True
+        self,
+        recipe: Recipe,
+        solver: Solver,
+        *,
+        search_scale: bool,
+        up_or_down: bool = False,
+        judge: bool = True,
     ) -> LayerRounding:
         """Learn the rounding; nearest is kept where it is better on held-out samples.
 
@@ -131,7 +130,7 @@ class Layer:
         if recipe.correct_bias:
             correction = self.op.outputs(self.moments.bias(self._change(grid, integers))).float()
         if not judge:
-            return LayerRounding(grid, integers, correction, True, nan, nan, None, None)
+            return LayerRounding(grid, integers, correction, learned=True)
         return self._judged(grid, integers, correction)
 
     def _judged(self, grid: Grid, integers: Tensor, correction: Tensor | None) -> LayerRounding:
@@ -157,7 +156,7 @@ class Layer:
         )
         hessian = Hessian.damped(second, recipe.damping, self._power(moments))
         target = self.op.rows(self.weight).double()
-        if recipe.asymmetric:
+        if recipe.propagate_error:
             target = target + hessian.solve(cross)
         return hessian, target
 
@@ -170,8 +169,14 @@ class Layer:
             lower, upper = map(rows, floor_and_next(grid, self.weight))
         else:
             lower, upper = torch.full_like(zero_point, grid.quant_min), torch.full_like(zero_point, grid.quant_max)
-        nearest, step = rows(grid.nearest(self.weight)), None if self._scale_follows_rows else scale
-        return RoundingProblem(target / scale + zero_point, hessian, lower, upper, nearest, step)
+        return RoundingProblem(
+            target=target / scale + zero_point,
+            hessian=hessian,
+            lower=lower,
+            upper=upper,
+            nearest=rows(grid.nearest(self.weight)),
+            step=torch.ones_like(scale) if self._scale_follows_rows else scale,
+        )
 
     @property
     def can_search_scale(self) -> bool:

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.ao.quantization.backend_config import BackendConfig
 
-from adaround_plugin.regions.calibration import Sampling, bind_batches
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.hosts.base import Host, WeightedNode
+from adaround_plugin.graph.arguments import input_of
+from adaround_plugin.hosts.base import Host, WeightedNode, open_streams
 from adaround_plugin.hosts.open import open_host
+from adaround_plugin.paper.task_loss import Loss, TaskLoss, expand_task_loss
+from adaround_plugin.paper.weights import named_node
+from adaround_plugin.regions.calibration import Sampling, bind_batches
 from adaround_plugin.rounding.hessian import Hessian
 from adaround_plugin.rounding.moments import Moments
 from adaround_plugin.rounding.problem import Rounding, RoundingProblem
 from adaround_plugin.rounding.qubo import up_or_down_problem
-from adaround_plugin.paper.task_loss import Loss, TaskLoss, expand_task_loss
-from adaround_plugin.paper.weights import named_node
 
 __all__ = ["LayerForms"]
 
@@ -112,7 +113,7 @@ class LayerForms:
 
     def _second_moment(self, bound: list[list[Any]], sampling: Sampling) -> Tensor:
         """`E[x x^T]` over the layer's columns in the float model: `(G, D, D)` float64."""
-        node, stream = self.node, self.host.float_stream
+        node, (stream, _) = self.node, open_streams(self.host)
         groups, _, columns = node.op.rows(node.weight).shape
         moments = Moments(groups, 1, columns, node.weight.device)
         with torch.no_grad():
@@ -121,7 +122,7 @@ class LayerForms:
                 stream.run_nodes(values, stream.runnable(set()))
                 for site in node.sites:
                     called = site.float_node
-                    x = stream.value(called.args[0] if called.args else called.kwargs["input"], values)
+                    x = stream.value(input_of(called), values)
                     patches = node.op.patches(x, node.weight.shape)
                     picked = patches.columns(*sampling.columns(i, patches, len(node.sites)))
                     ones = picked.new_ones(picked.shape[:2])

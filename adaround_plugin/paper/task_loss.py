@@ -25,7 +25,7 @@ from adaround_plugin.rounding.hessian import Hessian
 from adaround_plugin.rounding.problem import RoundingProblem
 from adaround_plugin.rounding.qubo import up_or_down_problem
 
-__all__ = ["MAX_WEIGHTS", "Loss", "TaskLoss", "expand_task_loss", "task_loss_problem"]
+__all__ = ["MAX_WEIGHTS", "Loss", "TaskLoss", "expand_task_loss"]
 
 # from (a stand-in for the model, a batch) to losses, one for each sample
 Loss = Callable[[Callable[..., Any], Any], Tensor]
@@ -86,22 +86,6 @@ class TaskLoss:
             # d M d^T + g d^T is least at d = -1/2 g M^-1
             target = target - 0.5 * hessian.solve(self.gradient.reshape(1, 1, -1))
         return up_or_down_problem(grid, self.weight, lambda values: values.reshape(1, 1, -1), hessian, target)
-
-
-def task_loss_problem(
-    model: nn.Module,
-    name: str,
-    loss: Loss,
-    batches: Iterable[Any],
-    grid: Grid,
-    *,
-    gradient: bool = False,
-    damping: float = 0.01,
-    chunk: int = 1,
-) -> RoundingProblem:
-    """The rounding problem of one layer under the task loss: `expand_task_loss`, then `TaskLoss.problem`."""
-    expansion = expand_task_loss(model, name, loss, batches, chunk=chunk)
-    return expansion.problem(grid, gradient=gradient, damping=damping)
 
 
 def expand_task_loss(model: nn.Module, name: str, loss: Loss, batches: Iterable[Any], *, chunk: int = 1) -> TaskLoss:

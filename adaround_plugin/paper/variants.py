@@ -1,8 +1,8 @@
 """What the paper compares its rectified sigmoid with (tables 3 and 5): other ways from a share to an integer.
 
-    sigmoid             h = sigmoid(V) and the regularizer
-    temperature         h = sigmoid(V / T), T falling towards 0: a Hopfield network (Hopfield and Tank 1985)
-    straight_through    V are the coordinates themselves, rounded in the forward pass, their gradient passed on
+sigmoid             h = sigmoid(V) and the regularizer
+temperature         h = sigmoid(V / T), T falling towards 0: a Hopfield network (Hopfield and Tank 1985)
+straight_through    V are the coordinates themselves, rounded in the forward pass, their gradient passed on
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import nan
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,9 +16,9 @@ from torch.ao.quantization.backend_config import BackendConfig
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.hosts.base import Host, WeightedNode
 from adaround_plugin.hosts.open import open_host
-from adaround_plugin.learning.layer import LayerRounding
 from adaround_plugin.names import select
 from adaround_plugin.report import KEY
+from adaround_plugin.rounding.result import LayerRounding
 from adaround_plugin.rounding.schemes import Scheme, get_scheme
 
 __all__ = ["Draws", "best_of_draws", "named_node", "round_weights", "write_integers"]
@@ -181,8 +180,7 @@ def _written(host: Host, integers: Mapping[str, Tensor], inplace: bool) -> fx.Gr
     roundings = {}
     for node in host.nodes:
         values = integers[node.name] if node.name in integers else node.grid.nearest(node.weight)
-        # nothing was measured, so there are no errors to tell
-        roundings[node.name] = LayerRounding(node.grid, values, None, False, nan, nan, None, None)
+        roundings[node.name] = LayerRounding(node.grid, values)
     with torch.no_grad():
         model = host.prepared if inplace else host.copy()
         host.write(model, roundings, {})

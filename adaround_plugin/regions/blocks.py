@@ -16,11 +16,10 @@ from torch.fx.node import map_arg
 
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.graph.compat import operator_name
-from adaround_plugin.hosts.base import Host, WeightedNode
-from adaround_plugin.regions.region import Exit
-from adaround_plugin.graph.streams import Stream
-from adaround_plugin.graph.transforms import origin
+from adaround_plugin.graph.transforms import has_origin, origin
+from adaround_plugin.hosts.base import Host, Streams, WeightedNode
 from adaround_plugin.names import select
+from adaround_plugin.regions.forward import Exit
 
 __all__ = ["Block", "find_blocks", "layer_exits", "named_blocks", "output_exits"]
 
@@ -30,25 +29,51 @@ _CHAIN = 3
 _MOST = 24
 
 _ACTIVATIONS = {
-    *(
-        "relu",
-        "relu_",
-        "relu6",
-        "hardtanh",
-        "hardtanh_",
-        "clamp",
-        "clamp_",
-        "leaky_relu",
-        "leaky_relu_",
-        "prelu",
-        "elu",
-    ),
-    *("selu", "celu", "gelu", "silu", "silu_", "mish", "sigmoid", "sigmoid_", "hardsigmoid", "tanh", "tanh_"),
-    *("hardswish", "hardswish_", "softplus", "logsigmoid"),
+    "relu",
+    "relu_",
+    "relu6",
+    "hardtanh",
+    "hardtanh_",
+    "clamp",
+    "clamp_",
+    "leaky_relu",
+    "leaky_relu_",
+    "prelu",
+    "elu",
+    "selu",
+    "celu",
+    "gelu",
+    "silu",
+    "silu_",
+    "mish",
+    "sigmoid",
+    "sigmoid_",
+    "hardsigmoid",
+    "tanh",
+    "tanh_",
+    "hardswish",
+    "hardswish_",
+    "softplus",
+    "logsigmoid",
 }
 _ACTIVATION_MODULES = (
-    *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
-    *(nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Hardswish, nn.Softplus, nn.LogSigmoid),
+    nn.ReLU,
+    nn.ReLU6,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.ELU,
+    nn.SELU,
+    nn.CELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Sigmoid,
+    nn.Hardsigmoid,
+    nn.Tanh,
+    nn.Hardswish,
+    nn.Softplus,
+    nn.LogSigmoid,
 )
 
 
@@ -69,7 +94,7 @@ class Block:
     note: str = ""
 
 
-def output_exits(streams: tuple[Stream, Stream]) -> list[Exit]:
+def output_exits(streams: Streams) -> list[Exit]:
     """The values that the network returns, each once and without constants."""
     returned: list[list[fx.Node]] = []
     for stream in streams:
@@ -84,12 +109,10 @@ class _Graphs:
     """A host's two graphs, and what leads where in the float graph."""
 
     def __init__(self, host: Host) -> None:
-        self.module = host.float_stream.module
-        self.nodes = host.float_stream.nodes
+        self.module = host.float_graph
+        self.nodes = list(host.float_graph.graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
-        self.counterpart = {
-            origin(node): node for node in host.quantized_stream.nodes if "adaround_origin" in node.meta
-        }
+        self.counterpart = {origin(node): node for node in host.quantized_graph.graph.nodes if has_origin(node)}
         self.sites = {site.float_node: node for node in host.nodes for site in node.sites}
         # the nodes that depend on a weight
         self.behind: set[fx.Node] = set()

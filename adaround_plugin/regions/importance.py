@@ -15,17 +15,21 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.errors import taking_derivatives
-from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.graph.paths import Path, run_node
 from adaround_plugin.graph.streams import Stream, Values, tensors
+from adaround_plugin.hosts.base import WeightedNode
+from adaround_plugin.regions.calibration import Sampling
 
 __all__ = ["column_importance", "importance"]
 
+# random projections of the network's output: some for each entry of a region's exits, fewer for columns, of which there
+# are many
+_PROJECTIONS, _COLUMN_PROJECTIONS = 8, 2
+
 
 def importance(
-    stream: Stream, nodes: Sequence[fx.Node], at: Sequence[Tensor], values: Values, projections: int, seed: int
+    stream: Stream, nodes: Sequence[fx.Node], at: Sequence[Tensor], values: Values, seed: int
 ) -> list[Tensor | None]:
     """Mean squared derivative of random projections of the network's output by every entry of some nodes' values.
 
@@ -34,7 +38,6 @@ def importance(
         nodes: where.
         at: their values for one batch.
         values: what the stream keeps of the batch.
-        projections: how many.
         seed: of the projections.
 
     Returns:
@@ -52,15 +55,15 @@ def importance(
         found.update(zip(nodes, leaves, strict=True))
         for node in path.order:
             found[node] = run_node(stream, node, found)
-        for value in _projections(stream, found, projections, seed):
+        for value in _projections(stream, found, _PROJECTIONS, seed):
             gradients = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
-            squares = [None if gradient is None else gradient.square() / projections for gradient in gradients]
+            squares = [None if gradient is None else gradient.square() / _PROJECTIONS for gradient in gradients]
             total = [square if one is None else one + square for one, square in zip(total, squares, strict=True)]
     return [one if one is not None and bool(torch.isfinite(one).all()) else None for one in total]
 
 
 def column_importance(
-    stream: Stream, nodes: Sequence[WeightedNode], sampling: Sampling, batch: int, values: Values, projections: int
+    stream: Stream, nodes: Sequence[WeightedNode], sampling: Sampling, batch: int, values: Values
 ) -> dict[fx.Node, Tensor]:
     """Squared derivative of random projections of the network's output by what weighted operators give, by column.
 
@@ -70,7 +73,6 @@ def column_importance(
         sampling: which columns are asked for.
         batch: number of the batch.
         values: of the graph's inputs in it.
-        projections: how many; their squares are summed.
 
     Returns:
         By call site, its node in the float graph, `(G, n)`: for the columns of `sampling.columns`, summed over the rows
@@ -100,14 +102,14 @@ def column_importance(
             columns = sampling.columns(batch, patches, len(weighted.sites))
             tap = _tap(node, weighted, columns, zero, total)
             found[node] = call.tapped(args, kwargs, weighted.weight, tap)
-        for value in _projections(stream, found, projections, batch):
+        for value in _projections(stream, found, _COLUMN_PROJECTIONS, batch):
             torch.autograd.grad(value, zero, retain_graph=True, allow_unused=True)
     return total
 
 
 def _differentiating() -> AbstractContextManager[None]:
-    remedy = "Pass column_weighting='none' and a Relaxation with fisher=False, or preset='default'."
-    return taking_derivatives("column_weighting, fisher", remedy)
+    remedy = "Pass method='default', or LayerWise(column_weighting='none') and BlockWise(weighs_outputs=False)."
+    return taking_derivatives("column_weighting, weighs_outputs", remedy)
 
 
 def _tap(

@@ -98,13 +98,18 @@ class RoundingProblem:
     @staticmethod
     def stack(problems: Sequence[RoundingProblem]) -> RoundingProblem:
         """The rows of problems that share one hessian, as one problem."""
-        first = problems[0]
 
-        def stacked(name: str) -> Tensor:
-            return torch.cat([getattr(problem, name) for problem in problems], 1)
+        def stacked(of: Callable[[RoundingProblem], Tensor]) -> Tensor:
+            return torch.cat([of(problem) for problem in problems], 1)
 
-        names = ("target", "lower", "upper", "nearest", "step")
-        return replace(first, **{name: stacked(name) for name in names})
+        return RoundingProblem(
+            target=stacked(lambda problem: problem.target),
+            hessian=problems[0].hessian,
+            lower=stacked(lambda problem: problem.lower),
+            upper=stacked(lambda problem: problem.upper),
+            nearest=stacked(lambda problem: problem.nearest),
+            step=stacked(lambda problem: problem.step),
+        )
 
     def best_of(self, *candidates: Tensor) -> Rounding:
         """Keep, row by row, the candidate with the smallest loss; the first wins ties, and nearest comes first."""

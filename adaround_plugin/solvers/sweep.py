@@ -1,9 +1,9 @@
 """One Gauss-Seidel sweep over the columns of a rounding problem: the kernel that all the fast solvers share.
 
-The conditional optimum of coordinate j, all others fixed, is `c_j = t_j - sum_{k != j} M_jk e_k / step_j` with the error
-`e = (q - t) step` and `M` a coupling with rows scaled to a unit diagonal: `H_jk / H_jj` for coordinate descent, a
-triangular factor for GPTQ. Columns go in blocks, so that all but the coupling inside a block is one matrix product, as in
-GPTQ (Frantar et al. 2022). The inside of a block is a loop of torch's operators, or one kernel on a CUDA device.
+The conditional optimum of coordinate j, all others fixed, is `c_j = t_j - sum_{k != j} M_jk e_k / step_j` with the
+error `e = (q - t) step` and `M` a coupling with rows scaled to a unit diagonal: `H_jk / H_jj` for coordinate descent, a
+triangular factor for GPTQ. Columns go in blocks, so that all but the coupling inside a block is one matrix product, as
+in GPTQ (Frantar et al. 2022). The inside of a block is a loop of torch's operators, or one kernel on a CUDA device.
 """
 
 from __future__ import annotations

@@ -11,12 +11,11 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
-from adaround_plugin.hosts.activation_observers import AdaRoundActivationMixin
 from adaround_plugin.graph.compat import is_observed, share_attributes
+from adaround_plugin.hosts.activation_observers import AdaRoundActivationMixin
+from adaround_plugin.hosts.activation_quantizers import is_clamp, mark_clamp
 
-__all__ = ["insert_clamps", "is_clamp", "remove_clamps"]
-
-_MARK = "adaround_clamp"
+__all__ = ["insert_clamps", "remove_clamps"]
 
 
 def insert_clamps(prepared: fx.GraphModule) -> None:
@@ -34,7 +33,7 @@ def insert_clamps(prepared: fx.GraphModule) -> None:
             source = node.args[0]
             with graph.graph.inserting_before(node):
                 clamp = graph.graph.call_function(torch.clamp, (source, *observer.bounds()))
-            clamp.meta[_MARK] = True
+            mark_clamp(clamp)
             node.replace_input_with(source, clamp)
             sources[clamp] = source
         if removed or sources:
@@ -49,11 +48,6 @@ def remove_clamps(graph: fx.GraphModule) -> bool:
         node.replace_all_uses_with(node.args[0])
         graph.graph.erase_node(node)
     return bool(found)
-
-
-def is_clamp(node: fx.Node) -> bool:
-    """Whether a node is one of these, also in the host's conversion of the model."""
-    return bool(node.meta.get(_MARK))
 
 
 def _graphs(prepared: nn.Module) -> list[fx.GraphModule]:

@@ -1,6 +1,6 @@
 """The FX host: a model from `prepare_fx`, its weighted nodes, its two graphs, and writing back into it.
 
-The quantized stream is the host's own reference conversion of a copy of the prepared model, so it equals
+The quantized graph is the host's own reference conversion of a copy of the prepared model, so it equals
 `convert_to_reference_fx` bit for bit and shows, node by node, what the host really quantizes.
 """
 
@@ -19,18 +19,18 @@ from torch.ao.quantization.backend_config import BackendConfig
 from torch.ao.quantization.observer import PlaceholderObserver
 from torch.ao.quantization.quantize_fx import convert_to_reference_fx
 
+from adaround_plugin.graph.arguments import attribute, owner_of
+from adaround_plugin.graph.compat import is_observed, is_observer, unfused, unordered_signature
+from adaround_plugin.graph.transforms import functionalize, inline, strip
+from adaround_plugin.hosts.activation_quantizers import activation_quantizers, write_scales
+from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.hosts.checks import check_prepared_fx
 from adaround_plugin.hosts.fx.clamps import insert_clamps, remove_clamps
-from adaround_plugin.graph.compat import is_observed, is_observer, unfused
-from adaround_plugin.hosts.fx.nodes import Finder, attribute, owner
-from adaround_plugin.hosts.base import WeightedNode
-from adaround_plugin.hosts.activation_quantizers import activation_quantizers, write_scales
-from adaround_plugin.graph.streams import Stream
-from adaround_plugin.graph.transforms import functionalize, inline, strip
-from adaround_plugin.rounding.grid import Grid
-from adaround_plugin.learning.layer import LayerRounding
+from adaround_plugin.hosts.fx.nodes import FXFinder, weighted_module
 from adaround_plugin.hosts.fx.observers import FrozenObserver
 from adaround_plugin.hosts.fx.qconfig import get_weight_only_backend_config
+from adaround_plugin.rounding.grid import Grid
+from adaround_plugin.rounding.result import LayerRounding
 
 __all__ = ["PreparedFX", "placeholder_signature"]
 
@@ -43,10 +43,7 @@ class PreparedFX:
         backend_config: what `prepare_fx` was given. None takes the default, or the weight-only configuration if
             no activation of the model is observed.
 
-    Attributes:
-        float_stream: the model without observers.
-        quantized_stream: the host's reference conversion.
-        signature, nodes, skipped, quantizers, batch_size: as in `Host`.
+    Attributes are those of `Host`.
 
     Raises:
         InvalidModelError: not prepared, in train mode, not calibrated, not in float32, or without a weighted node.
@@ -71,11 +68,10 @@ class PreparedFX:
             if path and is_observed(module)
         }
         flat_reference = inline(reference, lambda module: id(module) in inlined)
-        self.nodes, self.skipped = Finder(graph, flat_reference).find()
-        quantized = functionalize(strip(flat_reference, is_observer))
-        self.quantizers = activation_quantizers(graph, quantized)
-        self.float_stream = Stream(functionalize(strip(graph, is_observer)))
-        self.quantized_stream = Stream(quantized)
+        self.nodes, self.skipped = FXFinder(graph, flat_reference).find()
+        self.quantized_graph = functionalize(strip(flat_reference, is_observer))
+        self.quantizers = activation_quantizers(graph, self.quantized_graph)
+        self.float_graph = functionalize(strip(graph, is_observer))
 
     def flatten(self, arguments: inspect.BoundArguments) -> list[Any]:
         """Arguments in the order of the graph's placeholders."""
@@ -93,10 +89,11 @@ class PreparedFX:
     def write(self, model: fx.GraphModule, roundings: Mapping[str, LayerRounding], scales: Mapping[str, float]) -> None:
         """Write roundings (by name of the weighted node) and scales of activations (by name of the observer) into
         `model`, this prepared model or a deep copy of it."""
-        written: set[int] = set()
+        # a module may have several names
+        written: set[object] = set()
         for node in self.nodes:
             for name in node.names if node.name in roundings else ():
-                key = id(owner(model, name)[0] or name)
+                key = weighted_module(model, name) or name
                 if key not in written:
                     _write(model, name, roundings[node.name])
                 written.add(key)
@@ -115,8 +112,8 @@ def placeholder_signature(model: fx.GraphModule) -> inspect.Signature:
         for node in model.graph.nodes
         if node.op == "placeholder" and not str(node.target).startswith("*")
     ]
-    # a placeholder without a default may follow one with (keyword-only arguments): order checks are torch's business
-    return inspect.Signature(parameters, __validate_parameters__=False)
+    # keyword-only arguments without a default may follow others with one
+    return unordered_signature(parameters)
 
 
 def _observes_activations(graph: fx.GraphModule) -> bool:
@@ -144,11 +141,10 @@ def _reference(prepared: fx.GraphModule, backend_config: BackendConfig | None) -
 def _write(model: fx.GraphModule, name: str, rounding: LayerRounding) -> None:
     """Write integers and grid into a prepared model, so that its own convert quantizes back to exactly these."""
     # new parameters throughout: the old ones may be shared with a model, or tied to a layer, that must not change
-    weight = nn.Parameter(rounding.grid.dequantize(rounding.integers))
-    module, _ = owner(model, name)
+    weight = nn.Parameter(rounding.weight)
+    module = weighted_module(model, name)
     if module is None:
-        path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, weight)
+        setattr(*owner_of(model, name), weight)
         _replace_observer(model, name, rounding.grid)
         return
     module.weight = weight
@@ -162,9 +158,9 @@ def _write(model: fx.GraphModule, name: str, rounding: LayerRounding) -> None:
 
 def _replace_observer(model: fx.GraphModule, name: str, grid: Grid) -> None:
     """Put a frozen observer behind every use of a functional weight."""
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    graph, target = (owner, leaf) if isinstance(owner, fx.GraphModule) and path else (model, name)
+    # a standalone submodule is a graph of its own
+    owner, leaf = owner_of(model, name)
+    graph, target = (owner, leaf) if isinstance(owner, fx.GraphModule) else (model, name)
     for node in graph.graph.nodes:
         if node.op != "get_attr" or node.target != target:
             continue

@@ -1,119 +1,52 @@
-"""Weight observers for a `QConfig`: one that chooses a grid from the weights, and its frozen form.
-
-What they do is in two mixins that know no host; one class per host family gives them that family's base class. Their
-tensors follow the model to another device, and are no part of its state dict.
-"""
+"""Observers for a `QConfig`: of weights and of activations that choose a grid, and the frozen one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.ao.quantization.observer import UniformQuantizationObserverBase
+from torch.ao.quantization.observer import HistogramObserver, UniformQuantizationObserverBase
 
-from adaround_plugin.errors import InvalidModelError, InvalidOptionError
-from adaround_plugin.rounding.grid import Grid, GridSpec, integer_range
-from adaround_plugin.learning.scale_search import min_max_grid, min_mse_grid
+from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.hosts.activation_observers import AdaRoundActivationMixin
+from adaround_plugin.hosts.weight_observers import AdaRoundWeightMixin, FrozenMixin
+from adaround_plugin.rounding.grid import Grid, check_bits, integer_range
 
-__all__ = ["AdaRoundObserver", "AdaRoundWeightMixin", "FrozenMixin", "FrozenObserver"]
-
-_GRID_OF = {"mse": min_mse_grid, "minmax": min_max_grid}
-_PER_CHANNEL = (torch.per_channel_symmetric, torch.per_channel_affine)
-_SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+__all__ = ["AdaRoundActivationObserver", "AdaRoundObserver", "FrozenObserver"]
 
 
-class AdaRoundWeightMixin(nn.Module):
-    """Chooses scale and zero point of a weight by its range or by minimum squared error."""
+class AdaRoundActivationObserver(AdaRoundActivationMixin, HistogramObserver):
+    """Activation observer of `torch.ao.quantization` for 2 to 8 bits; use it in a `QConfig` through `with_args`.
 
-    quant_min: int
-    quant_max: int
-    qscheme: torch.qscheme
-    dtype: torch.dtype
-    ch_axis: int
-    group_size: int | None = None
-    _weight: Tensor | None
+    `convert_fx` and `convert_to_reference_fx` clip activations to the range of the storage dtype, not to that of the
+    observer. `adaround` therefore puts a clamp before each observer of this class, and the converted model holds only
+    integers that have `bits` bits.
 
-    def _configure(self, ch_axis: int, scale: str, scale_dtype: torch.dtype = torch.float32) -> None:
-        if scale not in _GRID_OF:
-            raise InvalidOptionError("scale", f"{scale!r} is not known", f"Pass one of {sorted(_GRID_OF)}.")
-        if self.qscheme not in (*_PER_CHANNEL, torch.per_tensor_symmetric, torch.per_tensor_affine):
-            raise InvalidOptionError(
-                "qscheme", f"{self.qscheme} has no integer zero point", "Pass a per-tensor or per-channel scheme."
-            )
-        self.ch_axis = ch_axis
-        self.scale_method = scale
-        self.scale_dtype = scale_dtype
-        self.register_buffer("_weight", None, persistent=False)
+    Args:
+        bits: 2 to 8; sets the range to `[0, 2^bits - 1]`. `quant_min` and `quant_max` override it.
+        dtype: storage dtype, `torch.quint8`.
+        qscheme: `torch.per_tensor_affine`.
+        **kwargs: as for `torch.ao.quantization.HistogramObserver`.
 
-    @property
-    def spec(self) -> GridSpec:
-        """The grid this observer asks for, without its scale."""
-        ch_axis = self.ch_axis if self.qscheme in _PER_CHANNEL else None
-        return GridSpec(
-            self.quant_min,
-            self.quant_max,
-            ch_axis,
-            self.qscheme in _SYMMETRIC,
-            self.dtype,
-            group_size=self.group_size,
-            scale_dtype=self.scale_dtype,
-        )
+    Raises:
+        InvalidOptionError: an argument is out of range.
+    """
 
-    def grid(self, weight: Tensor) -> Grid:
-        """The grid chosen from `weight` alone."""
-        return _GRID_OF[self.scale_method](weight, self.spec)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Remember the weight and pass it on; the grid is chosen when it is asked for."""
-        self._weight = x.detach()
-        return x
-
-    def chosen(self) -> Grid:
-        """The grid chosen from the weight seen last."""
-        if self._weight is None:
-            raise InvalidModelError(type(self).__name__, "has seen no weight", "Run it on a weight first.")
-        return self.grid(self._weight)
-
-    def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """`(scale, zero_point)` of the weight seen last: `(channels,)`, or `(1,)` per tensor."""
-        grid = self.chosen()
-        return grid.scale.reshape(-1), grid.zero_point.reshape(-1)
-
-
-class FrozenMixin(nn.Module):
-    """Holds a grid that was decided elsewhere; observing changes nothing."""
-
-    ch_axis: int
-
-    def _freeze(self, grid: Grid) -> None:
-        self._grid = grid
-        self.ch_axis = 0 if grid.ch_axis is None else grid.ch_axis
-        # the buffers of the base class too: a host may ask for one device
-        self.to(grid.scale.device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pass `x` on, and follow it to its device."""
-        self.to(x.device)
-        return x
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the grid where `fn` moves tensors, but let no `.half()` or `.double()` make another grid of it."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = fn(self._grid.zero_point.new_empty(0)).device
-        scale, zero_point = self._grid.scale.to(device), self._grid.zero_point.to(device)
-        self._grid = replace(self._grid, scale=scale, zero_point=zero_point)
-        return self
-
-    def chosen(self) -> Grid:
-        """The frozen grid."""
-        return self._grid
-
-    def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The frozen `(scale, zero_point)`: `(channels,)`, or `(1,)` per tensor."""
-        return self._grid.scale.reshape(-1), self._grid.zero_point.reshape(-1)
+    def __init__(
+        self,
+        bits: int = 4,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        high = 2 ** check_bits(bits) - 1
+        if dtype != torch.quint8:
+            raise InvalidOptionError("dtype", f"{dtype} does not hold activations in FX", "Pass torch.quint8.")
+        low, high = 0 if quant_min is None else quant_min, high if quant_max is None else quant_max
+        self._check(low, high, qscheme)
+        super().__init__(dtype=dtype, qscheme=qscheme, quant_min=low, quant_max=high, **kwargs)
 
 
 class AdaRoundObserver(AdaRoundWeightMixin, UniformQuantizationObserverBase):

@@ -13,11 +13,10 @@ from torch.ao.quantization import QConfig, QConfigMapping, get_default_qconfig_m
 from torch.ao.quantization.backend_config import BackendConfig, DTypeConfig, get_native_backend_config
 from torch.ao.quantization.observer import HistogramObserver, PlaceholderObserver
 
-from adaround_plugin.hosts.activation_observers import AdaRoundActivationObserver
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.rounding.grid import check_bits
+from adaround_plugin.hosts.fx.observers import AdaRoundActivationObserver, AdaRoundObserver
 from adaround_plugin.names import compiled, select
-from adaround_plugin.hosts.fx.observers import AdaRoundObserver
+from adaround_plugin.rounding.grid import check_bits
 
 __all__ = ["get_adaround_qconfig_mapping", "get_weight_only_backend_config"]
 

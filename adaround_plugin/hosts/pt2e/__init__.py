@@ -1,6 +1,6 @@
-"""AdaRound in torchao's PT2E flow: weight observers, and quantizers and their settings that use them.
+"""The PT2E flow of torchao (`pip install 'adaround_plugin[pt2e]'`): its observers, quantizers, and prepared models.
 
-Needs torchao (`pip install 'adaround_plugin[pt2e]'`). The pass itself is the same `adaround_plugin.adaround`.
+Imports what stands beside it in `hosts`, and below. The pass itself is the same `adaround_plugin.adaround`.
 """
 
 from adaround_plugin.hosts.pt2e.observers import AdaRoundGroupObserver, AdaRoundObserver

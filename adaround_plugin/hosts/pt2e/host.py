@@ -1,6 +1,6 @@
 """The PT2E host: a model from torchao's `prepare_pt2e`, its two graphs, and writing back into it.
 
-The quantized stream is the host's own `convert_pt2e` of a copy of the prepared model, so it equals the converted
+The quantized graph is the host's own `convert_pt2e` of a copy of the prepared model, so it equals the converted
 program bit for bit. Only the weights and biases of the nodes that are learned come from attributes of our own, which
 hold what the host's quantize and dequantize operators make of them.
 """
@@ -20,27 +20,26 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 from torchao.quantization.pt2e.quantizer import DerivedQuantizationSpec, SharedQuantizationSpec
 
 from adaround_plugin.errors import InvalidModelError
-from adaround_plugin.hosts.checks import check_values
-from adaround_plugin.graph.compat import export_inputs, flatten_inputs, is_observed, is_observer, operator_name
-from adaround_plugin.hosts.base import WeightedNode
-from adaround_plugin.hosts.pt2e.nodes import (
-    Finder,
-    argument,
-    innermost_module,
-    is_torchao_observer,
-    parameter_node,
-    set_argument,
+from adaround_plugin.graph.arguments import argument, attribute, owner_of, set_argument
+from adaround_plugin.graph.compat import (
+    export_inputs,
+    flatten_inputs,
+    guards_of,
+    is_guards,
+    is_observed,
+    is_observer,
+    operator_name,
 )
-from adaround_plugin.hosts.activation_quantizers import activation_quantizers, write_scales
-from adaround_plugin.graph.streams import Stream
 from adaround_plugin.graph.transforms import functionalize, inline, origin, strip
-from adaround_plugin.learning.layer import LayerRounding
+from adaround_plugin.hosts.activation_quantizers import activation_quantizers, write_scales
+from adaround_plugin.hosts.base import WeightedNode
+from adaround_plugin.hosts.checks import check_values
+from adaround_plugin.hosts.pt2e.nodes import PT2EFinder, innermost_module, is_torchao_observer, parameter_node
 from adaround_plugin.hosts.pt2e.observers import frozen_observer
+from adaround_plugin.rounding.result import LayerRounding
 
 __all__ = ["PreparedPT2E"]
 
-# the call that torch.export puts in front of a program, to check the shapes of its inputs
-_GUARDS = "_guards_fn"
 # position of the argument by which an operator behaves as in training: a flag, or a probability of dropping
 _TRAINING = {"dropout": 2, "feature_dropout": 2, "alpha_dropout": 2, "batch_norm": 5, "scaled_dot_product_attention": 4}
 
@@ -69,11 +68,10 @@ class PreparedPT2E:
         self.batch_size = _batch_size(prepared)
         graph = _without_guards(inline(prepared, lambda module: False))
         converted = _without_guards(inline(_converted(self.copy()), lambda module: False))
-        self.nodes, self.skipped, self._uses = Finder(graph, converted).find()
-        quantized = functionalize(strip(converted, is_torchao_observer))
-        self.quantizers = activation_quantizers(graph, quantized, _sources_of_derived(graph))
-        self.float_stream = Stream(functionalize(_without_observers(graph)))
-        self.quantized_stream = Stream(quantized)
+        self.nodes, self.skipped = PT2EFinder(graph, converted).find()
+        self.quantized_graph = functionalize(strip(converted, is_torchao_observer))
+        self.quantizers = activation_quantizers(graph, self.quantized_graph, _sources_of_derived(graph))
+        self.float_graph = functionalize(_without_observers(graph))
 
     def flatten(self, arguments: inspect.BoundArguments) -> list[Any]:
         """Arguments as leaves, checked against the shapes that the program was exported for."""
@@ -83,7 +81,7 @@ class PreparedPT2E:
         placeholders = [node for node in self.prepared.graph.nodes if node.op == "placeholder"]
         for node, leaf in zip(placeholders, leaves, strict=True):
             _check_leaf(node, leaf)
-        guards = getattr(self.prepared, _GUARDS, None)
+        guards = guards_of(self.prepared)
         if guards is not None:
             try:
                 guards(*leaves)
@@ -126,7 +124,7 @@ class PreparedPT2E:
         by_name = {node.name: node for node in model.graph.nodes}
         for node in self.nodes:
             if node.name in roundings:
-                calls = [by_name[origin(use.site.float_node)] for use in self._uses[node.name]]
+                calls = [by_name[origin(site.float_node)] for site in node.sites]
                 _write(model, calls, roundings[node.name])
         write_scales(model, scales)
         model.recompile()
@@ -164,7 +162,7 @@ def _check(prepared: fx.GraphModule) -> None:
         )
     for node in prepared.graph.nodes:
         position = _TRAINING.get(operator_name(node)[0]) if node.op == "call_function" else None
-        if position is not None and len(node.args) > position and node.args[position]:
+        if position is not None and any(node.args[position : position + 1]):
             raise InvalidModelError(f"node {node.name!r}", "is in train mode", "Call .eval() before torch.export.")
     check_values(prepared, is_torchao_observer)
 
@@ -180,14 +178,11 @@ def _converted(prepared: fx.GraphModule) -> fx.GraphModule:
 
 
 def _without_observers(module: fx.GraphModule) -> fx.GraphModule:
-    """Take observers out of a graph, in place, and out of copies of the bodies of its higher-order operators."""
+    """Take observers out of a graph, in place, and out of the bodies of its higher-order operators."""
     for node in module.graph.nodes:
-        body = getattr(*_owner(module, str(node.target))) if node.op == "get_attr" else None
+        body = attribute(module, str(node.target)) if node.op == "get_attr" else None
         if isinstance(body, fx.GraphModule):
-            stripped = _without_observers(copy.deepcopy(body))
-            stripped.recompile()
-            node.target = f"_adaround_{str(node.target).replace('.', '_')}"
-            setattr(module, node.target, stripped)
+            _without_observers(body).recompile()
     return strip(module, is_torchao_observer)
 
 
@@ -208,21 +203,20 @@ def _check_leaf(node: fx.Node, leaf: Any) -> None:
 def _without_guards(module: fx.GraphModule) -> fx.GraphModule:
     """Take out, in place, the check of the inputs' shapes, which is made once for each batch when it is bound."""
     for node in module.graph.nodes:
-        if node.op == "call_module" and node.target == _GUARDS:
+        if is_guards(node):
             module.graph.erase_node(node)
     return module
 
 
 def _write(model: fx.GraphModule, calls: list[fx.Node], rounding: LayerRounding) -> None:
     """Write integers, grid and bias into a prepared model, so that its own convert quantizes back to exactly these."""
-    weight = rounding.grid.dequantize(rounding.integers)
     for call in calls:
         source, observers = parameter_node(model, argument(call, 1, "weight"))
         assert source is not None
         for observer in observers:
             _freeze(model, str(observer.target), rounding)
         # new parameters throughout: the old ones share memory with the model that was exported
-        _put(model, source, weight, [observers[-1]], 0, "x")
+        _put(model, source, rounding.weight, users=[observers[-1]], position=0, keyword="x")
     correction = rounding.bias_correction
     if correction is None:
         return
@@ -235,13 +229,12 @@ def _write(model: fx.GraphModule, calls: list[fx.Node], rounding: LayerRounding)
         else:
             present.setdefault(bias, []).append(call)
     for bias, users in present.items():
-        old = _owner(model, str(bias.target))
-        _put(model, bias, getattr(*old).detach() + correction, users, 2, "bias")
+        old = attribute(model, str(bias.target)).detach()
+        _put(model, bias, old + correction, users=users, position=2, keyword="bias")
     if absent:
         source, _ = parameter_node(model, argument(absent[0], 1, "weight"))
         assert source is not None
-        path = str(source.target).rpartition(".")[0]
-        _add(model, path, "bias", correction.clone(), source, absent, 2, "bias")
+        _add(model, "bias", correction.clone(), like=source, users=absent, position=2, keyword="bias")
 
 
 def _freeze(model: fx.GraphModule, target: str, rounding: LayerRounding) -> None:
@@ -254,44 +247,47 @@ def _freeze(model: fx.GraphModule, target: str, rounding: LayerRounding) -> None
 
 
 def _put(
-    model: fx.GraphModule, source: fx.Node, value: Tensor, users: list[fx.Node], position: int, keyword: str
+    model: fx.GraphModule, source: fx.Node, value: Tensor, *, users: list[fx.Node], position: int, keyword: str
 ) -> None:
-    """Give `users` a new value of the parameter that `source` reads; other readers of it keep the old one."""
+    """Give `users` a new value of the parameter that `source` reads; other readers of it keep the old one.
+
+    Args:
+        model: is changed.
+        source: reads the parameter.
+        value: of the new parameter.
+        users: nodes of which it is an argument.
+        position, keyword: of that argument.
+    """
     target = str(source.target)
     readers = [
         user for node in model.graph.nodes if node.op == "get_attr" and node.target == target for user in node.users
     ]
     if set(readers) <= set(users):
-        setattr(*_owner(model, target), nn.Parameter(value, requires_grad=False))
+        setattr(*owner_of(model, target), nn.Parameter(value, requires_grad=False))
         return
-    path, _, leaf = target.rpartition(".")
-    _add(model, path, leaf, value, source, users, position, keyword)
+    _, leaf = owner_of(model, target)
+    _add(model, leaf, value, like=source, users=users, position=position, keyword=keyword)
 
 
 def _add(
     model: fx.GraphModule,
-    path: str,
     leaf: str,
     value: Tensor,
+    *,
     like: fx.Node,
     users: list[fx.Node],
     position: int,
     keyword: str,
 ) -> None:
-    """Add a parameter beside others of a module, and let `users` read it."""
-    module = model.get_submodule(path)
+    """Add a parameter called `leaf`, or much like it, beside the one that `like` reads, and let `users` read it."""
+    module, beside = owner_of(model, str(like.target))
     while hasattr(module, leaf):
         leaf += "_adaround"
     setattr(module, leaf, nn.Parameter(value, requires_grad=False))
     with model.graph.inserting_before(like):
-        added = model.graph.get_attr(f"{path}.{leaf}" if path else leaf)
+        added = model.graph.get_attr(str(like.target).removesuffix(beside) + leaf)
     example = like.meta.get("val")
     if isinstance(example, Tensor):
         added.meta["val"] = example.detach().new_empty(value.shape)
     for user in users:
         set_argument(user, position, keyword, added)
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf

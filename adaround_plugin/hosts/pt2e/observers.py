@@ -7,17 +7,20 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from adaround_plugin.hosts.activation_observers import AdaRoundActivationMixin
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError, MissingDependencyError
+from adaround_plugin.graph.arguments import attribute
+from adaround_plugin.hosts.activation_observers import AdaRoundActivationMixin
+from adaround_plugin.hosts.weight_observers import AdaRoundWeightMixin, FrozenMixin
 from adaround_plugin.rounding.grid import Grid
-from adaround_plugin.hosts.fx.observers import AdaRoundWeightMixin, FrozenMixin
 
 try:
     from torchao.quantization.pt2e import HistogramObserver, UniformQuantizationObserverBase
     from torchao.quantization.pt2e.utils import create_getattr_from_value
 except ModuleNotFoundError as error:
     raise MissingDependencyError(
-        "adaround_plugin.hosts.pt2e", f"needs {error.name}, which is not installed", "pip install 'adaround_plugin[pt2e]'"
+        "adaround_plugin.hosts.pt2e",
+        f"needs {error.name}, which is not installed",
+        "pip install 'adaround_plugin[pt2e]'",
     ) from error
 
 __all__ = [
@@ -120,8 +123,7 @@ def _convert_groups(grid: Grid, model: fx.GraphModule, node: fx.Node) -> None:
     source, size = node.args[0], grid.group_size
     assert isinstance(source, fx.Node)
     assert size is not None
-    path, _, leaf = str(source.target).rpartition(".")
-    rows, columns = getattr(model.get_submodule(path), leaf).shape
+    rows, columns = attribute(model, str(source.target)).shape
     if columns % size:
         raise InvalidModelError(
             f"weight {source.target!r}",

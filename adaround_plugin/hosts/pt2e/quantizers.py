@@ -8,14 +8,15 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
-from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationConfig, QuantizationSpec, Quantizer
+from torchao.quantization.pt2e.quantizer import QuantizationConfig, QuantizationSpec, Quantizer
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import get_default_x86_inductor_quantization_config
 
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.graph.operators import is_transposed, is_weighted_function
-from adaround_plugin.rounding.grid import check_bits, integer_range
-from adaround_plugin.names import select
+from adaround_plugin.hosts.pt2e.compat import annotate_inputs
 from adaround_plugin.hosts.pt2e.observers import AdaRoundActivationObserver, AdaRoundGroupObserver, AdaRoundObserver
+from adaround_plugin.names import select
+from adaround_plugin.rounding.grid import check_bits, integer_range
 
 __all__ = ["AdaRoundWeightOnlyQuantizer", "get_adaround_weight_spec", "get_adaround_x86_inductor_config"]
 
@@ -87,12 +88,17 @@ def get_adaround_x86_inductor_config(
     if is_dynamic and activation_bits is None:
         raise InvalidOptionError("is_dynamic", "there are no activations to quantize", "Pass activation_bits=8.")
     default = get_default_x86_inductor_quantization_config(is_dynamic=is_dynamic)
-    specs: list[QuantizationSpec | None] = [default.input_activation, default.output_activation]
+    entering, leaving = default.input_activation, default.output_activation
     if activation_bits is None:
-        specs = [None, None]
+        entering = leaving = None
     elif check_bits(activation_bits, "activation_bits") < 8:
-        specs = [_narrow(spec, activation_bits) for spec in specs]
-    return QuantizationConfig(*specs, get_adaround_weight_spec(weight_bits, per_channel), default.bias)
+        entering, leaving = _narrow(entering, activation_bits), _narrow(leaving, activation_bits)
+    return QuantizationConfig(
+        input_activation=entering,
+        output_activation=leaving,
+        weight=get_adaround_weight_spec(weight_bits, per_channel),
+        bias=default.bias,
+    )
 
 
 def _narrow(spec: QuantizationSpec | None, bits: int) -> QuantizationSpec | None:
@@ -146,8 +152,7 @@ class AdaRoundWeightOnlyQuantizer(Quantizer):
                 continue
             fitting = {**given, "ch_axis": int(is_transposed(node)), "group_size": None}
             spec = get_adaround_weight_spec(**(given if linear else fitting))
-            annotation = QuantizationAnnotation(input_qspec_map={node.args[1]: spec}, _annotated=True)
-            node.meta["quantization_annotation"] = annotation
+            annotate_inputs(node, {node.args[1]: spec})
         return model
 
     def validate(self, model: fx.GraphModule) -> None:

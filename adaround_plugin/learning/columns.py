@@ -1,0 +1,129 @@
+"""From both streams' values at a layer to its moments: which columns are taken, and what each weighs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from adaround_plugin.errors import NonFiniteError
+from adaround_plugin.graph.arguments import input_of
+from adaround_plugin.graph.calls import CallSite
+from adaround_plugin.graph.streams import BothValues
+from adaround_plugin.hosts.base import WeightedNode
+from adaround_plugin.learning.passes import Pass
+from adaround_plugin.regions.importance import column_importance
+from adaround_plugin.rounding.moments import Moments
+
+__all__ = ["Columns", "LayerMoments"]
+
+# what every column weighs beside its importance, relative to the mean of that: derivatives are local
+_EVEN_WEIGHT = 0.3
+
+
+class LayerMoments:
+    """Moments of the learning and of the held-out samples of one layer.
+
+    Attributes:
+        learning, holdout: as gathered so far.
+    """
+
+    def __init__(self, node: WeightedNode) -> None:
+        groups, rows, columns = node.op.rows(node.weight).shape
+        self.learning = Moments(groups, rows, columns, node.weight.device)
+        self.holdout = Moments(groups, rows, columns, node.weight.device)
+
+    @staticmethod
+    def bytes(node: WeightedNode) -> int:
+        """Memory that they take."""
+        return 2 * Moments.bytes(*node.op.rows(node.weight).shape)
+
+    @property
+    def count(self) -> int:
+        """The number of columns seen."""
+        return self.learning.count + self.holdout.count
+
+
+class Columns:
+    """Gathers columns in a pass.
+
+    Args:
+        run: the pass.
+        weighting: as `column_weighting` of `LayerWise`. `"fisher"` takes a forward and two backward passes now.
+    """
+
+    def __init__(self, run: Pass, weighting: str) -> None:
+        self._run, self._weighting = run, weighting
+        # by call site, for each batch the importance of its columns
+        self._importance: dict[fx.Node, list[Tensor]] = {}
+        if weighting == "fisher":
+            self._weigh()
+
+    def _weigh(self) -> None:
+        """Find how much each column matters, relative to the mean of its group at all call sites of the weight."""
+        run = self._run
+        with run.clock("importance"):
+            found = [
+                column_importance(run.streams[0], run.host.nodes, run.sampling, batch, values[0])
+                for batch, values in enumerate(run.values)
+            ]
+            for node in run.host.nodes:
+                sites = [site.float_node for site in node.sites]
+                if not all(site in of_batch for of_batch in found for site in sites):
+                    continue
+                count = sum(of_batch[site].shape[1] for of_batch in found for site in sites)
+                total = torch.stack([of_batch[site].sum(1) for of_batch in found for site in sites]).sum(0)
+                if not torch.isfinite(total).all():
+                    continue
+                mean = (total / max(1, count)).clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
+                self._importance |= {site: [of_batch.pop(site).div_(mean) for of_batch in found] for site in sites}
+
+    def gather(self, node: WeightedNode, batch: int, values: BothValues, into: LayerMoments) -> None:
+        """Add one batch's columns at every call site."""
+        with self._run.clock("moments", node):
+            for site in node.sites:
+                self._gather(node, site, batch, values, into)
+
+    def _gather(self, node: WeightedNode, site: CallSite, batch: int, values: BothValues, into: LayerMoments) -> None:
+        exact_stream, quantized_stream = self._run.streams
+        sampling, shape = self._run.sampling, node.weight.shape
+        x_float = exact_stream.value(input_of(site.float_node), values[0])
+        x_quantized = quantized_stream.value(input_of(site.quantized_node), values[1])
+        node.check_input(x_float, batch)
+        patches = node.op.patches(x_quantized.float(), shape)
+        index, position = sampling.columns(batch, patches, len(node.sites))
+        quantized = patches.columns(index, position)
+        exact = node.op.patches(x_float, shape).columns(index, position)
+        deviation = (exact - quantized) @ node.op.rows(node.weight).transpose(1, 2)
+        if site.float_node in self._importance:
+            weight = self._importance[site.float_node][batch] + _EVEN_WEIGHT
+        elif self._weighting == "inverse_norm":
+            weight = _inverse_norm(exact, index, patches.samples)
+        else:
+            weight = torch.ones(exact.shape[:2], device=exact.device)
+        if not (torch.isfinite(deviation).all() and torch.isfinite(quantized.sum())):
+            raise NonFiniteError(
+                f"layer {node.name!r}", "its input holds NaN or infinity", "Check the model and the calibration data."
+            )
+        held = sampling.held_out(batch, patches.samples, index.device)[index]
+        parts = [(into.learning, ~held)]
+        if self._run.report is not None:
+            parts.append((into.holdout, held))
+        for moments, chosen in parts:
+            if chosen.all():
+                moments.add(quantized, deviation, weight)
+            else:
+                moments.add(quantized[:, chosen], deviation[:, chosen], weight[:, chosen])
+
+    def forget(self, node: WeightedNode) -> bool:
+        """Free what was kept for a layer; whether its columns were weighed by their importance."""
+        found = [self._importance.pop(site.float_node, None) for site in node.sites]
+        return all(one is not None for one in found)
+
+
+def _inverse_norm(exact: Tensor, index: Tensor, length: int) -> Tensor:
+    """`(G, n)` weights `1 / |x|^2`, the norm floored at a hundredth of the mean in the same sample."""
+    power = exact.square().sum(2)
+    total = power.new_zeros(power.shape[0], length).index_add_(1, index, power)
+    count = torch.bincount(index, minlength=length).clamp_min(1)
+    floor = 0.01 * (total / count)[:, index]
+    return torch.where(floor > 0, 1 / (power + floor), 0.0)

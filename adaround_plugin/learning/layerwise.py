@@ -1,0 +1,243 @@
+"""Layer by layer: each weight is rounded under the second moments of its layer's input (docs/explanation/method.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+from adaround_plugin.graph.streams import BothValues
+from adaround_plugin.hosts.base import WeightedNode
+from adaround_plugin.learning.columns import Columns, LayerMoments
+from adaround_plugin.learning.layer import Layer, Recipe
+from adaround_plugin.learning.passes import Pass
+from adaround_plugin.options import check_choice, check_integer, check_number, named
+from adaround_plugin.rounding.problem import Solver
+from adaround_plugin.rounding.result import LayerRounding
+from adaround_plugin.solvers import Nearest, get_solver
+
+__all__ = ["LayerWise", "Layers"]
+
+# the moments of layers that are ready together are gathered together, as many as fit in this many bytes
+_MOMENT_BYTES = 2 * 2**30
+# from this many samples on, little damping does
+_MANY_SAMPLES = 512
+
+Auto = Literal["auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWise:
+    """Decide layer after layer, each by the squared error of its own output.
+
+    The four options from `propagate_error` to `damping` make a recipe. Where some of them are `"auto"`, a few recipes
+    are tried on part of the data, and the one with the smallest error of the network's output is taken.
+
+    Attributes:
+        solver: of each layer's rounding problem: `"annealing"`, `"coordinate_descent"`, `"gptq"`, `"nearest"`,
+            `"relaxation"`, or an object with `solve`.
+        search_scale: choose scale and zero point under the layer's data, else keep the observer's. `"auto"` searches
+            for AdaRound's weight observers, and keeps the scale of other observers and for `"nearest"`.
+        propagate_error: imitate the float output from the quantized input, so that a layer makes up for errors of those
+            before it; else from the same input.
+        correct_bias: let biases absorb the mean error; a module without a bias gets one.
+        column_weighting: what each column of a layer's input counts: `"none"`, all alike; `"inverse_norm"`, for
+            networks with massive activations; `"fisher"`, by how much the network's output changes with the layer's
+            there, which takes one more forward and two backward passes.
+        damping: ridge on the hessian relative to its mean diagonal.
+        levels: the integers that a weight may take: `"all"` of its grid, or `"up_or_down"`, floor and ceil alone, as in
+            the paper.
+        holdout: share of the samples kept out of learning; a layer that is worse there than nearest keeps nearest.
+        max_columns: at most about this many columns of a layer's design matrix enter its moments, or four for each
+            weight of an output channel where that is more.
+
+    Raises:
+        InvalidOptionError: an option is out of range.
+    """
+
+    solver: str | Solver = "annealing"
+    search_scale: bool | Auto = "auto"
+    propagate_error: bool | Auto = "auto"
+    correct_bias: bool | Auto = "auto"
+    column_weighting: Literal["auto", "none", "inverse_norm", "fisher"] = "auto"
+    damping: float | Auto = "auto"
+    levels: Literal["all", "up_or_down"] = "all"
+    holdout: float = 0.125
+    max_columns: int = 16384
+
+    def __post_init__(self) -> None:
+        get_solver(self.solver)
+        for name in ("search_scale", "propagate_error", "correct_bias"):
+            check_choice(*named(self, name), choices=("auto", True, False))
+        check_choice(*named(self, "column_weighting"), choices=("auto", "none", "inverse_norm", "fisher"))
+        check_choice(*named(self, "levels"), choices=("all", "up_or_down"))
+        if self.damping != "auto":
+            check_number(*named(self, "damping"), above=0)
+        check_number(*named(self, "holdout"), least=0, most=0.5)
+        check_integer(*named(self, "max_columns"), least=1)
+
+    @property
+    def layers(self) -> LayerWise:
+        """How layers are decided: this."""
+        return self
+
+    def with_layers(self, layers: LayerWise) -> LayerWise:
+        """The method whose layers are decided so."""
+        return layers
+
+    def recipes(self, samples: int) -> list[Recipe]:
+        """The recipes that the options leave open, for learning from so many samples.
+
+        The first two are the best measured on convolutional networks and on a transformer with massive activations;
+        propagated errors and corrected biases may overfit what few samples show, and the last two do without
+        (docs/benchmarks.md). Fewer samples want more damping.
+        """
+        damping = 0.01 if samples >= _MANY_SAMPLES else 0.1
+        # the nearest solver is the baseline: nothing is imitated, so only what is asked for by name is done
+        candidates = [Recipe(False, False, "none", damping)]
+        if not self.is_nearest:
+            candidates = [
+                Recipe(True, True, "none", damping),
+                Recipe(True, True, "inverse_norm", damping),
+                Recipe(False, True, "inverse_norm", damping),
+                *candidates,
+            ]
+        given = {name: getattr(self, name) for name in asdict(candidates[0]) if getattr(self, name) != "auto"}
+        return list(dict.fromkeys(replace(candidate, **given) for candidate in candidates))
+
+    def with_recipe(self, recipe: Recipe) -> LayerWise:
+        """These options, with the recipe's in place of what was open."""
+        return replace(self, **asdict(recipe))
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe, where none of it is open."""
+        values = {name: getattr(self, name) for name in asdict(Recipe())}
+        assert "auto" not in values.values()
+        return Recipe(**values)
+
+    @property
+    def is_nearest(self) -> bool:
+        """Whether this is the baseline, round-to-nearest."""
+        return isinstance(get_solver(self.solver), Nearest)
+
+    def searches_scale(self, node: WeightedNode) -> bool:
+        """Whether the scale of a weight is ours to choose."""
+        if self.search_scale == "auto":
+            return not self.is_nearest and not node.keeps_scale
+        return self.search_scale
+
+    def learn(self, run: Pass) -> None:
+        """Decide every layer of a pass."""
+        Layers(run, self).decide_all()
+
+
+# from a layer and its rounding to a rounding learned further, and what is to be said of it
+Further = Callable[[WeightedNode, Layer, LayerRounding], tuple[LayerRounding, list[str]]]
+
+
+class Layers:
+    """The layers of a pass that are still to be decided.
+
+    Args:
+        run: the pass.
+        settings: how they are decided, with a recipe that is closed.
+        further: what is done with each layer right after that.
+
+    Attributes:
+        pending: what is left, in graph order.
+    """
+
+    def __init__(self, run: Pass, settings: LayerWise, further: Further | None = None) -> None:
+        self._run, self._settings, self._further = run, settings, further
+        self._recipe, self._solver = settings.recipe, get_solver(settings.solver)
+        self._columns = Columns(run, self._recipe.column_weighting)
+        self.pending = run.nodes
+
+    def decide_all(self) -> None:
+        """Decide all that is left."""
+        while self.pending:
+            self.decide_next()
+
+    def advance(self) -> None:
+        """Run both streams as far as the layers decided so far allow."""
+        self._run.forward(self._run.plan(self.pending))
+
+    def decide(self, names: Collection[str]) -> None:
+        """Decide the layers of these names, and as few others as they wait for."""
+        while any(node.name in names for node in self.pending):
+            self.decide_next(names)
+
+    def decide_next(self, names: Collection[str] = ()) -> None:
+        """Advance both streams to the next weighted nodes and decide these.
+
+        Of the nodes reached those of `names` come first, the others when none of these is.
+        """
+        run = self._run
+        plan = run.plan(self.pending)
+        reached = [node for node in self.pending if run.reaches(node, plan)]
+        candidates = reached or self.pending
+        named = [node for node in candidates if node.name in names] or candidates
+        ready = _fitting(named) if reached else named[:1]
+        moments = {node.name: LayerMoments(node) for node in ready}
+
+        def gather(batch: int, values: BothValues) -> None:
+            for node in ready:
+                self._columns.gather(node, batch, values, moments[node.name])
+
+        if reached:
+            run.forward(plan, gather)
+        else:
+            # a weight that feeds itself through another call site: look ahead with roundings as they are
+            run.look_ahead(gather)
+        for node in ready:
+            self._decide(node, moments.pop(node.name))
+        decided = {node.name for node in ready}
+        self.pending = [node for node in self.pending if node.name not in decided]
+
+    def _decide(self, node: WeightedNode, moments: LayerMoments) -> None:
+        """Learn one layer's rounding and put it into the quantized stream."""
+        run, settings = self._run, self._settings
+        with run.clock("moments", node):
+            layer = Layer(node.op, node.weight, node.grid, moments.learning.finish(), moments.holdout.finish())
+        recipe = replace(self._recipe, correct_bias=self._recipe.correct_bias and node.bias != "fixed")
+        search = settings.searches_scale(node)
+        with run.clock("solve", node):
+            rounding = (
+                layer.learn(
+                    recipe,
+                    self._solver,
+                    search_scale=search,
+                    up_or_down=settings.levels == "up_or_down",
+                    judge=run.report is not None,
+                )
+                if layer.moments.count
+                else layer.nearest()
+            )
+            run.set_rounding(node, rounding)
+        weighed = self._columns.forget(node)
+        if run.report is None:
+            return
+        notes = [] if layer.moments.count else ["no learning sample reached it"]
+        if self._further is not None and layer.moments.count:
+            rounding, said = self._further(node, layer, rounding)
+            notes += said
+        if self._recipe.column_weighting == "fisher" and not weighed:
+            notes.append("columns weighed alike: no derivative by what it computes could be followed")
+        if search and not layer.can_search_scale:
+            notes.append("scale kept: it runs along the input channels")
+        if self._recipe.correct_bias and node.bias == "fixed":
+            notes.append("no bias that could be corrected")
+        run.report.layer(node, rounding, notes, moments.count, run.layer_seconds[node.name])
+
+
+def _fitting(ready: list[WeightedNode]) -> list[WeightedNode]:
+    """As many of the ready nodes as have moments that fit in memory together; at least one."""
+    taken: list[WeightedNode] = []
+    used = 0
+    for node in ready:
+        used += LayerMoments.bytes(node)
+        if taken and used > _MOMENT_BYTES:
+            break
+        taken.append(node)
+    return taken

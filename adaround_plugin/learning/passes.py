@@ -1,0 +1,190 @@
+"""A pass over a network: both streams advanced stage by stage over all batches, and what was decided on the way."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaround_plugin.graph.streams import BothValues, tensors
+from adaround_plugin.hosts.base import Host, WeightedNode, open_streams
+from adaround_plugin.learning.report_builder import ReportBuilder
+from adaround_plugin.regions.calibration import Sampling
+from adaround_plugin.regions.forward import Place
+from adaround_plugin.rounding.result import LayerRounding
+
+__all__ = ["Pass", "Plan", "Snapshot"]
+
+# the nodes of the float and of the quantized stream that run next
+Plan = tuple[list[fx.Node], list[fx.Node]]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """How far the quantized stream had got, and what both streams knew of each batch."""
+
+    values: list[BothValues]
+    done: frozenset[fx.Node]
+
+
+class Pass:
+    """How far a pass has got, and what was decided.
+
+    Args:
+        host: of the network.
+        arguments: of each batch, as the host's graphs take them.
+        sampling: which columns are used, and which samples are held out.
+        excluded: names of the weighted nodes that stay nearest.
+        seed: of all that is drawn.
+        report: is told what happens; None for a trial, in which nothing is compared with nearest.
+
+    Attributes:
+        streams: the float and the quantized stream.
+        values: what they keep of each batch.
+        roundings: by name of the weighted node; round-to-nearest until it is decided.
+        scales: what was learned for activations, by name of the observer.
+        seconds: by phase; `layer_seconds` by weighted node.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        arguments: list[list[Any]],
+        sampling: Sampling,
+        *,
+        excluded: frozenset[str] = frozenset(),
+        seed: int = 0,
+        report: ReportBuilder | None = None,
+    ) -> None:
+        self.host, self.sampling, self.excluded, self.seed, self.report = host, sampling, excluded, seed, report
+        self.streams = open_streams(host)
+        self.values: list[BothValues] = [
+            (self.streams[0].bind(of_batch), self.streams[1].bind(of_batch)) for of_batch in arguments
+        ]
+        self.roundings: dict[str, LayerRounding] = {}
+        for node in host.nodes:
+            self.set_rounding(node, LayerRounding(node.grid, node.grid.nearest(node.weight)))
+        self.scales: dict[str, float] = {}
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.layer_seconds: dict[str, float] = defaultdict(float)
+
+    @property
+    def nodes(self) -> list[WeightedNode]:
+        """The weighted nodes that are to be learned, in graph order."""
+        return [node for node in self.host.nodes if node.name not in self.excluded]
+
+    def set_rounding(self, node: WeightedNode, rounding: LayerRounding) -> None:
+        """Let the quantized stream go on with this rounding."""
+        self.roundings[node.name] = rounding
+        node.set_quantized(self.streams[1].module, rounding)
+
+    def relearn(self, node: WeightedNode, rounding: LayerRounding) -> None:
+        """Take a rounding that was learned with others on samples in place of the one before."""
+        before = self.roundings[node.name]
+        self.set_rounding(node, rounding)
+        if self.report is not None:
+            self.report.relearned(node, before, rounding)
+
+    def plan(self, pending: list[WeightedNode]) -> Plan:
+        """The nodes of both streams that depend on no pending weight."""
+        sites = [site for node in pending for site in node.sites]
+        return (
+            self.streams[0].runnable({site.float_node for site in sites}),
+            self.streams[1].runnable({site.quantized_node for site in sites}),
+        )
+
+    def reaches(self, node: WeightedNode, plan: Plan) -> bool:
+        """Whether the inputs of a weighted node are known at all of its call sites once a plan has run."""
+        exact, quantized = self.streams
+        return all(
+            exact.reaches(site.float_node, plan[0]) and quantized.reaches(site.quantized_node, plan[1])
+            for site in node.sites
+        )
+
+    def forward(self, plan: Plan, visit: Callable[[int, BothValues], None] | None = None) -> None:
+        """Run the planned nodes for every batch, visit it, and free what no later node needs."""
+        needed = tuple(stream.finish(nodes) for stream, nodes in zip(self.streams, plan, strict=True))
+        for batch, values in enumerate(self.values):
+            self._run(plan, values)
+            if visit is not None:
+                visit(batch, values)
+            for of_batch, keep in zip(values, needed, strict=True):
+                for dead in of_batch.keys() - keep:
+                    del of_batch[dead]
+
+    def look_ahead(self, visit: Callable[[int, BothValues], None]) -> None:
+        """Visit every batch with all nodes run, weights rounded as they are now; what runs here is run again later."""
+        plan = self.plan([])
+        for batch, (exact, quantized) in enumerate(self.values):
+            values = dict(exact), dict(quantized)
+            self._run(plan, values)
+            visit(batch, values)
+
+    def _run(self, plan: Plan, values: BothValues) -> None:
+        with self.clock("forward"):
+            for stream, nodes, of_batch in zip(self.streams, plan, values, strict=True):
+                stream.run_nodes(of_batch, nodes)
+
+    def snapshot(self) -> Snapshot:
+        """What is needed to come back to here, and to learn from here; it keeps all values alive."""
+        return Snapshot(
+            [(dict(exact), dict(quantized)) for exact, quantized in self.values], frozenset(self.streams[1].done)
+        )
+
+    def rewind(self, snapshot: Snapshot) -> None:
+        """Let the quantized stream run again from there, on the roundings of now."""
+        pairs = zip(self.values, snapshot.values, strict=True)
+        self.values = [(exact, again) for (exact, _), (_, again) in pairs]
+        self.streams[1].done = set(snapshot.done)
+
+    def place(self, snapshot: Snapshot | None = None) -> Place:
+        """How far the pass has got now, or had got at a snapshot."""
+        values = self.values if snapshot is None else snapshot.values
+        return Place(self.host, self.streams, values, self.roundings, self.sampling)
+
+    def finish(self) -> float:
+        """Run to the end; the squared error of the outputs over their variance about their mean.
+
+        It is measured on held-out samples, or on all without any; of an output without a leading axis of samples all
+        counts.
+        """
+        error = power = 0.0
+
+        def compare(batch: int, values: BothValues) -> None:
+            nonlocal error, power
+            outputs = [
+                tensors(stream.value(stream.output_node.args[0], of_batch))
+                for stream, of_batch in zip(self.streams, values, strict=True)
+            ]
+            for exact, quantized in zip(*outputs, strict=True):
+                if self.sampling.every and exact.dim() and self.sampling.has_samples(batch, exact.shape[0]):
+                    held = self.sampling.held_out(batch, exact.shape[0], exact.device)
+                    exact, quantized = exact[held], quantized[held]
+                error += float((exact - quantized).double().square().sum())
+                power += float((exact.double() - exact.double().mean()).square().sum()) if exact.numel() else 0.0
+
+        self.forward(self.plan([]), compare)
+        return error / power if power > 0 else error
+
+    def _now(self) -> float:
+        """The time, when a GPU has done all that it was given."""
+        for device in {node.weight.device for node in self.host.nodes}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    @contextmanager
+    def clock(self, phase: str, node: WeightedNode | None = None) -> Iterator[None]:
+        """Add the time spent inside to a phase, and to a layer."""
+        start = self._now()
+        yield
+        seconds = self._now() - start
+        self.seconds[phase] += seconds
+        if node is not None:
+            self.layer_seconds[node.name] += seconds

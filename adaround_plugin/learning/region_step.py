@@ -1,0 +1,151 @@
+"""One step of a pass: roundings of a region learned on samples, from where they are, and kept where that is better."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from adaround_plugin.hosts.base import ActivationQuantizer, WeightedNode
+from adaround_plugin.learning.layerwise import LayerWise
+from adaround_plugin.learning.passes import Pass, Snapshot
+from adaround_plugin.regions.forward import Exit
+from adaround_plugin.regions.learnable import Outcome, WeightInit
+from adaround_plugin.regions.region import Drawing, Region
+from adaround_plugin.report import BlockReport
+from adaround_plugin.rounding.schemes import up_or_down
+
+__all__ = ["RegionStep"]
+
+# from a region, its weights and what shows the steps to the outcome; None where nothing may move
+Learn = Callable[[Region, list[WeightInit], Callable[[int, float], None] | None], Outcome | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionStep:
+    """A region to be learned.
+
+    Attributes:
+        run: the pass.
+        layers: how its layers were decided: what of them may move.
+        name: of the region, for the report.
+        nodes, exits: its weights, and where its output is compared.
+        drawing: how minibatches are drawn.
+        phase: what its time counts for.
+        learns_scale: whether scales of weights are learned, where they are ours.
+        propagate_error: take the quantized stream's values at the entry, else the float stream's.
+        quantizers: of activations whose scales are learned.
+        start: where the region begins, if not where the pass is.
+    """
+
+    run: Pass
+    layers: LayerWise
+    name: str
+    nodes: Sequence[WeightedNode]
+    exits: Sequence[Exit]
+    drawing: Drawing
+    phase: str
+    learns_scale: bool
+    propagate_error: bool
+    quantizers: Sequence[ActivationQuantizer] = ()
+    start: Snapshot | None = None
+
+    def learn(self, learn: Learn) -> BlockReport:
+        """Learn the region, take the outcome into the pass where it is better, and tell what was done."""
+        run, began = self.run, time.perf_counter()
+        with run.clock(self.phase, self.nodes[0] if len(self.nodes) == 1 else None):
+            region = Region(
+                run.place(self.start),
+                self.nodes,
+                self.exits,
+                self.drawing,
+                propagate_error=self.propagate_error,
+                quantizers=self.quantizers,
+            )
+            notes = self._notes(region)
+            if not region.nodes and not region.quantizers:
+                names = tuple(node.name for node in self.nodes)
+                return BlockReport(self.name, names, note="; ".join(notes))
+            names = tuple(node.name for node in region.nodes)
+            inits = [self._init(node) for node in region.nodes]
+            found = learn(region, inits, None if run.report is None else run.report.steps(self.name))
+        if found is None:
+            return BlockReport(self.name, names, note="; ".join([*notes, "nothing that may move"]))
+        if found.better:
+            self._take(region, found)
+        notes += found.notes
+        if not found.better:
+            notes.append("start kept: what was learned is no better")
+        return BlockReport(
+            name=self.name,
+            layers=names,
+            start_error=found.start_error,
+            learned_error=found.learned_error,
+            start_holdout=found.start_holdout,
+            learned_holdout=found.learned_holdout,
+            iterations=found.iterations,
+            seconds=time.perf_counter() - began,
+            note="; ".join(notes),
+        )
+
+    def _take(self, region: Region, found: Outcome) -> None:
+        """Take what was learned into the pass."""
+        run = self.run
+        for node, learned in zip(region.nodes, found.weights, strict=True):
+            before = run.roundings[node.name]
+            moved = not torch.equal(before.integers, learned.integers)
+            rounding = replace(
+                before,
+                grid=learned.grid,
+                integers=learned.integers,
+                bias_correction=learned.correction,
+                learned=before.learned or moved,
+            )
+            run.relearn(node, rounding)
+        for quantizer, factor in zip(region.quantizers, found.scale_factors, strict=True):
+            # a number of float32, as the host's observers have it
+            scale = float(torch.tensor(quantizer.scale * factor, dtype=torch.float32))
+            quantizer.set_scale(run.streams[1], scale)
+            run.scales |= dict.fromkeys(quantizer.names, scale)
+        if self.start is not None:
+            run.rewind(self.start)
+
+    def _init(self, node: WeightedNode) -> WeightInit:
+        """Where learning of a weight begins."""
+        rounding = self.run.roundings[node.name]
+        grid, bounded = rounding.grid, self.layers.levels == "up_or_down"
+        if bounded:
+            lowest, highest = up_or_down(grid, node.weight)
+        else:
+            lowest, highest = (torch.full_like(rounding.integers, end) for end in (grid.quant_min, grid.quant_max))
+        return WeightInit(
+            weight=node.weight,
+            grid=grid,
+            integers=rounding.integers,
+            lowest=lowest,
+            highest=highest,
+            outputs=node.op.rows(node.weight).shape[:2].numel(),
+            correction=rounding.bias_correction,
+            moves_bias=self.layers.recipe.correct_bias and node.bias != "fixed",
+            moves_scale=self.learns_scale and self.layers.searches_scale(node) and not bounded,
+        )
+
+    def _notes(self, region: Region) -> list[str]:
+        """What is unusual about the region."""
+        if not region.exits:
+            return ["it has no output from which could be learned"]
+        left = [node.name for node in self.nodes if node not in region.nodes]
+        why = "called elsewhere, with a computed bias, or only before what is no float"
+        notes = [f"not learned on samples ({why}): {', '.join(left)}"] if left else []
+        if not region.resampled:
+            notes.append("minibatches are the caller's batches: samples cannot be told apart at its entry or exits")
+        if not region.has_samples:
+            notes.append("nothing held out: the leading axis at its exits is not one of samples")
+        if region.is_unweighed:
+            notes.append("entries weighed alike: no derivative by its output could be followed")
+        if region.without_counterpart and not self.propagate_error:
+            lacking = ", ".join(region.without_counterpart)
+            notes.append(f"quantized input taken for {lacking}, which the float stream lacks")
+        return notes

@@ -1,0 +1,146 @@
+"""The report of a pass, built from what its steps tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from adaround_plugin.hosts.base import Skipped, WeightedNode
+from adaround_plugin.learning.layer import Recipe
+from adaround_plugin.learning.progress import Progress
+from adaround_plugin.report import BlockReport, LayerReport, RecipeTrial, Report
+from adaround_plugin.rounding.result import LayerRounding
+
+__all__ = ["ReportBuilder"]
+
+
+@dataclass
+class _Layer:
+    """What is known of a layer so far."""
+
+    node: WeightedNode
+    rounding: LayerRounding
+    notes: list[str]
+    columns: int
+    seconds: float
+    flipped: float
+    clipped: float
+
+    def report(self) -> LayerReport:
+        """As it is now."""
+        node, rounding = self.node, self.rounding
+        notes = list(self.notes)
+        if not rounding.learned and self.columns:
+            judged_on = "learning" if rounding.learned_holdout is None else "held-out"
+            notes.append(f"nearest kept: it is better on the {judged_on} samples")
+        touched = "corrected" if node.bias == "present" else "added"
+        return LayerReport(
+            name=node.name,
+            kind=node.kind,
+            tied=node.names[1:],
+            shape=tuple(node.weight.shape),
+            bits=rounding.grid.bits,
+            nearest_error=rounding.nearest_error,
+            learned_error=rounding.learned_error,
+            nearest_holdout=rounding.nearest_holdout,
+            learned_holdout=rounding.learned_holdout,
+            learned=rounding.learned,
+            flipped=self.flipped,
+            clipped=self.clipped,
+            bias="kept" if rounding.bias_correction is None else touched,
+            columns=self.columns,
+            seconds=self.seconds,
+            note="; ".join(notes),
+        )
+
+
+@dataclass
+class ReportBuilder:
+    """Keeps what the steps of a pass tell, and shows it as it comes.
+
+    Attributes:
+        progress: where it is shown.
+        blocks: what was learned on samples.
+        finetuning: of the whole network.
+    """
+
+    progress: Progress
+    blocks: list[BlockReport] = field(default_factory=list)
+    finetuning: BlockReport | None = None
+    _trials: list[RecipeTrial] = field(default_factory=list)
+    _layers: dict[str, _Layer] = field(default_factory=dict)
+
+    def trial(self, recipe: Recipe, output_error: float) -> None:
+        """A recipe was tried."""
+        self._trials.append(RecipeTrial(str(recipe), output_error))
+
+    def layer(
+        self, node: WeightedNode, rounding: LayerRounding, notes: Sequence[str], columns: int, seconds: float
+    ) -> None:
+        """A layer was decided.
+
+        Args:
+            node, rounding: the layer.
+            notes: anything unusual.
+            columns: how many entered its moments.
+            seconds: that it took.
+        """
+        grid = rounding.grid
+        real = grid.coordinates(node.weight)
+        total = max(1, rounding.integers.numel())
+        clipped = float(((real < grid.quant_min - 0.5) | (real > grid.quant_max + 0.5)).sum()) / total
+        entry = _Layer(node, rounding, list(notes), columns, seconds, _flipped(node, rounding), clipped)
+        self._layers[node.name] = entry
+        self.progress.layer(entry.report())
+
+    def relearned(self, node: WeightedNode, before: LayerRounding, rounding: LayerRounding) -> None:
+        """A layer's rounding, scale or bias was learned again, with others on samples."""
+        if node.name not in self._layers:
+            return
+        entry = self._layers[node.name]
+        # errors stay those that were measured when the layer was decided
+        entry.rounding = replace(
+            entry.rounding,
+            grid=rounding.grid,
+            integers=rounding.integers,
+            bias_correction=rounding.bias_correction,
+            learned=rounding.learned,
+        )
+        if not torch.equal(rounding.integers, before.integers):
+            entry.flipped = _flipped(node, rounding)
+
+    def steps(self, name: str) -> Callable[[int, float], None]:
+        """What shows the steps of learning on samples."""
+        return lambda iteration, loss: self.progress.step(name, iteration, loss)
+
+    def build(
+        self,
+        *,
+        method: str,
+        solver: str,
+        recipe: str,
+        skipped: Sequence[Skipped],
+        output_error: float,
+        seconds: dict[str, float],
+    ) -> Report:
+        """The report; arguments as in `Report`."""
+        return Report(
+            method=method,
+            solver=solver,
+            recipe=recipe,
+            layers=[entry.report() for entry in self._layers.values()],
+            skipped=[(entry.name, entry.kind, entry.reason) for entry in skipped],
+            trials=self._trials,
+            blocks=self.blocks,
+            finetuning=self.finetuning,
+            output_error=output_error,
+            seconds=seconds,
+        )
+
+
+def _flipped(node: WeightedNode, rounding: LayerRounding) -> float:
+    """Share of the weights whose integer is not the nearest on the grid."""
+    total = max(1, rounding.integers.numel())
+    return float((rounding.integers != rounding.grid.nearest(node.weight)).sum()) / total

@@ -1,0 +1,84 @@
+"""What learning on samples sees of a region: minibatches with targets, and the errors of its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Minibatch", "Samples", "relative_errors", "squared_error"]
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """Some samples at a region's entry.
+
+    Attributes:
+        samples: how many.
+        target: the float model's values at the region's exits.
+        importance: weights of the entries of `target`, or None.
+        run: from weights, corrections of their biases, and factors of the learnable scales of activations (None leaves
+            them as they are), to values at the exits.
+    """
+
+    samples: int
+    target: Sequence[Tensor]
+    importance: Sequence[Tensor] | None
+    run: Callable[[Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor] | None], list[Tensor]]
+
+
+class Samples(Protocol):
+    """The calibration data at a region's entry."""
+
+    def draw(self, generator: torch.Generator) -> Minibatch:
+        """Some learning samples at random, as a step of learning sees them."""
+
+    def all(self, held_out: bool) -> Iterator[Minibatch]:
+        """The learning or the held-out samples, in order."""
+
+    def output_scale(self) -> list[float]:
+        """Root mean square of the output of each weight's operator."""
+
+
+def squared_error(batch: Minibatch, outputs: Sequence[Tensor]) -> Tensor:
+    """Sum of squared errors at the exits."""
+    total = torch.zeros(())
+    for i, (target, output) in enumerate(zip(batch.target, outputs, strict=True)):
+        square = (output - target).square()
+        weighed = square if batch.importance is None else square * batch.importance[i]
+        total = total.to(square.device) + weighed.sum()
+    return total
+
+
+def relative_errors(
+    batches: Iterator[Minibatch],
+    weights: Sequence[Tensor],
+    corrections: Sequence[Tensor | None],
+    scale_factors: Sequence[Tensor] | None = None,
+) -> tuple[float, float | None]:
+    """Squared error of the exits per sample, and over the variance of the float values (None without samples)."""
+    square = 0.0
+    count = 0
+    # of the float values at each exit: sum of weights, weighted sum, weighted sum of squares
+    sums: list[tuple[float, float, float]] = []
+    with torch.no_grad():
+        for batch in batches:
+            square += float(squared_error(batch, batch.run(weights, corrections, scale_factors)))
+            found = [_sums(batch, i) for i in range(len(batch.target))]
+            before = sums or [(0.0, 0.0, 0.0)] * len(found)
+            sums = [(a + x, b + y, c + z) for (a, b, c), (x, y, z) in zip(before, found, strict=True)]
+            count += batch.samples
+    if not count:
+        return 0.0, None
+    power = sum(squares - total * total / weight for weight, total, squares in sums if weight > 0)
+    return square / count, square / power if power > 0 else square
+
+
+def _sums(batch: Minibatch, i: int) -> tuple[float, float, float]:
+    """Sum of the weights of an exit's entries, of its float values times these, and of the values' squares."""
+    target = batch.target[i].double()
+    weight = torch.ones_like(target) if batch.importance is None else batch.importance[i].double()
+    return float(weight.sum()), float((weight * target).sum()), float((weight * target.square()).sum())
