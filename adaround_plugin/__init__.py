@@ -17,8 +17,8 @@ from adaround_plugin.hosts.fx.qconfig import get_adaround_qconfig_mapping, get_w
 from adaround_plugin.learning.blockwise import BlockWise
 from adaround_plugin.learning.finetuning import Finetune
 from adaround_plugin.learning.layerwise import LayerWise
-from adaround_plugin.methods import METHODS
-from adaround_plugin.paper.method import Paper
+from adaround_plugin.learning.methods import METHODS
+from adaround_plugin.learning.paper import Paper
 from adaround_plugin.report import get_report
 
 __all__ = [

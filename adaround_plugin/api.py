@@ -14,11 +14,10 @@ from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.hosts.base import Host, Skipped
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.finetuning import Finetune
+from adaround_plugin.learning.methods import Method, Preset, get_preset
 from adaround_plugin.learning.passes import Pass
-from adaround_plugin.learning.progress import Progress
-from adaround_plugin.learning.report_builder import ReportBuilder
+from adaround_plugin.learning.report_builder import Progress, ReportBuilder
 from adaround_plugin.learning.trials import choose_recipe
-from adaround_plugin.methods import Method, Preset, get_preset
 from adaround_plugin.names import select
 from adaround_plugin.options import check_bool, check_integer
 from adaround_plugin.regions.calibration import Sampling, bind_batches

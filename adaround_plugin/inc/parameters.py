@@ -14,7 +14,7 @@ from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.inc.compat import DEFAULT_WHITE_LIST
 from adaround_plugin.learning.finetuning import Finetune
 from adaround_plugin.learning.layerwise import LayerWise
-from adaround_plugin.methods import METHODS, Method, get_preset
+from adaround_plugin.learning.methods import METHODS, Method, get_preset
 from adaround_plugin.solvers import SOLVERS
 
 __all__ = ["LAYER_PARAMETERS", "PARAMETERS", "PASS_PARAMETERS", "check", "method_of", "signature"]

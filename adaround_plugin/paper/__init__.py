@@ -1,4 +1,4 @@
-"""The AdaRound paper (arXiv 2004.10568) to the letter, for study: its method, its forms, its variants, its solver.
+"""The AdaRound paper (arXiv 2004.10568) for study: its rounding schemes, problems, variants and solver, one by one.
 
-Imports `learning`, and what `learning` may import.
+Imports `regions.calibration`, `hosts`, `graph`, `rounding` and `errors`; nothing of the package imports it.
 """

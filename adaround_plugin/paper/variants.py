@@ -7,17 +7,14 @@ straight_through    V are the coordinates themselves, rounded in the forward pas
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.rounding.soft_rounding import RectifiedSigmoid, SoftRounding
+from adaround_plugin.rounding.soft_rounding import RectifiedSigmoid
 
-__all__ = ["VARIANTS", "Sigmoid", "StraightThrough", "Temperature", "Variant", "get_variant"]
-
-Variant = Literal["rectified_sigmoid", "sigmoid", "temperature", "straight_through"]
+__all__ = ["Sigmoid", "StraightThrough", "Temperature"]
 
 # an unrectified sigmoid never reaches 0 or 1: shares start, and count as settled, this far from them
 _MARGIN = 1e-3
@@ -70,22 +67,3 @@ class StraightThrough:
 
     def settled(self, progress: float) -> bool:
         return False
-
-
-VARIANTS: dict[str, type[SoftRounding]] = {
-    "rectified_sigmoid": RectifiedSigmoid,
-    "sigmoid": Sigmoid,
-    "temperature": Temperature,
-    "straight_through": StraightThrough,
-}
-
-
-def get_variant(name: str) -> type[SoftRounding]:
-    """The variant of that name.
-
-    Raises:
-        InvalidOptionError: there is none.
-    """
-    if name not in VARIANTS:
-        raise InvalidOptionError("variant", f"{name!r} is not known", f"Pass one of {list(VARIANTS)}.")
-    return VARIANTS[name]

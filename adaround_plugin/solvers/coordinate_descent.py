@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from adaround_plugin.rounding.problem import Rounding, RoundingProblem
-from adaround_plugin.solvers.sweep import Coordinates, Coupling, sweep
+from adaround_plugin.solvers.coordinates import Coordinates, Coupling
+from adaround_plugin.solvers.sweep import sweep
 
 __all__ = ["CoordinateDescent", "Descent"]
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from adaround_plugin.rounding.problem import Rounding, RoundingProblem
-from adaround_plugin.solvers.sweep import Coordinates, Coupling, sweep
+from adaround_plugin.solvers.coordinates import Coordinates, Coupling
+from adaround_plugin.solvers.sweep import sweep
 
 __all__ = ["GPTQ", "feed_errors_back"]
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaround_plugin.solvers.sweep import Coordinates, Coupling
+from adaround_plugin.solvers.coordinates import Coordinates, Coupling
 
 __all__ = ["try_out", "visit"]
 

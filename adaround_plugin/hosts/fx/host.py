@@ -69,8 +69,9 @@ class PreparedFX:
         }
         flat_reference = inline(reference, lambda module: id(module) in inlined)
         self.nodes, self.skipped = FXFinder(graph, flat_reference).find()
+        # while every value that is quantized still has its origin
+        self.quantizers = activation_quantizers(graph, flat_reference)
         self.quantized_graph = functionalize(strip(flat_reference, is_observer))
-        self.quantizers = activation_quantizers(graph, self.quantized_graph)
         self.float_graph = functionalize(strip(graph, is_observer))
 
     def flatten(self, arguments: inspect.BoundArguments) -> list[Any]:

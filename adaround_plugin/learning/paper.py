@@ -12,13 +12,13 @@ from adaround_plugin.learning.layerwise import Layers, LayerWise
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.region_step import RegionStep
 from adaround_plugin.options import check_bool, check_integer, check_number, check_solver, named
-from adaround_plugin.paper.variants import Variant, get_variant
 from adaround_plugin.regions.blocks import layer_exits
 from adaround_plugin.regions.learnable import Outcome, WeightInit
 from adaround_plugin.regions.reconstruction import reconstruct
 from adaround_plugin.regions.region import Drawing, Region
 from adaround_plugin.rounding.problem import Solver
 from adaround_plugin.rounding.result import LayerRounding
+from adaround_plugin.rounding.soft_rounding import RectifiedSigmoid, SoftRounding
 from adaround_plugin.solvers import Nearest
 from adaround_plugin.solvers.relaxation import Schedule, check_exponents
 
@@ -46,8 +46,8 @@ class Paper:
         beta: first and last exponent of `f_reg`.
         asymmetric: take the quantized network's input of the layer for `x^`, else the float network's (equation 21).
         activation: whether the loss is taken after the activation function that follows the layer.
-        variant: how a share depends on `V`: `"rectified_sigmoid"`, or what the paper compares it with, `"sigmoid"`,
-            `"temperature"` and `"straight_through"` (`adaround_plugin.paper.variants`).
+        variant: how a share depends on `V`: the paper's rectified sigmoid, or one of the classes in
+            `adaround_plugin.paper.variants`, with which the paper compares it.
         start: None, so that `h(V)` starts at the fraction of `W / s`; or a solver whose integers are the start: a
             weight may then move one step from them, to the side to which the loss falls.
         correct_bias: let biases absorb the mean error.
@@ -67,7 +67,7 @@ class Paper:
     beta: tuple[float, float] = (20.0, 2.0)
     asymmetric: bool = True
     activation: bool = True
-    variant: Variant = "rectified_sigmoid"
+    variant: type[SoftRounding] = RectifiedSigmoid
     start: Solver | None = None
     correct_bias: bool = False
     search_scale: bool = False
@@ -83,7 +83,12 @@ class Paper:
         check_number(*named(self, "learning_rate"), above=0)
         check_number(*named(self, "regularization"), least=0)
         check_exponents(*named(self, "beta"))
-        get_variant(self.variant)
+        if not isinstance(self.variant, type) or not hasattr(self.variant, "spans_grid"):
+            raise InvalidOptionError(
+                "Paper.variant",
+                f"{self.variant!r} is no soft rounding",
+                "Pass a class of adaround_plugin.paper.variants.",
+            )
         if self.start is not None:
             check_solver(*named(self, "start"))
         check_number(*named(self, "holdout"), least=0, most=0.5)
@@ -119,7 +124,7 @@ class Paper:
             regularization=self.regularization,
             warm_up=self.warm_start,
             beta=self.beta,
-            soft_rounding=get_variant(self.variant),
+            soft_rounding=self.variant,
         )
 
         def learn(region: Region, inits: list[WeightInit], report: Callable[[int, float], None] | None) -> Outcome:

@@ -10,8 +10,8 @@ from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.learning.blockwise import BlockWise
 from adaround_plugin.learning.finetuning import Finetune
 from adaround_plugin.learning.layerwise import LayerWise
+from adaround_plugin.learning.paper import Paper
 from adaround_plugin.learning.passes import Pass
-from adaround_plugin.paper.method import Paper
 from adaround_plugin.solvers import Nearest
 
 __all__ = ["METHODS", "Method", "Preset", "get_preset"]
