@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from adaround_plugin.errors import taking_derivatives
 from adaround_plugin.learning.layerwise import LayerWise
 from adaround_plugin.learning.passes import Pass, Snapshot
 from adaround_plugin.learning.region_step import RegionStep
-from adaround_plugin.options import check_bool, check_integer, check_number, named
+from adaround_plugin.options import check_choice, check_integer, check_number, named
 from adaround_plugin.regions.blocks import output_exits
 from adaround_plugin.regions.learnable import (
     LearnableWeight,
@@ -41,6 +41,9 @@ __all__ = ["Finetune", "finetune"]
 _ERROR_CONTEXT = ("finetune", "Pass finetune=False.")
 # how integers are learned: as in blocks, at half their rate
 _INTEGERS = Schedule(learning_rate=0.05, regularization=30.0, beta=(8.0, 2.0))
+_STEPS, _STEPS_WITH_INTEGERS = 300, 2500
+# of weights whose integers are worth learning again
+_FEW_BITS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,28 +54,39 @@ class Finetune:
     AdaRound's observers watch. What is no better than its start on held-out samples is not taken.
 
     Attributes:
-        iterations: steps of Adam; the rate falls to zero along a half cosine, over the last fifth where integers are
-            learned before that.
+        iterations: steps of Adam; None for 300, or 2,500 where integers are learned. The rate falls to zero along a
+            half cosine, over the last fifth where integers are learned before that.
         batch_size: samples in a minibatch; a program exported for one batch size has that.
         learning_rate: the first; of scales relative to themselves, of biases relative to the root mean square of the
             layer's output.
-        integers: learn integers too, in the first four fifths of the steps: for 2 bits, with 1,000 steps or more. Each
-            stays or goes to the neighbour on whose side the error falls.
+        integers: learn integers too, in the first four fifths of the steps: each stays or goes to the neighbour on
+            whose side the error falls. `"auto"` learns those of weights of 2 bits, where it pays.
 
     Raises:
         InvalidOptionError: an option is out of range.
     """
 
-    iterations: int = 300
+    iterations: int | None = None
     batch_size: int = 32
     learning_rate: float = 1e-3
-    integers: bool = False
+    integers: bool | Literal["auto"] = False
 
     def __post_init__(self) -> None:
-        check_integer(*named(self, "iterations"), least=1)
+        if self.iterations is not None:
+            check_integer(*named(self, "iterations"), least=1)
         check_integer(*named(self, "batch_size"), least=1)
         check_number(*named(self, "learning_rate"), above=0)
-        check_bool(*named(self, "integers"))
+        check_choice(*named(self, "integers"), choices=(True, False, "auto"))
+
+    def moves_integers(self, init: WeightInit) -> bool:
+        """Whether the integers of a weight are learned."""
+        return init.grid.bits <= _FEW_BITS if self.integers == "auto" else self.integers
+
+    def steps(self, inits: Sequence[WeightInit]) -> int:
+        """How many steps are made."""
+        if self.iterations is not None:
+            return self.iterations
+        return _STEPS_WITH_INTEGERS if any(map(self.moves_integers, inits)) else _STEPS
 
     def learn(self, run: Pass, layers: LayerWise, start: Snapshot) -> None:
         """Finetune what a pass has decided.
@@ -131,7 +145,9 @@ def finetune(
     Raises:
         InvalidOptionError: no derivative could be taken.
     """
-    if not activations and not any(init.moves_scale or init.moves_bias or settings.integers for init in inits):
+    if not activations and not any(
+        init.moves_scale or init.moves_bias or settings.moves_integers(init) for init in inits
+    ):
         return None
     before = [init.as_it_is() for init in inits]
     start_square, start_error = learned_errors(samples, before, held_out=False)
@@ -180,9 +196,10 @@ class _Network:
         start_square: float,
     ) -> None:
         self._samples, self._settings, self._start_square = samples, settings, start_square
+        self._iterations = settings.steps(inits)
         moves_bias = any(init.moves_bias for init in inits)
         output_scales = samples.output_scale() if moves_bias else [0.0] * len(inits)
-        softs = _softs(samples, inits) if settings.integers else [None] * len(inits)
+        softs = _softs(samples, inits, settings)
         self._weights = [
             LearnableWeight(init, soft, output_scale, settings.learning_rate)
             for init, soft, output_scale in zip(inits, softs, output_scales, strict=True)
@@ -206,7 +223,7 @@ class _Network:
         groups = [group for one in self._weights for group in one.groups]
         if self._logarithms:
             groups.append({"params": self._logarithms, "lr": self._settings.learning_rate})
-        reached, made, iterations = groups, 0, self._settings.iterations
+        reached, made, iterations = groups, 0, self._iterations
         with torch.enable_grad():
             # what lies behind an operator that no derivative goes through, such as a comparison, stays as it is
             if groups:
@@ -247,21 +264,24 @@ def _notes(inits: Sequence[WeightInit], found: Outcome, unreached: int, settings
     ]
     if unreached:
         notes.append(f"no derivative reaches {unreached} of these")
-    if found.better and settings.integers:
-        pairs = zip(inits, found.weights, strict=True)
-        moved = sum(int((init.integers != learned.integers).sum()) for init, learned in pairs)
-        notes.append(f"{moved} of {sum(init.integers.numel() for init in inits)} integers moved")
+    movable = [(init, one) for init, one in zip(inits, found.weights, strict=True) if settings.moves_integers(init)]
+    if found.better and movable:
+        moved = sum(int((init.integers != learned.integers).sum()) for init, learned in movable)
+        notes.append(f"{moved} of {sum(init.integers.numel() for init, _ in movable)} integers moved")
     return notes
 
 
-def _softs(samples: Samples, inits: Sequence[WeightInit]) -> list[SoftRounding | None]:
-    """Every weight's integers on their way to a neighbour; None where no derivative reaches them."""
+def _softs(samples: Samples, inits: Sequence[WeightInit], settings: Finetune) -> list[SoftRounding | None]:
+    """Every weight's integers on their way to a neighbour; None where they stay, or no derivative reaches them."""
+    if not any(map(settings.moves_integers, inits)):
+        return [None] * len(inits)
     with torch.enable_grad():
         falling = slopes(samples, inits, _ERROR_CONTEXT, unreached=True)
     found: list[SoftRounding | None] = []
     for init, slope in zip(inits, falling, strict=True):
         lower, upper = bracket(init.integers, slope, init.lowest, init.highest)
-        found.append(_INTEGERS.soften(lower, upper, init.integers) if slope.any() else None)
+        moves = settings.moves_integers(init) and bool(slope.any())
+        found.append(_INTEGERS.soften(lower, upper, init.integers) if moves else None)
     return found
 
 

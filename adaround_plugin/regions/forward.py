@@ -154,8 +154,8 @@ class Forward:
             while isinstance(source, fx.Node) and origin(source) not in counterpart:
                 # behind the host's quantize and dequantize
                 source = source.args[0] if source.args else None
-            twin = counterpart[origin(source)] if isinstance(source, fx.Node) else None
-            found.append(twin if twin in of_float else None)
+            exact = counterpart[origin(source)] if isinstance(source, fx.Node) else None
+            found.append(exact if exact in of_float else None)
         return found
 
     def __call__(

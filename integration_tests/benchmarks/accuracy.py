@@ -9,13 +9,13 @@ with 8-bit activations of the x86 backend (W/A8). All layers are quantized, firs
 keep 8 bits then. `--host pt2e` takes `convert_pt2e` for X86InductorQuantizer, which quantizes the inputs of layers.
 `--ends 8` keeps the first and the last layer at 8 bits (with PT2E their inputs too), as the papers on BRECQ and QDrop
 do in all their tables. `--equalize` scales channels first. `--mixed 3` adds three mixed images for each to calibrate
-with, `--blocks features` learns everything in `features` as one block (with the preset "blocks").
+with, `--blocks features` learns everything in `features` as one block (with the method "blocks").
 """
 
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
@@ -27,15 +27,18 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
 from adaround_plugin import (
-    Refinement,
+    METHODS,
+    BlockWise,
+    Finetune,
+    LayerWise,
     adaround,
     equalize,
     get_adaround_qconfig_mapping,
     get_report,
     get_weight_only_backend_config,
 )
-from adaround_plugin.methods import PRESETS
 from adaround_plugin.hosts.pt2e import get_adaround_x86_inductor_config
+from adaround_plugin.learning.methods import Preset
 from integration_tests.benchmarks import glyphs, networks
 
 TEST_IMAGES = 10_000
@@ -144,27 +147,41 @@ class Case:
         return convert_to_reference_fx(learned, backend_config=backend)
 
 
+def preset_of(name: str, layers: dict[str, Any], blocks: list[str] | None) -> Preset:
+    """The method of a name, which may be that of a solver, and what is finetuned after it.
+
+    Args:
+        layers: options of `LayerWise` to be set.
+        blocks: modules to take as blocks.
+    """
+    preset = METHODS[name] if name in METHODS else Preset(LayerWise(solver=name))
+    method = preset.method
+    if isinstance(method, BlockWise) and blocks:
+        method = replace(method, blocks=blocks)
+    return replace(preset, method=method.with_layers(replace(method.layers, **layers)) if layers else method)
+
+
 def rows(
     case: Case,
     exact: list[float],
-    solvers: list[str],
+    methods: dict[str, Preset],
     counts: list[int],
-    given: dict[str, Any],
+    finetune: Finetune | None,
     tests: list[tuple[Tensor, Tensor]],
     mixes: int = 0,
 ) -> Iterator[list[str]]:
-    """Table rows: mode, solver, images, top-1, loss against float, CPU seconds of `adaround`, recipe.
+    """Table rows: mode, method, images, top-1, loss against float, CPU seconds of `adaround`, recipe.
 
     With several sets of test images, top-1 and loss are means, and the loss on each set follows.
     """
     calibration, _ = glyphs.load("train", IMAGES[0], seed=1)
-    for solver in solvers:
-        for count in counts if solver == "annealing" else counts[:1]:
+    for name, preset in methods.items():
+        for count in counts if name == "default" else counts[:1]:
             batches = list(torch.split(mixed(calibration[:count], mixes), 64))
             prepared = case.prepare(batches)
             start = time.process_time()
-            chosen: dict[str, Any] = {**given, "preset" if solver in PRESETS else "solver": solver}
-            learned = adaround(prepared, batches, progress=False, **chosen)
+            chosen = finetune or preset.finetune or False
+            learned = adaround(prepared, batches, preset.method, finetune=chosen, progress=False)
             seconds = time.process_time() - start
             recipe = get_report(learned).recipe
             converted = case.convert(learned)
@@ -173,7 +190,7 @@ def rows(
             loss = f"{mean(losses):.2f}"
             if len(losses) > 1:
                 loss += f" ({', '.join(f'{one:.2f}' for one in losses)})"
-            yield [str(case), solver, str(count), f"{mean(scores):.2f}", loss, f"{seconds:.0f}", recipe]
+            yield [str(case), name, str(count), f"{mean(scores):.2f}", loss, f"{seconds:.0f}", recipe]
 
 
 def main() -> None:
@@ -182,7 +199,7 @@ def main() -> None:
     parser.add_argument("networks", nargs="+", choices=["resnet20", "mobilenet", "vit"])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument(
-        "--solvers", nargs="+", default=["nearest", "coordinate_descent", "annealing"], help="solvers and presets"
+        "--methods", nargs="+", default=["nearest", "coordinate_descent", "default"], help="methods and solvers"
     )
     parser.add_argument(
         "--modes", nargs="+", choices=["weight-only", "activations"], default=["weight-only", "activations"]
@@ -194,41 +211,40 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=IMAGES, help="calibration images, at most 1024")
     parser.add_argument("--test-images", type=int, default=TEST_IMAGES, help="the first ones of each seed")
     parser.add_argument("--test-seeds", type=int, nargs="+", default=[TEST_SEED], help="10,000 images of each")
-    parser.add_argument("--max-columns", type=int, default=16384)
-    parser.add_argument("--column-weighting", default="auto")
+    parser.add_argument("--max-columns", type=int)
+    parser.add_argument("--column-weighting")
     parser.add_argument(
-        "--refine", type=int, nargs="?", const=300, help="steps in which scales and biases are learned in the end"
+        "--finetune", type=int, nargs="?", const=300, help="steps in which scales and biases are learned in the end"
     )
-    parser.add_argument("--refine-integers", action="store_true", help="learn integers too in these steps")
+    parser.add_argument("--finetune-integers", action="store_true", help="learn integers too in these steps")
     parser.add_argument("--damping", type=float, help="ridge on the hessian, relative to its mean diagonal")
     parser.add_argument("--equalize", choices=["weights", "activations"], help="what gets equal ranges before")
     parser.add_argument("--mixed", type=int, default=0, help="mixed images for each of the calibration images")
     parser.add_argument("--blocks", nargs="+", help="modules to take as blocks")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    if options.refine_integers and options.refine is None:
-        parser.error("--refine-integers needs --refine")
+    if options.finetune_integers and options.finetune is None:
+        parser.error("--finetune-integers needs --finetune")
     torch.set_num_threads(options.threads)
     drawn = [glyphs.load("test", TEST_IMAGES, seed=seed) for seed in options.test_seeds]
     tests = [(images[: options.test_images], labels[: options.test_images]) for images, labels in drawn]
-    given: dict[str, Any] = {"max_columns": options.max_columns, "column_weighting": options.column_weighting}
-    if options.refine is not None:
-        given["refine"] = Refinement(iterations=options.refine, integers=options.refine_integers)
-    if options.damping is not None:
-        given["damping"] = options.damping
-    if options.blocks:
-        given["blocks"] = options.blocks
+    given = {name: getattr(options, name) for name in ("max_columns", "column_weighting", "damping")}
+    layers = {name: value for name, value in given.items() if value is not None}
+    methods = {name: preset_of(name, layers, options.blocks) for name in options.methods}
+    finetune = None
+    if options.finetune is not None:
+        finetune = Finetune(iterations=options.finetune, integers=options.finetune_integers)
     for name in options.networks:
         network = networks.load(name)
         exact = [accuracy(network, *test) for test in tests]
         print(f"\n{name}: float {mean(exact):.2f} on {sum(len(test[0]) for test in tests)} test images\n")
-        head = ["weights", "solver", "images", "top-1 %", "loss", "CPU s", "recipe"]
+        head = ["weights", "method", "images", "top-1 %", "loss", "CPU s", "recipe"]
         print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
         for mode in options.modes:
             activations = None if mode == "weight-only" else options.activation_bits
             for bits in options.bits:
                 case = Case(network, bits, activations, options.affine, options.host, options.ends, options.equalize)
-                for row in rows(case, exact, options.solvers, options.images, given, tests, options.mixed):
+                for row in rows(case, exact, methods, options.images, finetune, tests, options.mixed):
                     print(f"| {' | '.join(row)} |", flush=True)
 
 
