@@ -54,7 +54,7 @@ def adaround(
         data: unlabelled calibration batches: a DataLoader, a list, any iterable of tensors, tuples (positional) or
             dicts (keyword arguments). A few hundred samples do. A one-shot iterator is read once and kept in memory.
         method: `"default"`, layer by layer under second moments; `"blocks"`, then all roundings of a block together;
-            `"best"`, then the whole network, slowest; `"paper"`, the paper's own; `"nearest"`, the baseline; or a
+            `"best"`, then the whole network; `"paper"`, the paper's own; `"nearest"`, the baseline; or a
             `LayerWise`, `BlockWise` or `Paper` with settings of one's own.
         finetune: when all is rounded, learn scales and biases of the whole network by the error of its output, and the
             step sizes of activations that AdaRound's observers watch: True, or a `Finetune`, which can let integers
@@ -85,7 +85,9 @@ def adaround(
     check_bool("progress", progress)
     check_bool("inplace", inplace)
     if backend_config is not None and not isinstance(backend_config, BackendConfig):
-        raise InvalidOptionError("backend_config", f"{backend_config!r} is none", "Pass a torch.ao BackendConfig.")
+        raise InvalidOptionError(
+            "backend_config", f"{backend_config!r} is not a BackendConfig", "Pass a torch.ao BackendConfig."
+        )
     host = open_host(prepared, backend_config)
     excluded = _excluded(host, exclude)
     arguments = bind_batches(host.prepared, host.signature, host.flatten, data, inputs)
@@ -125,7 +127,7 @@ def _preset(method: str | Method, finetune: bool | Finetune | None) -> Preset:
         return preset
     if not isinstance(finetune, bool | Finetune):
         raise InvalidOptionError("finetune", f"{finetune!r} is not known", "Pass True, False or a Finetune.")
-    return Preset(preset.method, Finetune() if finetune is True else finetune or None)
+    return Preset(preset.method, (preset.finetune or Finetune()) if finetune is True else finetune or None)
 
 
 def _excluded(host: Host, exclude: Exclude) -> frozenset[str]:

@@ -39,7 +39,7 @@ class InvalidModelError(AdaRoundError, ValueError):
 
 
 class InvalidBatchError(AdaRoundError, ValueError):
-    """The calibration batches are empty, not finite, or do not fit the model's signature."""
+    """The calibration batches are empty, not finite, lie on another device than the model, or do not fit it."""
 
 
 class NonFiniteError(AdaRoundError, ArithmeticError):

@@ -131,7 +131,7 @@ class Report:
         kept = sum(layer.learned for layer in self.layers)
         seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in self.seconds.items())
         lines.append(
-            f"{kept} of {len(self.layers)} layers learned by {self.method} with {self.solver} ({self.recipe}); "
+            f"method {self.method}: {kept} of {len(self.layers)} layers learned (solver {self.solver}, {self.recipe}); "
             f"output error {_number(self.output_error)}; {seconds}"
         )
         return "\n".join(lines)

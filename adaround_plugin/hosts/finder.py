@@ -158,6 +158,8 @@ class Finder(ABC):
                 grids[id(other.observer)] = _grid(other)
             if other.op != first.op or not same_grid(grids[id(other.observer)][0], grid):
                 reason = f"its weight is tied to {first.name!r}, which has another operator or another grid"
+                if len(kinds) == 1:
+                    reason = "its calls have different operators or grids"
                 self.skipped += [Skipped(name, kind, reason) for name, kind in kinds.items()]
                 return None
         bias, set_quantized = self.take_over(uses)

@@ -22,7 +22,7 @@ from adaround_plugin.inc.compat import (
     register_config,
 )
 from adaround_plugin.inc.layers import WEIGHTED, Layer, text, weighted_layers
-from adaround_plugin.inc.parameters import PARAMETERS, check, signature
+from adaround_plugin.inc.parameters import PARAMETERS, check, method_of, signature
 from adaround_plugin.inc.parts import resolve
 
 __all__ = ["AdaRoundConfig"]
@@ -173,8 +173,13 @@ class AdaRoundConfig(SoleConfig):
         Args:
             config_list: configurations whose parts apply in turn; this one alone by default.
             model_info: what `get_model_info` returned.
+
+        Raises:
+            InvalidOptionError: as `resolve` does, or the method has no place for an option that is given.
         """
-        return resolve(config_list or [self], model_info or [])
+        parts = resolve(config_list or [self], model_info or [])
+        method_of(next(iter(parts.values())))  # complains now, if it must, and not after the calibration
+        return parts
 
     @classmethod
     def register_supported_configs(cls) -> None:

@@ -119,5 +119,13 @@ def method_of(part: Any) -> tuple[str | Method, bool | Finetune | None]:
     if not given:
         return part.method, part.finetune
     preset = get_preset(part.method)
-    method = preset.method.with_layers(replace(preset.method.layers, **given))
+    layers = replace(preset.method.layers, **given)
+    try:
+        method = preset.method.with_layers(layers)
+    except InvalidOptionError:
+        raise InvalidOptionError(
+            "method",
+            f"{part.method!r} says itself how layers are decided, but so do {sorted(given)}",
+            "Leave them out, or pass another method.",
+        ) from None
     return method, preset.finetune if part.finetune is None else part.finetune

@@ -58,7 +58,7 @@ class BlockWise:
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, LayerWise):
-            raise InvalidOptionError("BlockWise.layers", f"{self.layers!r} is none", "Pass a LayerWise.")
+            raise InvalidOptionError("BlockWise.layers", f"{self.layers!r} is not a LayerWise", "Pass a LayerWise.")
         check_integer(*named(self, "iterations"), least=1)
         check_integer(*named(self, "batch_size"), least=1)
         check_number(*named(self, "learning_rate"), above=0)

@@ -259,8 +259,8 @@ class _Network:
 def _notes(inits: Sequence[WeightInit], found: Outcome, unreached: int, settings: Finetune) -> list[str]:
     """What was learned, in words."""
     notes = [
-        f"{sum(init.moves_scale for init in inits)} scales of weights, "
-        f"{sum(init.moves_bias for init in inits)} biases, {len(found.scale_factors)} step sizes of activations"
+        f"learned: scales of {sum(init.moves_scale for init in inits)} weights, "
+        f"{sum(init.moves_bias for init in inits)} biases, step sizes of {len(found.scale_factors)} activations"
     ]
     if unreached:
         notes.append(f"no derivative reaches {unreached} of these")

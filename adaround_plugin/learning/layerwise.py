@@ -66,7 +66,7 @@ class LayerWise:
     max_columns: int = 16384
 
     def __post_init__(self) -> None:
-        get_solver(self.solver)
+        get_solver(self.solver, "LayerWise.solver")
         for name in ("search_scale", "propagate_error", "correct_bias"):
             check_choice(*named(self, name), choices=("auto", True, False))
         check_choice(*named(self, "column_weighting"), choices=("auto", "none", "inverse_norm", "fisher"))
@@ -88,9 +88,9 @@ class LayerWise:
     def recipes(self, samples: int) -> list[Recipe]:
         """The recipes that the options leave open, for learning from so many samples.
 
-        The first two are the best measured on convolutional networks and on a transformer with massive activations;
-        propagated errors and corrected biases may overfit what few samples show, and the last two do without
-        (docs/benchmarks.md). Fewer samples want more damping.
+        The first is the best measured on most convolutional networks, the second on a transformer with massive
+        activations; propagated errors and corrected biases may overfit what few samples show, and the last two do
+        without (docs/benchmarks.md). Fewer samples want more damping.
         """
         damping = 0.01 if samples >= _MANY_SAMPLES else 0.1
         # the nearest solver is the baseline: nothing is imitated, so only what is asked for by name is done

@@ -72,7 +72,7 @@ class RegionStep:
             inits = [self._init(node) for node in region.nodes]
             found = learn(region, inits, None if run.report is None else run.report.steps(self.name))
         if found is None:
-            return BlockReport(self.name, names, note="; ".join([*notes, "nothing that may move"]))
+            return BlockReport(self.name, names, note="; ".join([*notes, "nothing may move"]))
         if found.better:
             self._take(region, found)
         notes += found.notes
@@ -135,9 +135,9 @@ class RegionStep:
     def _notes(self, region: Region) -> list[str]:
         """What is unusual about the region."""
         if not region.exits:
-            return ["it has no output from which could be learned"]
+            return ["it has no output that could be learned from"]
         left = [node.name for node in self.nodes if node not in region.nodes]
-        why = "called elsewhere, with a computed bias, or only before what is no float"
+        why = "used outside the block, has a computed bias, or feeds only integer values"
         notes = [f"not learned on samples ({why}): {', '.join(left)}"] if left else []
         if not region.resampled:
             notes.append("minibatches are the caller's batches: samples cannot be told apart at its entry or exits")

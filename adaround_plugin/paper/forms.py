@@ -101,7 +101,8 @@ class LayerForms:
         damping: float = 0.01,
         chunk: int = 1,
     ) -> RoundingProblem:
-        """The task-loss form (equation 13), one row of all weights; arguments and errors of `task_loss_problem`."""
+        """The task-loss form (equation 13), one row of all weights; arguments and errors of `expand_task_loss` and
+        `TaskLoss.problem`."""
         return self.expand(loss, batches, chunk=chunk).problem(self.node.grid, gradient=gradient, damping=damping)
 
     def integers(self, rounding: Rounding) -> Tensor:

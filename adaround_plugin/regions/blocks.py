@@ -205,7 +205,7 @@ def find_blocks(host: Host) -> list[Block]:
 def _block(nodes: Sequence[WeightedNode], exits: tuple[Exit, ...]) -> Block:
     name = nodes[0].name if len(nodes) == 1 else f"{nodes[0].name} ... {nodes[-1].name}"
     if not exits:
-        return Block(name, tuple(nodes), (), "its end is not in the quantized graph")
+        return Block(name, tuple(nodes), (), "the quantized graph has no counterpart of its end")
     if len(nodes) > _MOST:
         return Block(name, tuple(nodes), (), f"{len(nodes)} layers without a cut between them: name smaller blocks")
     return Block(name, tuple(nodes), exits)
@@ -252,10 +252,10 @@ def named_blocks(host: Host, names: Sequence[str]) -> list[Block]:
     taken: dict[str, str] = {}
     blocks: list[Block] = []
     for pattern in names:
-        chosen = {node_of[name].name for name in select(pattern, node_of, "blocks")}
+        chosen = {node_of[name].name for name in select(pattern, node_of, "BlockWise.blocks")}
         if both := [name for name in chosen if name in taken]:
             raise InvalidOptionError(
-                "blocks", f"{pattern!r} and {taken[both[0]]!r} share {both}", "Name each layer once."
+                "BlockWise.blocks", f"{pattern!r} and {taken[both[0]]!r} share {both}", "Name each layer once."
             )
         taken.update(dict.fromkeys(chosen, pattern))
         nodes = [node for node in host.nodes if node.name in chosen]
@@ -282,10 +282,10 @@ def _end(graphs: _Graphs, every: Sequence[WeightedNode], nodes: Sequence[Weighte
         end = graphs.exit_at(_after_activation(graphs, cuts, i))
         if strangers:
             raise InvalidOptionError(
-                "blocks",
+                "BlockWise.blocks",
                 f"no single node ends {pattern!r} before {strangers}",
                 "Name a module whose only output ends it, with all of its layers.",
             )
         if end is not None:
             return end
-    raise InvalidOptionError("blocks", f"no single node ends {pattern!r}", "Name a module with one output.")
+    raise InvalidOptionError("BlockWise.blocks", f"no single node ends {pattern!r}", "Name a module with one output.")

@@ -44,20 +44,20 @@ def bind_batches(
         raise InvalidOptionError("inputs", f"{inputs!r} is not callable", "Pass a function of one batch.")
     if isinstance(batches, Tensor | Mapping | str):
         raise InvalidBatchError(
-            "batches", f"is one {type(batches).__name__}, not a sequence of batches", "Pass [batch] instead."
+            "data", f"is one {type(batches).__name__}, not a sequence of batches", "Pass [batch] instead."
         )
     try:
         iterator = iter(batches)
     except TypeError:
         raise InvalidBatchError(
-            "batches", f"{type(batches).__name__} is not iterable", "Pass a DataLoader or a list of batches."
+            "data", f"{type(batches).__name__} is not iterable", "Pass a DataLoader or a list of batches."
         ) from None
     devices = {parameter.device for parameter in model.parameters()}
     device = devices.pop() if len(devices) == 1 else None
     bound = [_bind(device, signature, flatten, batch, inputs, i) for i, batch in enumerate(iterator)]
     if not bound:
         raise InvalidBatchError(
-            "batches", "is empty (an iterator that was already consumed is)", "Pass a list or a DataLoader."
+            "data", "is empty (an iterator that was already consumed is)", "Pass a list or a DataLoader."
         )
     _log.debug("%d calibration batches", len(bound))
     return bound

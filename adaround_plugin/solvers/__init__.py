@@ -25,15 +25,19 @@ SOLVERS: dict[str, type[Solver]] = {
 }
 
 
-def get_solver(solver: str | Solver) -> Solver:
+def get_solver(solver: str | Solver, argument: str = "solver") -> Solver:
     """The solver of that name with its default settings, or `solver` itself if it already is one.
+
+    Args:
+        solver: a name or a solver.
+        argument: what errors call it.
 
     Raises:
         InvalidOptionError: no solver has that name, or the object has no method `solve`.
     """
     if not isinstance(solver, str):
-        check_solver("solver", solver)
+        check_solver(argument, solver)
         return solver
     if solver not in SOLVERS:
-        raise InvalidOptionError("solver", f"{solver!r} is not known", f"Pass one of {sorted(SOLVERS)}.")
+        raise InvalidOptionError(argument, f"{solver!r} is not known", f"Pass one of {sorted(SOLVERS)}.")
     return SOLVERS[solver]()

@@ -1,4 +1,4 @@
-"""What a sweep works on, whatever kernel visits it: coordinates of a problem's rows, and how they pull on each other."""
+"""What a sweep works on, whatever its kernel: coordinates of a problem's rows, and how they pull on each other."""
 
 from __future__ import annotations
 

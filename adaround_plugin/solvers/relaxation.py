@@ -120,7 +120,7 @@ def descend(
     *,
     report: Callable[[int, float], None] | None = None,
     decay: bool = False,
-    error_context: tuple[str, str] = ("solver", "Pass solver='annealing'."),
+    error_context: tuple[str, str] = ("solver", "Pass LayerWise(solver='annealing')."),
 ) -> int:
     """Adam on soft roundings, until the iterations are spent or every weight has settled.
 

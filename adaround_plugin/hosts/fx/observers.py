@@ -55,7 +55,7 @@ class AdaRoundObserver(AdaRoundWeightMixin, UniformQuantizationObserverBase):
     It marks a weight for `adaround`, which then also chooses the scale under the layer's own data. Without that pass
     it is a round-to-nearest observer. Note that `convert_fx` does not clip the weights of *modules* to
     `[quant_min, quant_max]` (torch 2.13 uses the range of the storage dtype), so for a plain nearest model that
-    really has `bits` bits call `adaround(prepared, batches, solver="nearest")`.
+    really has `bits` bits call `adaround(prepared, data, "nearest")`.
 
     Args:
         bits: 2 to 8; sets the range to `[-2^(bits-1), 2^(bits-1) - 1]`. `quant_min` and `quant_max` override it.
