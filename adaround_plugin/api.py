@@ -32,7 +32,7 @@ Exclude = Iterable[str | type[nn.Module]]
 def adaround(
     prepared: nn.Module,
     data: Iterable[Any],
-    method: str | Method = "default",
+    method: str | Method | Preset = "default",
     *,
     finetune: bool | Finetune | None = None,
     exclude: Exclude = (),
@@ -80,7 +80,7 @@ def adaround(
     """
     start = time.perf_counter()
     preset = _preset(method, finetune)
-    chosen, layers = preset.method, preset.method.layers
+    chosen = preset.method
     check_integer("seed", seed)
     check_bool("progress", progress)
     check_bool("inplace", inplace)
@@ -90,13 +90,13 @@ def adaround(
         )
     host = open_host(prepared, backend_config)
     excluded = _excluded(host, exclude)
+    chosen.check(host)
     arguments = bind_batches(host.prepared, host.signature, host.flatten, data, inputs)
-    sampling = Sampling.of(arguments, layers.holdout, layers.max_columns, seed)
+    sampling = Sampling.of(arguments, chosen.layers.holdout, chosen.layers.max_columns, seed)
     with torch.no_grad(), Progress(len(host.nodes) - len(excluded), progress) as bar:
         report = ReportBuilder(bar)
         setup = time.perf_counter() - start
-        bar.say("choosing a recipe")
-        layers = choose_recipe(layers, host, arguments, excluded=excluded, seed=seed, report=report)
+        layers = choose_recipe(chosen, host, arguments, excluded=excluded, seed=seed, report=report)
         chosen = chosen.with_layers(layers)
         trials = time.perf_counter() - start - setup
         run = Pass(host, arguments, sampling, excluded=excluded, seed=seed, report=report)
@@ -110,7 +110,7 @@ def adaround(
         model = host.prepared if inplace else host.copy()
         host.write(model, run.roundings, run.scales)
     model.meta[KEY] = report.build(
-        method=method if isinstance(method, str) else type(method).__name__,
+        method=method if isinstance(method, str) else type(chosen).__name__,
         solver=type(get_solver(layers.solver)).__name__,
         recipe=str(layers.recipe),
         skipped=[*host.skipped, *_excluded_entries(host, excluded)],
@@ -120,7 +120,7 @@ def adaround(
     return model
 
 
-def _preset(method: str | Method, finetune: bool | Finetune | None) -> Preset:
+def _preset(method: str | Method | Preset, finetune: bool | Finetune | None) -> Preset:
     """What is to be done."""
     preset = get_preset(method)
     if finetune is None:

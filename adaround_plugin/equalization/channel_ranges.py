@@ -39,7 +39,12 @@ def activation_ranges(
         NonFiniteError: NaN or infinity in the activations; batch and layer are named.
     """
     arguments = bind_batches(
-        model, inspect.signature(model.forward), lambda bound: [bound.args, bound.kwargs], batches, inputs
+        model,
+        inspect.signature(model.forward),
+        lambda bound: [bound.args, bound.kwargs],
+        batches,
+        inputs,
+        argument="activations",
     )
     totals = [_Total(pair) for pair in pairs]
     hooks = [one.pair.second.module.register_forward_pre_hook(one.see, with_kwargs=True) for one in totals]

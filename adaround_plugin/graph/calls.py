@@ -1,6 +1,7 @@
 """The host's own float operator at a call site, run with another weight: no operator is implemented again.
 
-Modules get hooks, and other parameters for the time of a call. They must be a stream's own (`transforms.separate`).
+Modules get hooks and, during a call, other parameters. They are those of the host's float graph, separate from the
+caller's (`transforms.separate`).
 """
 
 from __future__ import annotations

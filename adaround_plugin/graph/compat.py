@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 __all__ = [
     "Convolution",
     "Dropout",
-    "Mover",
+    "MoveListener",
     "Normalization",
     "export_inputs",
     "flatten_inputs",
@@ -42,8 +42,8 @@ Normalization = nn.modules.batchnorm._NormBase
 _GUARDS = "_guards_fn"
 
 
-class Mover(nn.Module):
-    """A module that is told how its tensors are moved or converted (`to`, `cuda`, `half`, ...)."""
+class MoveListener(nn.Module):
+    """A module with a hook for moves and conversions of its tensors (`to`, `cuda`, `half`)."""
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> None:
         """Called with the function that was applied to every parameter and buffer."""
@@ -127,7 +127,7 @@ def guards_of(program: fx.GraphModule) -> Callable[..., Any] | None:
 
 
 def unordered_signature(parameters: Iterable[inspect.Parameter]) -> inspect.Signature:
-    """A signature in which one with a default may come before one without: the order is torch's business."""
+    """A signature in which parameters with a default may come before those without, as torch's placeholders do."""
     return inspect.Signature(list(parameters), __validate_parameters__=False)
 
 

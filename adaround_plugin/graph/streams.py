@@ -42,7 +42,7 @@ class Stream(fx.Interpreter):
         # made again at each use: what depends on no input, and the unpacking of quantized values
         self._varying: set[fx.Node] = set(self.placeholders)
         self._remade: set[fx.Node] = set()
-        # the nodes whose values have to be kept to know a node's
+        # for each node, the kept nodes from which its value can be made again
         self._roots: dict[fx.Node, frozenset[fx.Node]] = {}
         for node in self.nodes:
             if not self._varying.isdisjoint(node.all_input_nodes):
@@ -59,7 +59,7 @@ class Stream(fx.Interpreter):
         return self._replaced.get(node, node.args)
 
     def replace_arguments(self, node: fx.Node, arguments: tuple[Any, ...]) -> None:
-        """Give a node other constants among its positional arguments, in this stream alone."""
+        """Run a node on other constants, in this stream alone; the nodes among its arguments must stay."""
         self._replaced[node] = arguments
 
     def is_remade(self, node: fx.Node) -> bool:

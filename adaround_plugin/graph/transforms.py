@@ -12,9 +12,10 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from adaround_plugin.errors import InvalidModelError
+from adaround_plugin.graph.arguments import owner_of
 from adaround_plugin.graph.compat import Dropout, operator_name, returns_view
 
-__all__ = ["functionalize", "has_origin", "inline", "origin", "separate", "strip"]
+__all__ = ["erase_unused", "functionalize", "has_origin", "inline", "origin", "separate", "strip"]
 
 _INPLACE_OPERATORS = {
     operator.iadd,
@@ -49,9 +50,9 @@ def has_origin(node: fx.Node) -> bool:
 
 
 def separate(module: fx.GraphModule) -> nn.Module:
-    """The modules of a graph once more, with tensors in common: what is set in these, the others do not see.
+    """A deep copy of a graph's modules that shares their tensors: attributes set on one do not show in the other.
 
-    A graph's nodes run on either.
+    The graph runs on either.
     """
     root = nn.Module().train(module.training)
     names = {
@@ -125,6 +126,23 @@ def strip(module: fx.GraphModule, is_stripped: Callable[[nn.Module], bool]) -> f
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
     return module
+
+
+def erase_unused(module: fx.GraphModule, node: fx.Node) -> None:
+    """Take out, in place, a node without users, what it alone needs, and attributes that no node reads any more."""
+    erased: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        one = pending.pop()
+        if one.users or one.op == "placeholder" or one in erased:
+            continue
+        erased.add(one)
+        pending += one.all_input_nodes
+        module.graph.erase_node(one)
+        if one.op != "get_attr":
+            continue
+        if not any(other.op == "get_attr" and other.target == one.target for other in module.graph.nodes):
+            delattr(*owner_of(module, str(one.target)))
 
 
 def functionalize(module: fx.GraphModule) -> fx.GraphModule:

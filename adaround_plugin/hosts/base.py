@@ -1,6 +1,7 @@
 """What a host must tell about a prepared model: the contract between graphs and learning.
 
-A host is read-only but for `write`: what is tried, is tried in streams, which have modules of their own.
+Nothing but `write` changes a host. Quantized streams have modules of their own (`open_streams`), and float streams
+share `float_graph`, whose modules are not the caller's.
 """
 
 from __future__ import annotations

@@ -90,11 +90,11 @@ class Finder(ABC):
         """
 
     @abstractmethod
-    def take_over(self, uses: Sequence[Use]) -> tuple[Bias, Setter]:
-        """Whether the uses of one weight have a bias, and what puts a rounding into the modules of a stream."""
+    def settable(self, uses: Sequence[Use]) -> tuple[Bias, Setter]:
+        """Whether this weight's bias can be corrected, and what puts a rounding into a stream's modules."""
 
     def is_known(self, entry: Skipped) -> bool:
-        """Whether an entry adds nothing to those there are."""
+        """Whether `skipped` already says this."""
         return entry in self.skipped
 
     def find(self) -> tuple[list[WeightedNode], list[Skipped]]:
@@ -162,7 +162,7 @@ class Finder(ABC):
                     reason = "its calls have different operators or grids"
                 self.skipped += [Skipped(name, kind, reason) for name, kind in kinds.items()]
                 return None
-        bias, set_quantized = self.take_over(uses)
+        bias, set_quantized = self.settable(uses)
         return WeightedNode(
             name=first.name,
             names=tuple(kinds),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError
-from adaround_plugin.graph.compat import Mover
+from adaround_plugin.graph.compat import MoveListener
 from adaround_plugin.rounding.grid import Grid, GridSpec
 from adaround_plugin.rounding.ranges import min_max_grid, min_mse_grid
 
@@ -83,7 +83,7 @@ class AdaRoundWeightMixin(nn.Module):
         return grid.scale.reshape(-1), grid.zero_point.reshape(-1)
 
 
-class FrozenMixin(Mover):
+class FrozenMixin(MoveListener):
     """Holds a grid that was decided elsewhere; observing changes nothing."""
 
     ch_axis: int

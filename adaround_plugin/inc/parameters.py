@@ -12,9 +12,8 @@ from torch import nn
 
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.inc.compat import DEFAULT_WHITE_LIST
-from adaround_plugin.learning.finetuning import Finetune
 from adaround_plugin.learning.layerwise import LayerWise
-from adaround_plugin.learning.methods import METHODS, Method, get_preset
+from adaround_plugin.learning.methods import METHODS, Preset, get_preset
 from adaround_plugin.solvers import SOLVERS
 
 __all__ = ["LAYER_PARAMETERS", "PARAMETERS", "PASS_PARAMETERS", "check", "method_of", "signature"]
@@ -108,7 +107,7 @@ def check(name: str, value: Any) -> Any:
     return value
 
 
-def method_of(part: Any) -> tuple[str | Method, bool | Finetune | None]:
+def method_of(part: Any) -> tuple[str | Preset, bool | None]:
     """The arguments `method` and `finetune` of `adaround` that a part of a configuration asks for.
 
     Raises:
@@ -121,11 +120,10 @@ def method_of(part: Any) -> tuple[str | Method, bool | Finetune | None]:
     preset = get_preset(part.method)
     layers = replace(preset.method.layers, **given)
     try:
-        method = preset.method.with_layers(layers)
+        return replace(preset, method=preset.method.with_layers(layers)), part.finetune
     except InvalidOptionError:
         raise InvalidOptionError(
             "method",
             f"{part.method!r} says itself how layers are decided, but so do {sorted(given)}",
             "Leave them out, or pass another method.",
         ) from None
-    return method, preset.finetune if part.finetune is None else part.finetune

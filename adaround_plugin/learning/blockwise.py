@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.learning.layerwise import Layers, LayerWise
+from adaround_plugin.hosts.base import Host
+from adaround_plugin.learning.layerwise import LayerWise, PendingLayers
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.region_step import RegionStep
 from adaround_plugin.options import check_bool, check_integer, check_number, named
@@ -70,19 +71,31 @@ class BlockWise:
         if blocks is not None and not (is_list and all(isinstance(name, str) for name in blocks)):
             raise InvalidOptionError("BlockWise.blocks", f"{blocks!r} has no names", "Pass None or a list of names.")
 
+    @property
+    def is_baseline(self) -> bool:
+        """Never: blocks are learned."""
+        return False
+
+    def check(self, host: Host) -> None:
+        """Raise `InvalidOptionError` where a name in `blocks` names no block of the network."""
+        self._blocks(host)
+
+    def _blocks(self, host: Host) -> list[Block]:
+        return find_blocks(host) if self.blocks is None else named_blocks(host, self.blocks)
+
     def with_layers(self, layers: LayerWise) -> BlockWise:
         """The method whose layers are decided so."""
         return replace(self, layers=layers)
 
     def learn(self, run: Pass) -> None:
         """Decide every layer and learn every block of a pass."""
-        layers = Layers(run, self.layers)
-        for block in find_blocks(run.host) if self.blocks is None else named_blocks(run.host, self.blocks):
+        layers = PendingLayers(run, self.layers)
+        for block in self._blocks(run.host):
             report = self._learn_block(run, layers, block)
-            if report is not None and run.report is not None:
+            if report is not None:
                 run.report.blocks.append(report)
 
-    def _learn_block(self, run: Pass, layers: Layers, block: Block) -> BlockReport | None:
+    def _learn_block(self, run: Pass, layers: PendingLayers, block: Block) -> BlockReport | None:
         """Decide a block's layers one by one, then all together from its entry; None if that was all."""
         nodes = [node for node in block.nodes if node.name not in run.excluded]
         names = tuple(node.name for node in nodes)
@@ -106,7 +119,7 @@ class BlockWise:
             start=entry,
         )
 
-        def learn(region: Region, inits: list[WeightInit], report: Callable[[int, float], None] | None) -> Outcome:
+        def learn(region: Region, inits: list[WeightInit], report: Callable[[int, float], None]) -> Outcome:
             return reconstruct(region, inits, self._schedule, from_weight=False, seed=run.seed, report=report)
 
         return step.learn(learn)

@@ -106,7 +106,7 @@ class Columns:
             )
         held = sampling.held_out(batch, patches.samples, index.device)[index]
         parts = [(into.learning, ~held)]
-        if self._run.report is not None:
+        if not self._run.is_trial:
             parts.append((into.holdout, held))
         for moments, chosen in parts:
             if chosen.all():

@@ -42,7 +42,7 @@ _ERROR_CONTEXT = ("finetune", "Pass finetune=False.")
 # how integers are learned: as in blocks, at half their rate
 _INTEGERS = Schedule(learning_rate=0.05, regularization=30.0, beta=(8.0, 2.0))
 _STEPS, _STEPS_WITH_INTEGERS = 300, 2500
-# of weights whose integers are worth learning again
+# `integers="auto"` learns those of weights of at most so many bits
 _FEW_BITS = 2
 
 
@@ -93,7 +93,7 @@ class Finetune:
 
         Args:
             run: the pass, all of its layers decided.
-            layers: how they were: what of them may move.
+            layers: the options by which they were; they say which scales, biases and integers may move.
             start: of the pass, at the network's inputs.
         """
         step = RegionStep(
@@ -108,16 +108,13 @@ class Finetune:
             propagate_error=True,
             quantizers=run.host.quantizers,
             start=start,
+            decides=False,
         )
 
-        def learn(
-            region: Region, inits: list[WeightInit], report: Callable[[int, float], None] | None
-        ) -> Outcome | None:
+        def learn(region: Region, inits: list[WeightInit], report: Callable[[int, float], None]) -> Outcome | None:
             return finetune(region, inits, len(region.quantizers), self, seed=run.seed, report=report)
 
-        report = step.learn(learn)
-        if run.report is not None:
-            run.report.finetuning = report
+        run.report.finetuning = step.learn(learn)
 
 
 def finetune(
@@ -272,7 +269,7 @@ def _notes(inits: Sequence[WeightInit], found: Outcome, unreached: int, settings
 
 
 def _softs(samples: Samples, inits: Sequence[WeightInit], settings: Finetune) -> list[SoftRounding | None]:
-    """Every weight's integers on their way to a neighbour; None where they stay, or no derivative reaches them."""
+    """Soft roundings of the weights whose integers are learned; None for others, or where no derivative reaches."""
     if not any(map(settings.moves_integers, inits)):
         return [None] * len(inits)
     with torch.enable_grad():

@@ -175,7 +175,7 @@ class Layer:
             lower=lower,
             upper=upper,
             nearest=rows(grid.nearest(self.weight)),
-            step=torch.ones_like(scale) if self._scale_follows_rows else scale,
+            step=scale.new_ones(()) if self._scale_follows_rows else scale,
         )
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from adaround_plugin.graph.streams import BothValues
-from adaround_plugin.hosts.base import WeightedNode
+from adaround_plugin.hosts.base import Host, WeightedNode
 from adaround_plugin.learning.columns import Columns, LayerMoments
 from adaround_plugin.learning.layer import Layer, Recipe
 from adaround_plugin.learning.passes import Pass
@@ -16,7 +16,7 @@ from adaround_plugin.rounding.problem import Solver
 from adaround_plugin.rounding.result import LayerRounding
 from adaround_plugin.solvers import Nearest, get_solver
 
-__all__ = ["LayerWise", "Layers"]
+__all__ = ["LayerWise", "PendingLayers"]
 
 # the moments of layers that are ready together are gathered together, as many as fit in this many bytes
 _MOMENT_BYTES = 2 * 2**30
@@ -81,21 +81,30 @@ class LayerWise:
         """How layers are decided: this."""
         return self
 
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is round-to-nearest, with nothing learned after it."""
+        return isinstance(get_solver(self.solver), Nearest)
+
+    def check(self, host: Host) -> None:
+        """Every network will do."""
+
     def with_layers(self, layers: LayerWise) -> LayerWise:
         """The method whose layers are decided so."""
         return layers
 
-    def recipes(self, samples: int) -> list[Recipe]:
+    def recipes(self, samples: int, is_baseline: bool = False) -> list[Recipe]:
         """The recipes that the options leave open, for learning from so many samples.
+
+        A baseline imitates nothing: only what is asked for by name is done.
 
         The first is the best measured on most convolutional networks, the second on a transformer with massive
         activations; propagated errors and corrected biases may overfit what few samples show, and the last two do
         without (docs/benchmarks.md). Fewer samples want more damping.
         """
         damping = 0.01 if samples >= _MANY_SAMPLES else 0.1
-        # the nearest solver is the baseline: nothing is imitated, so only what is asked for by name is done
         candidates = [Recipe(False, False, "none", damping)]
-        if not self.is_nearest:
+        if not is_baseline:
             candidates = [
                 Recipe(True, True, "none", damping),
                 Recipe(True, True, "inverse_norm", damping),
@@ -116,40 +125,33 @@ class LayerWise:
         assert "auto" not in values.values()
         return Recipe(**values)
 
-    @property
-    def is_nearest(self) -> bool:
-        """Whether this is the baseline, round-to-nearest."""
-        return isinstance(get_solver(self.solver), Nearest)
-
     def searches_scale(self, node: WeightedNode) -> bool:
-        """Whether the scale of a weight is ours to choose."""
-        if self.search_scale == "auto":
-            return not self.is_nearest and not node.keeps_scale
-        return self.search_scale
+        """Whether the scale of this weight is searched; else the observer's is kept."""
+        return not node.keeps_scale if self.search_scale == "auto" else self.search_scale
 
     def learn(self, run: Pass) -> None:
         """Decide every layer of a pass."""
-        Layers(run, self).decide_all()
+        PendingLayers(run, self).decide_all()
 
 
-# from a layer and its rounding to a rounding learned further, and what is to be said of it
-Further = Callable[[WeightedNode, Layer, LayerRounding], tuple[LayerRounding, list[str]]]
+# called with a layer once it is decided; returns the rounding to keep, and notes for the report
+AfterLayer = Callable[[WeightedNode, Layer, LayerRounding], tuple[LayerRounding, list[str]]]
 
 
-class Layers:
+class PendingLayers:
     """The layers of a pass that are still to be decided.
 
     Args:
         run: the pass.
-        settings: how they are decided, with a recipe that is closed.
-        further: what is done with each layer right after that.
+        settings: how they are decided; nothing of the recipe is `"auto"` any more.
+        after: called with each layer right after it is decided, to learn its rounding on.
 
     Attributes:
         pending: what is left, in graph order.
     """
 
-    def __init__(self, run: Pass, settings: LayerWise, further: Further | None = None) -> None:
-        self._run, self._settings, self._further = run, settings, further
+    def __init__(self, run: Pass, settings: LayerWise, after: AfterLayer | None = None) -> None:
+        self._run, self._settings, self._after = run, settings, after
         self._recipe, self._solver = settings.recipe, get_solver(settings.solver)
         self._columns = Columns(run, self._recipe.column_weighting)
         self.pending = run.nodes
@@ -209,19 +211,19 @@ class Layers:
                     self._solver,
                     search_scale=search,
                     up_or_down=settings.levels == "up_or_down",
-                    judge=run.report is not None,
+                    judge=not run.is_trial,
                 )
                 if layer.moments.count
                 else layer.nearest()
             )
             run.set_rounding(node, rounding)
         weighed = self._columns.forget(node)
-        if run.report is None:
+        if run.is_trial:
             return
         notes = [] if layer.moments.count else ["no learning sample reached it"]
-        if self._further is not None and layer.moments.count:
-            rounding, said = self._further(node, layer, rounding)
-            notes += said
+        if self._after is not None and layer.moments.count:
+            rounding, further = self._after(node, layer, rounding)
+            notes += further
         if self._recipe.column_weighting == "fisher" and not weighed:
             notes.append("columns weighed alike: no derivative by what it computes could be followed")
         if search and not layer.can_search_scale:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.hosts.base import Host
 from adaround_plugin.learning.blockwise import BlockWise
 from adaround_plugin.learning.finetuning import Finetune
 from adaround_plugin.learning.layerwise import LayerWise
@@ -17,12 +18,20 @@ from adaround_plugin.solvers import Nearest
 __all__ = ["METHODS", "Method", "Preset", "get_preset"]
 
 
+@runtime_checkable
 class Method(Protocol):
     """A way to decide every layer of a network: `LayerWise`, `BlockWise` or `Paper`."""
 
     @property
     def layers(self) -> LayerWise:
         """How each layer is decided, or started."""
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is round-to-nearest, with nothing learned after it."""
+
+    def check(self, host: Host) -> None:
+        """Raise `InvalidOptionError` where the method does not fit the network."""
 
     def with_layers(self, layers: LayerWise) -> Method:
         """The method whose layers are decided so."""
@@ -54,8 +63,8 @@ METHODS: Mapping[str, Preset] = {
 }
 
 
-def get_preset(method: str | Method) -> Preset:
-    """The preset of that name, or of that method alone.
+def get_preset(method: str | Method | Preset) -> Preset:
+    """The preset of that name, or of that method alone; a preset is itself.
 
     Raises:
         InvalidOptionError: no preset has that name, or the object is no method.
@@ -64,7 +73,9 @@ def get_preset(method: str | Method) -> Preset:
         if method not in METHODS:
             raise InvalidOptionError("method", f"{method!r} is not known", f"Pass one of {list(METHODS)}.")
         return METHODS[method]
-    if isinstance(method, type) or not callable(getattr(method, "learn", None)):
+    if isinstance(method, Preset):
+        return method
+    if isinstance(method, type) or not isinstance(method, Method):
         known = "LayerWise(...), BlockWise(...) or Paper(...)"
         raise InvalidOptionError("method", f"{method!r} is no method", f"Pass one of {list(METHODS)}, or {known}.")
     return Preset(method)

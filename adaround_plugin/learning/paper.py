@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.hosts.base import WeightedNode
+from adaround_plugin.hosts.base import Host, WeightedNode
 from adaround_plugin.learning.layer import Layer
-from adaround_plugin.learning.layerwise import Layers, LayerWise
+from adaround_plugin.learning.layerwise import LayerWise, PendingLayers
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.region_step import RegionStep
 from adaround_plugin.options import check_bool, check_integer, check_number, check_solver, named
@@ -20,7 +20,7 @@ from adaround_plugin.rounding.problem import Solver
 from adaround_plugin.rounding.result import LayerRounding
 from adaround_plugin.rounding.soft_rounding import RectifiedSigmoid, SoftRounding
 from adaround_plugin.solvers import Nearest
-from adaround_plugin.solvers.relaxation import Schedule, check_exponents
+from adaround_plugin.solvers.relaxation import Schedule, check_exponents, check_soft_rounding
 
 __all__ = ["Paper"]
 
@@ -83,12 +83,7 @@ class Paper:
         check_number(*named(self, "learning_rate"), above=0)
         check_number(*named(self, "regularization"), least=0)
         check_exponents(*named(self, "beta"))
-        if not isinstance(self.variant, type) or not hasattr(self.variant, "spans_grid"):
-            raise InvalidOptionError(
-                "Paper.variant",
-                f"{self.variant!r} is no soft rounding",
-                "Pass a class of adaround_plugin.paper.variants.",
-            )
+        check_soft_rounding(*named(self, "variant"))
         if self.start is not None:
             check_solver(*named(self, "start"))
         check_number(*named(self, "holdout"), least=0, most=0.5)
@@ -98,7 +93,7 @@ class Paper:
     def layers(self) -> LayerWise:
         """How each layer is decided before it is relaxed: rounded to nearest, or by the solver to start from."""
         return LayerWise(
-            solver=self.start or Nearest(),
+            solver=Nearest() if self.start is None else self.start,
             search_scale=self.search_scale,
             propagate_error=self.asymmetric,
             correct_bias=self.correct_bias,
@@ -109,8 +104,20 @@ class Paper:
             max_columns=self.max_columns,
         )
 
+    @property
+    def is_baseline(self) -> bool:
+        """Never: layers are relaxed."""
+        return False
+
+    def check(self, host: Host) -> None:
+        """Every network will do."""
+
     def with_layers(self, layers: LayerWise) -> Paper:
-        """This method: how its layers are decided is not open."""
+        """This method: its own fields decide its layers.
+
+        Raises:
+            InvalidOptionError: `layers` differ from them.
+        """
         if layers != self.layers:
             raise InvalidOptionError("method", "Paper says itself how layers are decided", "Set the fields of Paper.")
         return self
@@ -127,7 +134,7 @@ class Paper:
             soft_rounding=self.variant,
         )
 
-        def learn(region: Region, inits: list[WeightInit], report: Callable[[int, float], None] | None) -> Outcome:
+        def learn(region: Region, inits: list[WeightInit], report: Callable[[int, float], None]) -> Outcome:
             from_weight = self.start is None
             return reconstruct(region, inits, schedule, from_weight=from_weight, seed=run.seed, report=report)
 
@@ -144,8 +151,7 @@ class Paper:
                 propagate_error=self.asymmetric,
             )
             report = step.learn(learn)
-            if run.report is not None:
-                run.report.blocks.append(report)
+            run.report.blocks.append(report)
             decided = run.roundings[node.name]
             if decided is not rounding:
                 rounding = replace(
@@ -153,4 +159,4 @@ class Paper:
                 )
             return rounding, [report.note] if report.note else []
 
-        Layers(run, self.layers, relax).decide_all()
+        PendingLayers(run, self.layers, relax).decide_all()

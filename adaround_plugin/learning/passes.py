@@ -34,7 +34,7 @@ class Snapshot:
 
 
 class Pass:
-    """How far a pass has got, and what was decided.
+    """One pass over a network: where both streams are, and the roundings so far.
 
     Args:
         host: of the network.
@@ -42,7 +42,8 @@ class Pass:
         sampling: which columns are used, and which samples are held out.
         excluded: names of the weighted nodes that stay nearest.
         seed: of all that is drawn.
-        report: is told what happens; None for a trial, in which nothing is compared with nearest.
+        report: takes what is to be reported.
+        is_trial: whether layers are not compared with nearest.
 
     Attributes:
         streams: the float and the quantized stream.
@@ -60,9 +61,11 @@ class Pass:
         *,
         excluded: frozenset[str] = frozenset(),
         seed: int = 0,
-        report: ReportBuilder | None = None,
+        report: ReportBuilder,
+        is_trial: bool = False,
     ) -> None:
-        self.host, self.sampling, self.excluded, self.seed, self.report = host, sampling, excluded, seed, report
+        self.host, self.sampling, self.excluded, self.seed = host, sampling, excluded, seed
+        self.report, self.is_trial = report, is_trial
         self.streams = open_streams(host)
         self.values: list[BothValues] = [
             (self.streams[0].bind(of_batch), self.streams[1].bind(of_batch)) for of_batch in arguments
@@ -85,11 +88,10 @@ class Pass:
         node.set_quantized(self.streams[1].module, rounding)
 
     def relearn(self, node: WeightedNode, rounding: LayerRounding) -> None:
-        """Take a rounding that was learned with others on samples in place of the one before."""
+        """Replace a layer's rounding by one learned on samples, and tell the report."""
         before = self.roundings[node.name]
         self.set_rounding(node, rounding)
-        if self.report is not None:
-            self.report.relearned(node, before, rounding)
+        self.report.relearned(node, before, rounding)
 
     def plan(self, pending: list[WeightedNode]) -> Plan:
         """The nodes of both streams that depend on no pending weight."""

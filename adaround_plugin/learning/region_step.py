@@ -1,4 +1,4 @@
-"""One step of a pass: roundings of a region learned on samples, from where they are, and kept where that is better."""
+"""Learn the roundings of a region on samples, starting from those decided, and keep them where they are better."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from adaround_plugin.rounding.schemes import up_or_down
 
 __all__ = ["RegionStep"]
 
-# from a region, its weights and what shows the steps to the outcome; None where nothing may move
-Learn = Callable[[Region, list[WeightInit], Callable[[int, float], None] | None], Outcome | None]
+# learns a region, given its weights' starts and a progress callback; returns None where nothing may move
+Learn = Callable[[Region, list[WeightInit], Callable[[int, float], None]], Outcome | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class RegionStep:
 
     Attributes:
         run: the pass.
-        layers: how its layers were decided: what of them may move.
+        layers: the options by which its layers were decided; they say which scales, biases and integers may move.
         name: of the region, for the report.
         nodes, exits: its weights, and where its output is compared.
         drawing: how minibatches are drawn.
@@ -38,6 +38,7 @@ class RegionStep:
         propagate_error: take the quantized stream's values at the entry, else the float stream's.
         quantizers: of activations whose scales are learned.
         start: where the region begins, if not where the pass is.
+        decides: whether its layers count as learned when the outcome is taken, also where no integer moved.
     """
 
     run: Pass
@@ -51,6 +52,7 @@ class RegionStep:
     propagate_error: bool
     quantizers: Sequence[ActivationQuantizer] = ()
     start: Snapshot | None = None
+    decides: bool = True
 
     def learn(self, learn: Learn) -> BlockReport:
         """Learn the region, take the outcome into the pass where it is better, and tell what was done."""
@@ -65,14 +67,13 @@ class RegionStep:
                 quantizers=self.quantizers,
             )
             notes = self._notes(region)
-            if not region.nodes and not region.quantizers:
-                names = tuple(node.name for node in self.nodes)
-                return BlockReport(self.name, names, note="; ".join(notes))
             names = tuple(node.name for node in region.nodes)
-            inits = [self._init(node) for node in region.nodes]
-            found = learn(region, inits, None if run.report is None else run.report.steps(self.name))
+            found = None
+            if region.nodes or region.quantizers:
+                found = learn(region, [self._init(node) for node in region.nodes], run.report.steps(self.name))
         if found is None:
-            return BlockReport(self.name, names, note="; ".join([*notes, "nothing may move"]))
+            notes += ["nothing may move"] if region.exits else []
+            return BlockReport(self.name, names, note="; ".join(notes))
         if found.better:
             self._take(region, found)
         notes += found.notes
@@ -101,7 +102,7 @@ class RegionStep:
                 grid=learned.grid,
                 integers=learned.integers,
                 bias_correction=learned.correction,
-                learned=before.learned or moved,
+                learned=self.decides or before.learned or moved,
             )
             run.relearn(node, rounding)
         for quantizer, factor in zip(region.quantizers, found.scale_factors, strict=True):

@@ -7,6 +7,7 @@ from typing import Any
 
 from adaround_plugin.hosts.base import Host
 from adaround_plugin.learning.layerwise import LayerWise
+from adaround_plugin.learning.methods import Method
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import ReportBuilder
 from adaround_plugin.regions.calibration import Sampling
@@ -22,7 +23,7 @@ _TRIAL_DAMPING = 0.1
 
 
 def choose_recipe(
-    layers: LayerWise,
+    method: Method,
     host: Host,
     arguments: list[list[Any]],
     *,
@@ -30,26 +31,32 @@ def choose_recipe(
     seed: int,
     report: ReportBuilder,
 ) -> LayerWise:
-    """The options with the recipe whose trial by GPTQ leaves the smallest error of the network's output.
+    """The options of a method's layers, with the recipe that leaves the smallest error of the network's output.
+
+    Recipes are tried by GPTQ.
 
     Args:
-        layers: the options, of whose recipe some may be open.
+        method: whose recipe may be open.
         host: of the network.
         arguments: of each batch, as the host's graphs take them.
         excluded: names of the weighted nodes that stay nearest.
         seed: of the pass.
-        report: is told of the trials.
+        report: takes the trials.
     """
+    layers = method.layers
+    if method.is_baseline and layers.search_scale == "auto":
+        layers = replace(layers, search_scale=False)
     total = Sampling.of(arguments, 0, 1, 0).total
-    recipes = layers.recipes(total)
+    recipes = layers.recipes(total, method.is_baseline)
     if len(recipes) == 1 or len(excluded) == len(host.nodes):
         return layers.with_recipe(recipes[0])
+    report.progress.say("choosing a recipe")
     part = arguments[:: max(1, min(total // _TRIAL_SAMPLES, len(arguments)))]
     sampling = Sampling.of(part, layers.holdout, _TRIAL_COLUMNS, seed)
     errors = []
     for recipe in recipes:
         tried = replace(recipe, damping=_TRIAL_DAMPING) if layers.damping == "auto" else recipe
-        run = Pass(host, part, sampling, excluded=excluded, seed=seed)
+        run = Pass(host, part, sampling, excluded=excluded, seed=seed, report=report, is_trial=True)
         replace(layers, solver=GPTQ()).with_recipe(tried).learn(run)
         errors.append(run.finish())
         report.trial(tried, errors[-1])

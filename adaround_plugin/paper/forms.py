@@ -16,7 +16,8 @@ from torch.ao.quantization.backend_config import BackendConfig
 
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.graph.arguments import input_of
-from adaround_plugin.hosts.base import Host, WeightedNode, open_streams
+from adaround_plugin.graph.streams import Stream
+from adaround_plugin.hosts.base import Host, WeightedNode
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.paper.task_loss import Loss, TaskLoss, expand_task_loss
 from adaround_plugin.paper.weights import named_node
@@ -82,7 +83,8 @@ class LayerForms:
         """
         if not damping > 0:
             raise InvalidOptionError("damping", f"{damping!r} is not positive", "Pass a positive number.")
-        bound = bind_batches(self.host.prepared, self.host.signature, self.host.flatten, batches, inputs)
+        host = self.host
+        bound = bind_batches(host.prepared, host.signature, host.flatten, batches, inputs, argument="batches")
         op, weight = self.node.op, self.node.weight
         second = self._second_moment(bound, Sampling.of(bound, 0, max_columns, 0))
         hessian = Hessian.damped(second, damping)
@@ -114,7 +116,7 @@ class LayerForms:
 
     def _second_moment(self, bound: list[list[Any]], sampling: Sampling) -> Tensor:
         """`E[x x^T]` over the layer's columns in the float model: `(G, D, D)` float64."""
-        node, (stream, _) = self.node, open_streams(self.host)
+        node, stream = self.node, Stream(self.host.float_graph, self.host.float_graph.graph)
         groups, _, columns = node.op.rows(node.weight).shape
         moments = Moments(groups, 1, columns, node.weight.device)
         with torch.no_grad():

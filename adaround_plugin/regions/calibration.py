@@ -26,6 +26,7 @@ def bind_batches(
     flatten: Callable[[inspect.BoundArguments], list[Any]],
     batches: Iterable[Any],
     inputs: Callable[[Any], Any] | None,
+    argument: str = "data",
 ) -> list[list[Any]]:
     """The arguments of every batch, as the model's graph takes them.
 
@@ -35,6 +36,7 @@ def bind_batches(
         flatten: from bound arguments to the values of the graph's placeholders; raises `ValueError` on a misfit.
         batches: a DataLoader, a list, any iterable; an iterator is read once and kept.
         inputs: maps a batch to the model's inputs, for example `lambda batch: batch[0]` to drop labels.
+        argument: what the caller calls the batches, for errors.
 
     Raises:
         InvalidBatchError: no batches, or a batch that does not fit the signature, or lies on another device.
@@ -44,20 +46,20 @@ def bind_batches(
         raise InvalidOptionError("inputs", f"{inputs!r} is not callable", "Pass a function of one batch.")
     if isinstance(batches, Tensor | Mapping | str):
         raise InvalidBatchError(
-            "data", f"is one {type(batches).__name__}, not a sequence of batches", "Pass [batch] instead."
+            argument, f"is one {type(batches).__name__}, not a sequence of batches", "Pass [batch] instead."
         )
     try:
         iterator = iter(batches)
     except TypeError:
         raise InvalidBatchError(
-            "data", f"{type(batches).__name__} is not iterable", "Pass a DataLoader or a list of batches."
+            argument, f"{type(batches).__name__} is not iterable", "Pass a DataLoader or a list of batches."
         ) from None
     devices = {parameter.device for parameter in model.parameters()}
     device = devices.pop() if len(devices) == 1 else None
     bound = [_bind(device, signature, flatten, batch, inputs, i) for i, batch in enumerate(iterator)]
     if not bound:
         raise InvalidBatchError(
-            "data", "is empty (an iterator that was already consumed is)", "Pass a list or a DataLoader."
+            argument, "is empty (an iterator that was already consumed is)", "Pass a list or a DataLoader."
         )
     _log.debug("%d calibration batches", len(bound))
     return bound

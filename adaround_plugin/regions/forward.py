@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Exit:
 
 @dataclass(frozen=True)
 class Place:
-    """How far a pass over a network has got.
+    """What a region starts from: the streams' values of each batch, and the roundings of now.
 
     Attributes:
         host: of the network.
@@ -58,6 +59,7 @@ class Place:
     roundings: Mapping[str, LayerRounding]
     sampling: Sampling
 
+    @cached_property
     def sites(self) -> dict[fx.Node, tuple[WeightedNode, CallSite]]:
         """The weighted nodes of the quantized graph that can be run with another weight."""
         return {
@@ -77,7 +79,7 @@ class Targets:
     """
 
     def __init__(self, place: Place, exits: Sequence[Exit]) -> None:
-        self._stream, self._exits, self._sites = place.streams[0], exits, place.sites()
+        self._stream, self._exits, self._sites = place.streams[0], exits, place.sites
         self._path = Path(self._stream, [end.float_node for end in exits], place.values[0][0], {})
 
     def __call__(self, values: Values) -> list[Any]:
@@ -104,7 +106,7 @@ class Forward:
     Args:
         place: from where.
         exits: to where.
-        nodes: the weights that are given; others run as they are rounded now.
+        nodes: whose weights are given at each call; all others keep their present rounding.
         quantizers: of activations whose scales may be given.
         drop: probability with which an activation is left unquantized (QDrop, arXiv 2203.05740).
 
@@ -123,7 +125,7 @@ class Forward:
         drop: float,
     ) -> None:
         self._stream, self._exits, self._drop = place.streams[1], exits, drop
-        self._sites = place.sites()
+        self._sites = place.sites
         calls = {node: site for node, (_, site) in self._sites.items()}
         self._path = Path(self._stream, [end.quantized_node for end in exits], place.values[0][1], calls)
         self.entries = self._path.entries

@@ -70,7 +70,7 @@ class Outcome:
         start_holdout, learned_holdout: on held-out samples, None without any.
         iterations: steps made.
         scale_factors: of the scales of activations, where these were learned.
-        notes: anything to be said of it.
+        notes: remarks for the report.
     """
 
     weights: list[LearnedWeight]

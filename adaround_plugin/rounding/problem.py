@@ -34,7 +34,8 @@ class RoundingProblem:
         hessian: the quadratic form, `D` columns in each of `G` groups.
         lower, upper: `(G, R, D)` int64 bounds.
         nearest: `(G, R, D)` int64, round-to-nearest of the weight itself; no solver may return a worse row.
-        step: `(G, R, D)` float64, the size of a grid step in the units of the hessian; anything that broadcasts.
+        step: `(G, R, D)` float64, the size of a grid step in the units of the hessian; whatever broadcasts to that
+            shape is accepted.
     """
 
     target: Tensor
@@ -61,7 +62,7 @@ class RoundingProblem:
         return self.hessian.quadratic((q - self.target) * self.step)
 
     def map(self, fn: Callable[[Tensor], Tensor], hessian: Hessian) -> RoundingProblem:
-        """The problem whose tensors of one entry for each weight are what `fn` makes of this one's."""
+        """The problem with `fn` applied to every tensor of one entry for each weight, and with this hessian."""
         return RoundingProblem(
             target=fn(self.target),
             hessian=hessian,
@@ -80,7 +81,7 @@ class RoundingProblem:
         return self.map(lambda values: values[groups, rows], Hessian(self.hessian.matrix[groups]))
 
     def blocks(self, hessian: Hessian, size: int) -> RoundingProblem:
-        """The problems of runs of `size` columns, the coupling between them left out, in steps of the grid.
+        """The runs of `size` columns as problems of their own: no coupling between them, losses in steps of the grid.
 
         Args:
             hessian: `self.hessian.blocks(size)`, which many problems may share.

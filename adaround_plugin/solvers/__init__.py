@@ -1,6 +1,6 @@
 """Solvers of the rounding problem, one per file; `get_solver` looks them up by name.
 
-Imports `rounding` alone, and Triton where it runs.
+Imports `rounding`, `options` and `errors`, and Triton where it runs.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ class Coordinates:
     Attributes:
         error: `(q - target) step` at the present point `q`, updated in place.
         target, lower, upper, step: as in `RoundingProblem`.
+        is_plain: whether every step is 1, so that a kernel may leave it out.
     """
 
     error: Tensor
@@ -27,6 +28,7 @@ class Coordinates:
     lower: Tensor
     upper: Tensor
     step: Tensor
+    is_plain: bool
 
     @classmethod
     def of(cls, problem: RoundingProblem, lay: Callable[[Tensor], Tensor]) -> Coordinates:
@@ -39,11 +41,18 @@ class Coordinates:
         target, lower, upper, step = (
             lay(values).float().contiguous() for values in (problem.target, problem.lower, problem.upper, problem.step)
         )
-        return cls(torch.zeros_like(target), target, lower, upper, step)
+        return cls(torch.zeros_like(target), target, lower, upper, step, bool((problem.step == 1).all()))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Coordinates:
         """What `fn` makes of every tensor."""
-        return Coordinates(fn(self.error), fn(self.target), fn(self.lower), fn(self.upper), fn(self.step))
+        return Coordinates(
+            error=fn(self.error),
+            target=fn(self.target),
+            lower=fn(self.lower),
+            upper=fn(self.upper),
+            step=fn(self.step),
+            is_plain=self.is_plain,
+        )
 
     def rounded(self) -> Tensor:
         """The present point rounded to integers inside the bounds: `(G, D, R)` float32."""

@@ -14,7 +14,7 @@ from adaround_plugin.options import check_integer, check_number, check_solver, n
 from adaround_plugin.rounding.problem import Rounding, RoundingProblem, Solver
 from adaround_plugin.rounding.soft_rounding import RectifiedSigmoid, SoftRounding, bracket
 
-__all__ = ["Relaxation", "Schedule", "check_exponents", "descend"]
+__all__ = ["Relaxation", "Schedule", "check_exponents", "check_soft_rounding", "descend"]
 
 # how often it is asked whether every weight has settled
 _CHECK = 50
@@ -28,13 +28,17 @@ def check_exponents(argument: str, value: Any) -> None:
         check_number(argument, one, above=0)
 
 
+def check_soft_rounding(argument: str, value: Any) -> None:
+    """Raise `InvalidOptionError` unless `value` is a class of soft roundings."""
+    if not isinstance(value, type) or not hasattr(value, "spans_grid"):
+        raise InvalidOptionError(
+            argument, f"{value!r} is no soft rounding", "Pass a class of adaround_plugin.paper.variants."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """How shares between two levels are moved to 0 or 1 by Adam. The defaults are the paper's settings.
-
-    The regularization means the same for every layer: the error is divided by that of the rounding from which the layer
-    starts, and `f_reg` is the mean over the weights. The paper has lambda = 0.01 with a squared error and a sum over
-    weights whose scales it does not give.
 
     Attributes:
         iterations: steps of Adam; fewer if every weight has settled at 0 or 1 before.
@@ -61,6 +65,7 @@ class Schedule:
         check_number(*named(self, "regularization"), least=0)
         check_number(*named(self, "warm_up"), least=0, below=1)
         check_exponents(*named(self, "beta"))
+        check_soft_rounding(*named(self, "soft_rounding"))
 
     def soften(self, lower: Tensor, upper: Tensor, start: Tensor) -> SoftRounding:
         """Soft coordinates between integer bounds that begin at `start`."""
@@ -71,7 +76,7 @@ class Schedule:
 class Relaxation(Schedule):
     """Relax the rounding problem's quadratic form: equation 25 without the activation function, on all data at once.
 
-    The paper's own form, on minibatches and with the activation function, is `adaround_plugin.paper.Paper`.
+    The paper's own form, on minibatches and with the activation function, is `adaround_plugin.Paper`.
 
     Attributes:
         start: None, so that `h(V)` starts at the fraction of `W / s` as in the paper; or a solver whose integers are

@@ -82,13 +82,15 @@ def visit(pull: Tensor, at: Coordinates, coupling: Coupling, temperature: float,
         values.unbind(1) for values in (at.error, at.target, at.lower, at.upper, at.step)
     )
     for j, drawn in enumerate(pull.unbind(1)):
-        new = targets[j] - drawn / steps[j]
+        new = targets[j] - (drawn if at.is_plain else drawn / steps[j])
         if temperature:
             base = new.floor()
             new.sub_(base).mul_(2 / temperature).sub_(1 / temperature).sigmoid_().add_(base)
         else:
             new.round_()
-        torch.clamp(new, lowers[j], uppers[j], out=new).sub_(targets[j]).mul_(steps[j])
+        torch.clamp(new, lowers[j], uppers[j], out=new).sub_(targets[j])
+        if not at.is_plain:
+            new.mul_(steps[j])
         if j + 1 < pull.shape[1]:
             change = new if triangular else new - errors[j]
             pull[:, j + 1 :].baddbmm_(coupling.matrix[:, j + 1 :, j : j + 1], change.unsqueeze(1))

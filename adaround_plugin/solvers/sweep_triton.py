@@ -127,5 +127,6 @@ def visit(pull: Tensor, at: Coordinates, coupling: Coupling, temperature: float,
 def try_out(device: torch.device) -> None:
     """Visit one coordinate: raises whatever keeps Triton from working here, such as a missing C compiler."""
     one = torch.ones(1, 1, 1, device=device)
-    visit(one.clone(), Coordinates(one.clone(), one, one, one, one), Coupling(one), 0.0, one[:, 0].clone())
+    at = Coordinates(one.clone(), one, one, one, one, is_plain=True)
+    visit(one.clone(), at, Coupling(one), 0.0, one[:, 0].clone())
     torch.cuda.synchronize(device)

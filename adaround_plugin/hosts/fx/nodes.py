@@ -91,7 +91,7 @@ class FXFinder(Finder):
             return "its parameter is also used without quantization"
         return None
 
-    def take_over(self, uses: Sequence[Use]) -> tuple[Bias, Setter]:
+    def settable(self, uses: Sequence[Use]) -> tuple[Bias, Setter]:
         names = list(dict.fromkeys(use.name for use in uses))
         modules = {name: weighted_module(self.converted, name) for name in names}
         biases = {name: module.bias for name, module in modules.items() if module is not None}
@@ -99,6 +99,10 @@ class FXFinder(Finder):
         if len(biases) < len(names):
             # a function has its bias as an argument that may be anything
             bias = "fixed"
+        for use in uses:
+            if modules[use.name] is not None:
+                # the same values as the conversion's own copy, which nothing keeps any more
+                modules[use.name].weight = use.weight
         quantizers = [_weight_quantizer(use.site.quantized_node) for use in uses if modules[use.name] is None]
 
         def set_quantized(root: nn.Module, rounding: LayerRounding) -> None:

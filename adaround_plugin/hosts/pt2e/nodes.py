@@ -12,7 +12,7 @@ from adaround_plugin.graph.arguments import argument, attribute, set_argument
 from adaround_plugin.graph.compat import operator_name
 from adaround_plugin.graph.operators import is_weighted_function
 from adaround_plugin.graph.streams import Stream
-from adaround_plugin.graph.transforms import origin
+from adaround_plugin.graph.transforms import erase_unused, origin
 from adaround_plugin.hosts import finder
 from adaround_plugin.hosts.base import Skipped
 from adaround_plugin.hosts.finder import Bias, Finder, Setter, Use
@@ -116,7 +116,7 @@ class PT2EFinder(Finder):
         value = attribute(self.graph, str(node.target))
         return str(node.target) if isinstance(value, nn.Parameter) and value.dim() > 1 else None
 
-    def take_over(self, uses: Sequence[Use]) -> tuple[Bias, Setter]:
+    def settable(self, uses: Sequence[Use]) -> tuple[Bias, Setter]:
         """Feed a weight's calls in the converted graph from attributes of our own.
 
         They start with what the host's quantize and dequantize operators make of the weight, and with its biases.
@@ -126,7 +126,8 @@ class PT2EFinder(Finder):
         calls = [use.site.quantized_node for use in uses]
         sources = [argument(call, 2, "bias") for call in calls]
         is_fixed = any(source is not None and source.op != "get_attr" for source in sources)
-        module.register_buffer(weight_name, self._stream.value(argument(calls[0], 1, "weight"), {}).detach())
+        weights = list(dict.fromkeys(argument(call, 1, "weight") for call in calls))
+        module.register_buffer(weight_name, self._stream.value(weights[0], {}).detach())
         biases: dict[str, Tensor | None] = {}
         for call, source in zip(calls, sources, strict=True):
             with module.graph.inserting_before(call):
@@ -138,6 +139,8 @@ class PT2EFinder(Finder):
                     biases[bias_name] = None if source is None else attribute(module, str(source.target)).detach()
                     module.register_buffer(bias_name, biases[bias_name])
                 set_argument(call, 2, "bias", module.graph.get_attr(bias_name))
+        for weight in weights:
+            erase_unused(module, weight)
 
         def set_quantized(root: nn.Module, rounding: LayerRounding) -> None:
             setattr(root, weight_name, rounding.weight)
