@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from adaround_plugin.learning.learner import Learner
+from adaround_plugin.learning.passes import Pass
 
 # transformers, of which the documentation has examples, imports torchvision where it finds one
 from integration_tests.benchmarks import torchvision_cpu  # noqa: F401
@@ -39,16 +40,16 @@ def _one_thread_and_seed() -> None:
 
 
 @pytest.fixture
-def learners(monkeypatch: pytest.MonkeyPatch) -> list[Learner]:
-    """The learners of every pass, as they run."""
-    kept: list[Learner] = []
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
+    """The passes that `adaround` makes, without those of trials."""
+    kept: list[Pass] = []
 
-    class Kept(Learner):
-        def run(self) -> None:
+    class Kept(Pass):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
             kept.append(self)
-            super().run()
 
-    monkeypatch.setattr("adaround_plugin.api.Learner", Kept)
+    monkeypatch.setattr("adaround_plugin.api.Pass", Kept)
     return kept
 
 

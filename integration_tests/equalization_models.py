@@ -218,89 +218,93 @@ def normalized() -> nn.Module:
     return model
 
 
-_SCALE = "does not pass the scale of a channel on"
-
-# network, shape of its input, the layer that is not first in a pair, and why
-LONELY: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str]] = {
+# network, shape of its input, the layer that is not first in a pair, and two words that tell why: what stands in the
+# way, and how
+LONELY: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, tuple[str, str]]] = {
     "called twice": (
         lambda: Net(lambda net, x: net.b(F.relu(net.a(F.relu(net.a(x))))), a=nn.Linear(4, 4), b=nn.Linear(4, 3)),
         (4,),
         "a",
-        "'a' is called 2 times",
+        ("'a'", "2 times"),
     ),
     "second called twice": (
         lambda: Net(lambda net, x: net.b(F.relu(net.b(F.relu(net.a(x))))), a=nn.Linear(4, 4), b=nn.Linear(4, 4)),
         (4,),
         "a",
-        "'b' is called 2 times",
+        ("'b'", "2 times"),
     ),
-    "tied": (tied, (4,), "0", "'0' shares a parameter"),
-    "read by the graph": (read_twice, (4,), "a", "'b' shares a parameter"),
-    "pruned": (pruned, (4,), "0", "the weight of '0' is computed, not a parameter"),
-    "parametrized": (normalized, (4,), "2", "the type of '2' is derived from a layer's"),
-    "second parametrized": (normalized, (4,), "0", "the type of '2' is derived from a layer's"),
-    "functional layer": (read_twice, (4,), "linear", "a functional call"),
-    "shared batch norm": (shared_norm, (4,), "a", f"'norm' (BatchNorm1d) {_SCALE}"),
+    "tied": (tied, (4,), "0", ("'0'", "shares")),
+    "read by the graph": (read_twice, (4,), "a", ("'b'", "shares")),
+    "pruned": (pruned, (4,), "0", ("'0'", "computed")),
+    "parametrized": (normalized, (4,), "2", ("'2'", "derived")),
+    "second parametrized": (normalized, (4,), "0", ("'2'", "derived")),
+    "functional layer": (read_twice, (4,), "linear", ("functional", "call")),
+    "shared batch norm": (shared_norm, (4,), "a", ("'norm' (BatchNorm1d)", "scale of a channel")),
     "batch norm of tokens": (
         sequence(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)),
         (4, 5),
         "0",
-        f"'1' (BatchNorm1d) {_SCALE}",
+        ("'1' (BatchNorm1d)", "scale of a channel"),
     ),
     "batch statistics": (
         sequence(nn.Linear(5, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)),
         (5,),
         "0",
-        f"'1' (BatchNorm1d) {_SCALE}",
+        ("'1' (BatchNorm1d)", "scale of a channel"),
     ),
-    "not homogeneous": (sequence(nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3)), (5,), "0", f"'1' (GELU) {_SCALE}"),
+    "not homogeneous": (
+        sequence(nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3)),
+        (5,),
+        "0",
+        ("'1' (GELU)", "scale of a channel"),
+    ),
     "added": (
         lambda: Net(lambda net, x: net.b(net.a(x) + x), a=nn.Linear(4, 4), b=nn.Linear(4, 3)),
         (4,),
         "a",
-        f"'add' {_SCALE}",
+        ("'add'", "scale of a channel"),
     ),
     "read twice": (
         lambda: Net(lambda net, x: net.b(y := net.a(x)) + y, a=nn.Linear(4, 4), b=nn.Linear(4, 4)),
         (4,),
         "a",
-        "2 operations use 'a'",
+        ("'a'", "2 operations"),
     ),
     "returned": (
         lambda: Net(lambda net, x: net.a(x), a=nn.Linear(4, 4)),
         (4,),
         "a",
-        "'a' is an output of the model",
+        ("'a'", "output"),
     ),
     "used by none": (
         lambda: Net(lambda net, x: (net.a(x), x)[1], a=nn.Linear(4, 4)),
         (4,),
         "a",
-        "0 operations use 'a'",
+        ("'a'", "0 operations"),
     ),
     "other axis": (
         sequence(nn.Conv1d(3, 4, 1), nn.ReLU(), nn.Linear(6, 2)),
         (3, 6),
         "0",
-        "'2' takes its channels from",
+        ("'2'", "channels from"),
     ),
     "mixed axes": (
         lambda: Net(lambda net, x: net.b(net.a(x).transpose(1, 2)), a=nn.Conv1d(3, 4, 1), b=nn.Linear(4, 2)),
         (3, 6),
         "a",
-        f"'transpose' {_SCALE}",
+        ("'transpose'", "scale of a channel"),
     ),
     "pooled channels": (
         sequence(nn.Linear(5, 4), nn.MaxPool1d(2), nn.Linear(2, 2)),
         (3, 5),
         "0",
-        f"'1' (MaxPool1d) {_SCALE}",
+        ("'1' (MaxPool1d)", "scale of a channel"),
     ),
     "averaged channels": (
         lambda: Net(lambda net, x: net.b(net.a(x).mean(1)), a=nn.Conv1d(3, 4, 1), b=nn.Linear(6, 2)),
         (3, 6),
         "a",
-        f"'mean' {_SCALE}",
+        ("'mean'", "scale of a channel"),
     ),
     "padded with ones": (
         lambda: Net(
@@ -308,19 +312,19 @@ LONELY: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str]] = {
         ),
         (3, 6),
         "a",
-        f"'pad' {_SCALE}",
+        ("'pad'", "scale of a channel"),
     ),
     "channels torn apart": (
         lambda: Net(lambda net, x: net.b(net.a(x).view(-1, 2, 12)), a=nn.Conv1d(3, 4, 1), b=nn.Linear(12, 2)),
         (3, 6),
         "a",
-        f"'view' {_SCALE}",
+        ("'view'", "scale of a channel"),
     ),
     "dropout that drops": (
         lambda: Net(lambda net, x: net.b(F.dropout(net.a(x), 0.0)), a=nn.Linear(4, 4), b=nn.Linear(4, 2)),
         (4,),
         "a",
-        f"'dropout' {_SCALE}",
+        ("'dropout'", "scale of a channel"),
     ),
     "indices of a maximum": (
         lambda: Net(
@@ -331,13 +335,13 @@ LONELY: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str]] = {
         ),
         (3, 6),
         "a",
-        f"'pool' (MaxPool1d) {_SCALE}",
+        ("'pool' (MaxPool1d)", "scale of a channel"),
     ),
     "functional ReLU6": (
         lambda: Net(lambda net, x: net.b(F.relu6(net.a(x))), a=nn.Linear(4, 4), b=nn.Linear(4, 2)),
         (4,),
         "a",
-        f"'relu6' {_SCALE}",
+        ("'relu6'", "scale of a channel"),
     ),
     "ReLU6 for several": (
         lambda: Net(
@@ -345,12 +349,12 @@ LONELY: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str]] = {
         ),
         (4,),
         "a",
-        "'act' (ReLU6) serves several layers",
+        ("'act' (ReLU6)", "several layers"),
     ),
     "no clip from zero": (
         sequence(nn.Linear(4, 4), nn.Hardtanh(-1.0, 1.0), nn.Linear(4, 2)),
         (4,),
         "0",
-        f"'1' (Hardtanh) {_SCALE}",
+        ("'1' (Hardtanh)", "scale of a channel"),
     ),
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,13 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 from torch.ao.nn.quantized.reference.modules.utils import ReferenceQuantizedModule
+from torch.ao.quantization import HistogramObserver, MinMaxObserver, QConfig, QConfigMapping
+from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.observer import _is_activation_post_process
 from torch.ao.quantization.quantize_fx import prepare_fx
+from torch.utils._pytree import tree_flatten
 
-from adaround_plugin import adaround, get_adaround_qconfig_mapping, get_weight_only_backend_config
+from adaround_plugin import METHODS, adaround, get_adaround_qconfig_mapping, get_weight_only_backend_config
+from adaround_plugin.graph.streams import Stream
+from adaround_plugin.learning.methods import Method
 
 # one recipe: the trials of "auto" are tested on their own
-RECIPE: dict[str, Any] = {"asymmetric": True, "correct_bias": True, "column_weighting": "none", "damping": 0.01}
+RECIPE: dict[str, Any] = {"propagate_error": True, "correct_bias": True, "column_weighting": "none", "damping": 0.01}
 
 
 def images(*shape: int, seed: int = 0) -> Tensor:
@@ -38,12 +44,34 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
+def own_mapping(backend: str = "x86", *, histogram: bool = False, **options: Any) -> QConfigMapping:
+    """`get_adaround_qconfig_mapping` with activations observed by their extremes.
+
+    The host's own activation observer, a histogram, takes most of the time of a small test: it is replaced unless asked
+    for.
+    """
+    mapping = get_adaround_qconfig_mapping(backend, **options)
+    if histogram:
+        return mapping
+
+    def quick(qconfig: QConfig | None) -> QConfig | None:
+        observer = None if qconfig is None else getattr(qconfig.activation, "p", None)
+        if observer is None or observer.func is not HistogramObserver:
+            return qconfig
+        return QConfig(activation=MinMaxObserver.with_args(**observer.keywords), weight=qconfig.weight)
+
+    mapping.set_global(quick(mapping.global_qconfig))
+    for chosen in (mapping.object_type_qconfigs, mapping.module_name_qconfigs, mapping.module_name_regex_qconfigs):
+        chosen.update({key: quick(qconfig) for key, qconfig in chosen.items()})
+    return mapping
+
+
 def prepared_model(
     float_model: nn.Module, data: Sequence[Any], backend: str = "x86", mapping: Any = None, **options: Any
 ) -> fx.GraphModule:
-    """`prepare_fx` and calibration on a copy; `options` go to `get_adaround_qconfig_mapping`."""
+    """`prepare_fx` and calibration on a copy; `options` go to `own_mapping`."""
     if mapping is None:
-        mapping = get_adaround_qconfig_mapping(backend, **options)
+        mapping = own_mapping(backend, **options)
     first = data[0]
     example = tuple(first.values()) if isinstance(first, dict) else first if isinstance(first, tuple) else (first,)
     weight_only = options.get("activation_bits", 8) is None
@@ -55,9 +83,20 @@ def prepared_model(
     return prepared
 
 
-def learn(prepared: nn.Module, data: Any, **options: Any) -> fx.GraphModule:
-    """`adaround` with one recipe and no progress bar."""
-    return adaround(prepared, data, **{"progress": False, **RECIPE, **options})
+# what `learn` passes on to `adaround` itself
+_ARGUMENTS = {"finetune", "exclude", "inputs", "seed", "progress", "inplace", "backend_config"}
+
+
+def with_layers(method: str | Method = "default", **options: Any) -> Method:
+    """A method whose layers are decided by one recipe, and by these options of `LayerWise`."""
+    chosen = METHODS[method].method if isinstance(method, str) else method
+    return chosen.with_layers(replace(chosen.layers, **{**RECIPE, **options}))
+
+
+def learn(prepared: nn.Module, data: Any, method: str | Method = "default", **options: Any) -> fx.GraphModule:
+    """`adaround` with one recipe and no progress bar; options are its arguments, or those of `LayerWise`."""
+    arguments = {name: options.pop(name) for name in _ARGUMENTS & options.keys()}
+    return adaround(prepared, data, with_layers(method, **options), **{"progress": False, **arguments})
 
 
 @dataclass(frozen=True)
@@ -246,3 +285,442 @@ def assert_unchanged(before: dict[str, Tensor], model: nn.Module) -> None:
     assert before.keys() == after.keys()
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+# --- networks whose graphs are not chains of layers
+
+SHAPE = (4, 6, 6)
+
+
+def conv(inputs: int = 4, outputs: int = 4, kernel: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv(), conv(), conv(4, 2, 1)
+
+    def forward(self, x):
+        y = torch.relu(self.a(x))
+        return self.c(torch.relu(self.b(y) + y))
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv(), conv(4, 2, 1), conv(10, 3, 1)
+        self.pool = nn.AvgPool2d(3, 1, 1)
+
+    def forward(self, x):
+        return self.c(torch.cat([self.a(x), self.b(self.pool(x)), F.max_pool2d(x, 3, 1, 1)], 1))
+
+
+class Inplace(nn.Module):
+    """Overwrites activations, read before and after, and its own input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv(), conv(), conv(4, 2)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x += 0.5
+        y = self.a(x)
+        z = self.b(y)
+        y.relu_()
+        z += y
+        z.mul_(0.5)
+        self.relu(z)
+        return self.c(F.relu(z, inplace=True)) + x.mean()
+
+
+class InplaceThenRead(nn.Module):
+    """An in-place method whose result is dropped: later readers see the overwritten value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv()
+
+    def forward(self, x):
+        y = self.a(x)
+        y.relu_()
+        return self.b(y)
+
+
+class IndexFill(nn.Module):
+    """Overwrites part of an activation and part of its input by methods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv(4, 2)
+
+    def forward(self, x):
+        x.clamp_(-1.0, 1.0)
+        y = self.a(x)
+        y.masked_fill_(y > 0.5, 0.5)
+        return self.b(y) + x.mean()
+
+
+class ViewOverwritten(nn.Module):
+    """An in-place operation on a view writes through to its base."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv(4, 2)
+
+    def forward(self, x):
+        y = self.a(x)
+        y.flatten(1).mul_(2.0)
+        return self.b(y)
+
+
+class ViewOutlivesBase(ViewOverwritten):
+    """A view is read after its base was overwritten."""
+
+    def forward(self, x):
+        y = self.a(x)
+        z = y.reshape(x.shape[0], -1)
+        y.add_(1.0)
+        return self.b(y) + z.mean()
+
+
+class AliasOverwritten(ViewOverwritten):
+    """Modules that return their input itself, overwritten later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.same, self.drop, self.relu = nn.Identity(), nn.Dropout(), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(self.relu(self.drop(self.same(y)))) + y.mean()
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv()
+
+    def forward(self, x, dim: int = 2, other=None, *, shift=None):
+        y = self.a(x).transpose(dim, 3)
+        if other is not None:
+            y = y + other
+        return self.b(y + shift)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv()
+
+    def forward(self, left, right):
+        return self.b(self.a(left) + right)
+
+
+class DictArgument(nn.Module):
+    """One argument that is a dictionary of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv()
+
+    def forward(self, inputs):
+        return self.b(self.a(inputs["left"]) + inputs["right"])
+
+
+class TupleOutput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv()
+
+    def forward(self, x):
+        y = self.a(x)
+        return y, self.b(y)
+
+
+class DictOutput(TupleOutput):
+    def forward(self, x):
+        y = self.a(x)
+        return {"first": y, "rest": [self.b(y), y.shape[0]]}
+
+
+class Split(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv(), conv(2, 4, 1), conv(2, 4, 1)
+
+    def forward(self, x):
+        one, two = torch.split(self.a(x), 2, 1)
+        three = torch.chunk(x, 2, dim=1)
+        return self.b(one) + self.c(two) + self.b(three[0])
+
+
+class Views(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.fc = conv(), nn.Linear(36, 5)
+
+    def forward(self, x):
+        y = self.a(x)
+        y = y.view(y.size(0), y.shape[1], -1)
+        y = self.fc(y)
+        return y.permute(0, 2, 1).reshape(y.size(0), -1)
+
+
+class Called3(nn.Module):
+    """A module called several times on values of its own making."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv(4, 2)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(torch.relu(self.a(x)))) + self.a(x))
+
+
+class Siamese(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv()
+
+    def forward(self, left, right):
+        return self.b(torch.relu(self.a(left))) - self.b(torch.relu(self.a(right)))
+
+
+class Recursive(nn.Module):
+    """`x = f(f(x))`: the weight's input depends on the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.f, self.last = conv(), conv(), conv(4, 2, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        x = torch.relu(self.f(x))
+        return self.last(torch.relu(self.f(x)))
+
+
+class Tied(nn.Module):
+    """One parameter in two modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv(), conv(), conv(4, 2, 1)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.c(torch.relu(self.a(x)) + torch.relu(self.b(x * 0.5)))
+
+
+class TiedRecursive(Tied):
+    def forward(self, x):
+        return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+
+
+class FunctionalWeights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 4, 3, 3) * 0.3)
+        self.matrix = nn.Parameter(torch.randn(3, 4) * 0.3)
+        self.offset = nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        x = F.conv2d(x, self.kernel, None, (1, 1), (1, 1), (1, 1), 1)
+        return F.linear(torch.relu(x).mean((2, 3)), self.matrix, self.offset)
+
+
+class SharedFunctionalWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(5, 5) * 0.3)
+
+    def forward(self, x):
+        return F.linear(torch.relu(x), self.matrix) + F.linear(x * 0.5, self.matrix)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.lstm, self.gru = nn.Linear(5, 6), nn.LSTM(6, 6, batch_first=True), nn.GRU(6, 4)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x, _ = self.lstm(self.inner(x))
+        x, _ = self.gru(x)
+        return self.last(x)
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.fc, self.head = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, tokens):
+        return self.head(torch.relu(self.fc(self.embedding(tokens))).mean(1))
+
+
+class Bytes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv()
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x.float() / 255)))
+
+
+class Opaque(nn.Module):
+    """Control flow that no tracer follows, with a convolution in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = conv()
+
+    def forward(self, x):
+        return self.inside(x) if x.sum() > -1e9 else x
+
+
+class WithOpaque(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.opaque, self.b = conv(), Opaque(), conv()
+
+    def forward(self, x):
+        return self.b(self.opaque(torch.relu(self.a(x))))
+
+
+class Normalized(nn.Module):
+    """Batch norm folds; layer norm, softmax and matmul stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn = conv(), nn.BatchNorm2d(4)
+        self.bn.running_mean = torch.randn(4)
+        self.norm = nn.LayerNorm(36)
+        self.q, self.v = nn.Linear(36, 8), nn.Linear(36, 8)
+
+    def forward(self, x):
+        x = self.norm(torch.relu(self.bn(self.a(x))).flatten(2))
+        q = self.q(x)
+        return torch.softmax(q @ q.transpose(1, 2), -1) @ self.v(x)
+
+
+class Standalone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.inner, self.b = conv(), Residual(), conv(2, 3)
+
+    def forward(self, x):
+        return self.b(self.inner(torch.relu(self.a(x))))
+
+
+def _keyword_batches() -> list[Any]:
+    return [{"x": x, "shift": x * 0.1, "other": x.flip(0)} for x in batches(*SHAPE)]
+
+
+def _bytes(high: int, *shape: int, dtype: torch.dtype = torch.uint8) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, high, (size, *shape), generator=generator).to(dtype) for size in (6, 6, 4)]
+
+
+# an in-place operation on one name of a value that has two
+ALIASED = (ViewOverwritten, ViewOutlivesBase, AliasOverwritten)
+_ALIASES = [kind.__name__ for kind in ALIASED]
+# those that are read later under another name
+VIEWS = {"ViewOverwritten", "ViewOutlivesBase"}
+
+Make = Callable[[], tuple[nn.Module, list[Any]]]
+NETS: dict[str, Make] = {
+    **{
+        kind.__name__: lambda kind=kind: (kind(), batches(*SHAPE))
+        for kind in (
+            *(Residual, Branches, Inplace, InplaceThenRead, IndexFill, *ALIASED),
+            *(TupleOutput, DictOutput, Split, Views, Called3, Recursive, Tied, TiedRecursive, FunctionalWeights),
+        )
+    },
+    "Keywords": lambda: (Keywords(), _keyword_batches()),
+    "Pairs": lambda: (TwoInputs(), [(x, x.flip(0)) for x in batches(*SHAPE)]),
+    "PairsByName": lambda: (TwoInputs(), [{"right": x, "left": x.flip(0)} for x in batches(*SHAPE)]),
+    "DictArgument": lambda: (DictArgument(), [({"left": x, "right": x.flip(0)},) for x in batches(*SHAPE)]),
+    "Siamese": lambda: (Siamese(), [(x, x.flip(0)) for x in batches(*SHAPE)]),
+    "SharedFunctionalWeight": lambda: (SharedFunctionalWeight(), batches(5)),
+    "Recurrent": lambda: (Recurrent(), batches(3, 5)),
+    "Tokens": lambda: (Tokens(), _bytes(11, 7, dtype=torch.long)),
+    "Int32Tokens": lambda: (Tokens(), _bytes(11, 7, dtype=torch.int32)),
+    "Bytes": lambda: (Bytes(), _bytes(256, *SHAPE)),
+    "WithOpaque": lambda: (WithOpaque(), batches(*SHAPE)),
+    "Normalized": lambda: (Normalized(), batches(*SHAPE)),
+    "Standalone": lambda: (Standalone(), batches(*SHAPE)),
+}
+
+
+def net_names(*, aliases: bool = False) -> list[str]:
+    """The nets to learn on; those that write to views are refused, and tested apart."""
+    return [name for name in NETS if name not in VIEWS and (aliases or name not in _ALIASES)]
+
+
+Prepared = tuple[nn.Module, fx.GraphModule, list[Any]]
+
+
+def prepared_net(name: str, activation_bits: int | None = 8) -> Prepared:
+    """Float model, calibrated prepared model and batches of a net; weight-only without activation bits."""
+    return copy.deepcopy(_prepared_net(name, activation_bits))
+
+
+@functools.cache
+def _prepared_net(name: str, activation_bits: int | None) -> Prepared:
+    torch.manual_seed(0)
+    model, data = NETS[name]()
+    model.eval()
+    mapping = own_mapping(activation_bits=activation_bits)
+    config = get_weight_only_backend_config() if activation_bits is None else None
+    custom = PrepareCustomConfig()
+    if name == "WithOpaque":
+        custom.set_non_traceable_module_names(["opaque"])
+    if name == "Standalone":
+        custom.set_standalone_module_name("inner", mapping, (images(2, *SHAPE),), None, config)
+    first = copy.deepcopy(data[0])
+    if name == "Keywords":
+        # traced with `dim` and `other` as inputs
+        first = (first["x"], 2, first["other"], first["shift"])
+    if name == "PairsByName":
+        first = (first["left"], first["right"])
+    example = first if isinstance(first, tuple) else (first,)
+    prepared = prepare_fx(copy.deepcopy(model), mapping, example, prepare_custom_config=custom, backend_config=config)
+    with torch.no_grad():
+        for batch in copy.deepcopy(data):
+            call(prepared, batch)
+    return model, prepared, data
+
+
+def _plain(tree: Any) -> Any:
+    """fx's immutable containers as plain ones."""
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    if type(tree) is tuple:
+        return tuple(map(_plain, tree))
+    return [*map(_plain, tree)] if isinstance(tree, list) else tree
+
+
+def assert_equal_trees(one: Any, other: Any) -> None:
+    """Same structure, same bits."""
+    (ours, structure), (theirs, expected) = tree_flatten(_plain(one)), tree_flatten(_plain(other))
+    assert structure == expected
+    for left, right in zip(ours, theirs, strict=True):
+        assert torch.equal(left, right) if isinstance(left, Tensor) else left == right
+
+
+def run_stream(stream: Stream, arguments: Sequence[Any]) -> Any:
+    """What a stream makes of inputs, from these on, however far it has got."""
+    stream.done = set(stream.placeholders)
+    values = stream.bind(arguments)
+    stream.run_nodes(values, stream.runnable(set()))
+    return stream.value(stream.output_node.args[0], values)
+
+
+def arguments_of(prepared: nn.Module, batch: Any) -> list[Any]:
+    """A batch in the order of the placeholders, defaults filled in."""
+    placeholders = [node for node in prepared.graph.nodes if node.op == "placeholder"]
+    if isinstance(batch, dict):
+        return [batch[str(n.target)] if str(n.target) in batch else n.args[0] for n in placeholders]
+    return list(batch) if isinstance(batch, tuple) else [batch]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torchao.quantization.pt2e import (
     AffineQuantizedObserverBase,
@@ -29,7 +31,9 @@ from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmet
 
 from adaround_plugin.hosts.fx.observers import FrozenMixin
 from adaround_plugin.hosts.pt2e import get_adaround_weight_spec, get_adaround_x86_inductor_config
-from integration_tests.models import Quantized, call
+from adaround_plugin.hosts.pt2e.host import PreparedPT2E
+from integration_tests.models import NETS as FX_NETS
+from integration_tests.models import SHAPE, Make, Quantized, batches, call, conv
 
 # an operator's name without its overload: linear, conv2d, conv_transpose2d, ...
 WEIGHTED = {"linear", *(f"{kind}{d}d" for kind in ("conv", "conv_transpose") for d in (1, 2, 3))}
@@ -44,10 +48,13 @@ def split(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(batch) if isinstance(batch, tuple | list) else (batch,)), {}
 
 
-def exported(model: nn.Module, batch: Any, dynamic_shapes: Any = None) -> fx.GraphModule:
-    """The module of the strict export of a model in eval mode."""
+def exported(model: nn.Module, batch: Any, dynamic_shapes: Any = None, strict: bool = True) -> fx.GraphModule:
+    """The module of the export of a model in eval mode.
+
+    One that is not strict takes a fifth of the time, but torchao's quantizers do not find functional calls in it.
+    """
     args, kwargs = split(copy.deepcopy(batch))
-    program = torch.export.export(model.eval(), args, kwargs, strict=True, dynamic_shapes=dynamic_shapes)
+    program = torch.export.export(model.eval(), args, kwargs, strict=strict, dynamic_shapes=dynamic_shapes)
     return program.module()
 
 
@@ -179,14 +186,108 @@ def copied(prepared: fx.GraphModule) -> fx.GraphModule:
     for node in result.graph.nodes:
         annotation = node.meta.get("quantization_annotation")
         if annotation is not None:
-            specs = annotation.input_qspec_map
-            annotation.input_qspec_map = {nodes[source.name]: spec for source, spec in specs.items()}
+            specs = {nodes[source.name]: spec for source, spec in annotation.input_qspec_map.items()}
+            # the annotation itself is the original's, too
+            node.meta["quantization_annotation"] = replace(annotation, input_qspec_map=specs)
     return result
 
 
 def convert(result: fx.GraphModule, fold_quantize: bool = True) -> fx.GraphModule:
     """`convert_pt2e` of a copy."""
     return convert_pt2e(copied(result), fold_quantize=fold_quantize)
+
+
+# --- networks whose graphs are not chains of layers: those of FX, and more
+
+
+class Drops(nn.Module):
+    """Dropout, as a module and as a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.drop, self.b = conv(), nn.Dropout(0.5), conv()
+
+    def forward(self, x):
+        x = F.dropout(self.a(x), 0.3, self.training)
+        return self.b(self.drop(F.relu(x, inplace=True)))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(6, 18), nn.Linear(6, 6)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(x.shape[0], x.shape[1], 3, 2, 3).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.transpose(1, 2).reshape(x.shape))
+
+
+class AddInto(nn.Module):
+    """In-place additions to activations that have other readers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv(), conv(), conv(4, 2)
+
+    def forward(self, x):
+        y = self.a(x)
+        z = self.b(y.relu_())
+        z.add_(y)
+        z += x
+        return self.c(z)
+
+
+class Buffers(nn.Module):
+    """A constant and a buffer in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv()
+        self.register_buffer("shift", torch.randn(4, 1, 1))
+
+    def forward(self, x):
+        return self.b(self.a(x) + self.shift + torch.ones(4, 1, 1))
+
+
+NETS: dict[str, Make] = {
+    # without control flow that no export follows, and what is another net again to an export
+    **{name: make for name, make in FX_NETS.items() if name not in ("WithOpaque", "Standalone", "Int32Tokens")},
+    "Drops": lambda: (Drops(), batches(*SHAPE)),
+    "Attention": lambda: (Attention(), batches(5, 6)),
+    "AddInto": lambda: (AddInto(), batches(*SHAPE)),
+    "Buffers": lambda: (Buffers(), batches(*SHAPE)),
+}
+# they write to a value that is read later under another name; a dropout in eval mode is one
+VIEWS = {"ViewOverwritten", "ViewOutlivesBase", "AliasOverwritten"}
+
+
+@functools.cache
+def exported_net(name: str) -> tuple[nn.Module, fx.GraphModule, list[Any]]:
+    """Float model, exported program and batches of one size, for which the program is; not to be changed."""
+    torch.manual_seed(0)
+    model, data = NETS[name]()
+    data = data[:2]
+    return model, exported(model, data[0]), data
+
+
+def prepared_net(name: str, quantizer: Quantizer | None = None) -> tuple[fx.GraphModule, list[Any]]:
+    """Calibrated prepared model, for x86 with 4-bit weights by default, and batches of a net."""
+    _, program, data = exported_net(name)
+    prepared = copied(_prepared_net(name)) if quantizer is None else calibrated(program, data, quantizer)
+    return prepared, copy.deepcopy(data)
+
+
+@functools.cache
+def _prepared_net(name: str) -> fx.GraphModule:
+    _, program, data = exported_net(name)
+    return calibrated(program, data, x86())
+
+
+def leaves_of(host: PreparedPT2E, batch: Any) -> list[Any]:
+    """A batch as values of the placeholders."""
+    args, kwargs = split(copy.deepcopy(batch))
+    return host.flatten(host.signature.bind(*args, **kwargs))
 
 
 # --- readers; a call of a weighted operator has the same name before and after conversion

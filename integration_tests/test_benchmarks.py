@@ -1,28 +1,47 @@
 """The benchmarks' networks and data work, and a small run of them shows what the large ones measure."""
 
-import torch
+from dataclasses import replace
+from pathlib import Path
 
-from adaround_plugin import adaround
-from integration_tests.benchmarks import glyphs, networks
-from integration_tests.benchmarks.accuracy import Case, accuracy
+import pytest
+import torch
+from torch import fx, nn
+
+from adaround_plugin import METHODS, LayerWise, adaround, get_report
+from adaround_plugin.learning.methods import Preset
+from adaround_plugin.report import Report
+from integration_tests.benchmarks import glyphs, integers, networks
+from integration_tests.benchmarks.accuracy import Case, accuracy, preset_of
 from integration_tests.benchmarks.resnet18 import set_statistics
+from integration_tests.models import RECIPE
 
 
 def test_two_bits_keep_the_accuracy_that_nearest_loses() -> None:
-    network = networks.load("resnet20")
+    network = networks.load("vit")
     images, labels = (part[:1000] for part in glyphs.load("test", 1000))
     calibration, _ = glyphs.load("train", 64, seed=1)
     batches = list(calibration.split(32))
     case = Case(network, bits=2, activation_bits=None)
     prepared = case.prepare(batches)
+    # one recipe: the trials of "auto" are tested on their own
     score = {}
-    for solver in ("nearest", "annealing"):
-        learned = adaround(prepared, batches, solver=solver, column_weighting="none", max_columns=4096, progress=False)
-        score[solver] = accuracy(case.convert(learned), images, labels)
+    for method in ("nearest", LayerWise(**RECIPE)):
+        learned = adaround(prepared, batches, method, progress=False)
+        score[get_report(learned).method] = accuracy(case.convert(learned), images, labels)
     exact = accuracy(network, images, labels)
     assert exact > 85
-    assert score["annealing"] > exact - 4
-    assert score["nearest"] < exact - 50
+    assert score["LayerWise"] > exact - 5
+    assert score["nearest"] < exact - 30
+
+
+def test_a_name_stands_for_a_method_or_a_solver_of_layers() -> None:
+    assert preset_of("best") == METHODS["best"]
+    assert preset_of("gptq") == Preset(LayerWise(solver="gptq"))
+    found = preset_of("best", {"damping": 0.5}, ["features"])
+    expected = METHODS["best"].method
+    layers = replace(expected.layers, damping=0.5)
+    assert found.method == replace(expected, blocks=["features"], layers=layers)
+    assert found.finetune == METHODS["best"].finetune
 
 
 def test_glyphs_are_the_same_every_time_and_leave_the_global_generator_alone() -> None:
@@ -39,3 +58,60 @@ def test_batch_norm_statistics_are_set_and_the_network_left_in_eval_mode() -> No
     set_statistics(network, [torch.randn(2, 3, 32, 32)])
     assert not network.training
     assert not torch.equal(before, network.bn1.running_mean)
+
+
+class _Holder(nn.Module):
+    """Four integers, of which `changed` is counted up, and a scale in the graph."""
+
+    def __init__(self, changed: int | None, scale: float) -> None:
+        super().__init__()
+        weight = torch.arange(4, dtype=torch.int8)
+        if changed is not None:
+            weight[changed] += 1
+        self.register_buffer("weight", weight)
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.mul(x, self.weight) * self.scale
+
+
+def _holder(changed: int | None = None, scale: float = 0.5) -> fx.GraphModule:
+    return fx.symbolic_trace(_Holder(changed, scale))
+
+
+@pytest.mark.parametrize("changed", range(4))
+def test_the_digest_changes_when_one_integer_does(changed: int) -> None:
+    before = integers.digests(_holder())
+    assert integers.differing(before, integers.digests(_holder())) == []
+    assert integers.differing(before, integers.digests(_holder(changed))) == ["weight"]
+
+
+def test_digests_tell_type_shape_and_the_graphs_numbers() -> None:
+    before, model = integers.digests(_holder()), _holder()
+    assert integers.differing(before, integers.digests(_holder(scale=0.25))) == ["(numbers of the graph)"]
+    for other in (model.weight.view(torch.uint8), model.weight.reshape(2, 2)):
+        model.weight = other
+        assert integers.differing(before, integers.digests(model)) == ["weight"]
+    assert integers.differing(before, {}) == sorted(before)
+
+
+def test_comparison_names_the_tensor_that_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def learned(changed: int | None, error: float) -> tuple[fx.GraphModule, Report]:
+        return _holder(changed), Report("LayerWise", "Annealing", "recipe", [], [], output_error=error)
+
+    before, after = str(tmp_path / "before.json"), str(tmp_path / "after.json")
+    monkeypatch.setattr(integers, "CASES", {"one": lambda: learned(None, 0.1), "two": lambda: learned(None, 0.2)})
+    assert integers.main([before]) == 0
+    assert integers.main([after, "--against", before]) == 0
+    assert capsys.readouterr().out.count(": the same (") == 2
+    monkeypatch.setitem(integers.CASES, "two", lambda: learned(2, 0.3))
+    assert integers.main([after, "--against", before]) == 1
+    printed = capsys.readouterr().out
+    assert "one: the same (" in printed
+    assert "two: 1 of 2 tensors differ (output error 0.2, now 0.3): weight" in printed
+    assert integers.main([after, "--against", before, "--cases", "on"]) == 0
+    monkeypatch.setitem(integers.CASES, "three", lambda: learned(None, 0.1))
+    assert integers.main([after, "--against", before, "--cases", "three"]) == 1
+    assert "three: not in the other file" in capsys.readouterr().out

@@ -16,7 +16,8 @@ from adaround_plugin.hosts.open import learned_weights
 from adaround_plugin.rounding.hessian import Hessian
 from adaround_plugin.inc import AdaRoundConfig
 from adaround_plugin.rounding.problem import RoundingProblem
-from adaround_plugin.solvers import Annealing, CrossEntropy, Relaxation, _sweep, get_solver
+from adaround_plugin.paper.cross_entropy import CrossEntropy
+from adaround_plugin.solvers import Annealing, Relaxation, _sweep, get_solver
 from adaround_plugin.tests.problems import CATALOGUE
 from adaround_plugin.paper.weights import best_of_draws, round_weights, write_integers
 from integration_tests.devices import every_device, gpu

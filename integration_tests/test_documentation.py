@@ -15,12 +15,29 @@ import torch
 
 import adaround_plugin
 from adaround_plugin import inc, solvers
+from adaround_plugin.hosts import pt2e
+from adaround_plugin.paper.cross_entropy import CrossEntropy
+from adaround_plugin.paper.forms import LayerForms
+from adaround_plugin.paper.task_loss import expand_task_loss
+from adaround_plugin.paper.weights import best_of_draws, round_weights, write_integers
+from adaround_plugin.rounding.qubo import Qubo
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [*([README] if README.exists() else []), *DOCS]
 API = ROOT / "docs" / "reference" / "api.md"
+
+# described under the names of their modules
+_PAPER = (
+    best_of_draws,
+    round_weights,
+    write_integers,
+    CrossEntropy,
+    LayerForms.of,
+    expand_task_loss,
+    Qubo.of,
+)
 
 # languages of fenced blocks; what a reader could take for Python must be Python that runs
 _LANGUAGES = {"python", "sh", "text", "math", "json", ""}
@@ -134,8 +151,9 @@ def test_every_page_is_on_the_map() -> None:
 
 
 def _documented() -> list[tuple[str, object]]:
-    names = [(name, getattr(adaround_plugin, name)) for name in adaround_plugin.__all__]
-    return names + [(name, getattr(module, name)) for module in (solvers, inc) for name in module.__all__]
+    names = [(name, getattr(module, name)) for module in (adaround_plugin, solvers, inc) for name in module.__all__]
+    names += [(f"pt2e.{name}", getattr(pt2e, name)) for name in pt2e.__all__]
+    return names + [(f"{one.__module__.removeprefix('adaround_plugin.')}.{one.__qualname__}", one) for one in _PAPER]
 
 
 def _section(name: str) -> str:

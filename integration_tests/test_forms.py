@@ -14,12 +14,13 @@ from torch.ao.quantization import MinMaxObserver, QConfig, QConfigMapping
 from torch.func import functional_call
 
 from adaround_plugin import AdaRoundObserver, InvalidBatchError, InvalidOptionError
-from adaround_plugin.paper.forms import LayerForms
+from adaround_plugin.hosts.base import open_streams
 from adaround_plugin.hosts.open import learned_weights
+from adaround_plugin.paper.cross_entropy import CrossEntropy
+from adaround_plugin.paper.forms import LayerForms
+from adaround_plugin.paper.weights import write_integers
 from adaround_plugin.rounding.problem import Rounding, RoundingProblem
 from adaround_plugin.rounding.schemes import up_or_down
-from adaround_plugin.solvers import CrossEntropy
-from adaround_plugin.paper.weights import write_integers
 from integration_tests.models import assert_unchanged, batches, prepared_model, snapshot
 from integration_tests.pt2e_models import EveryOperator, prepared_pt2e
 
@@ -90,7 +91,7 @@ def task_loss(run: Callable[..., Any], batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def outputs(forms: LayerForms) -> Callable[[Tensor], Tensor]:
     """From a weight of the layer to the operator's outputs on its float inputs: `(positions, channels)`, no bias."""
-    node, stream, found = forms.node, forms.host.float_stream, []
+    node, (stream, _), found = forms.node, open_streams(forms.host), []
     for x in INPUTS:
         values = stream.bind([x])
         stream.run_nodes(values, stream.runnable(set()))

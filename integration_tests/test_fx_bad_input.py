@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.ao.quantization import QConfigMapping, get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
@@ -18,6 +19,7 @@ from adaround_plugin import (
     InvalidBatchError,
     InvalidModelError,
     InvalidOptionError,
+    LayerWise,
     NonFiniteError,
     adaround,
     get_adaround_qconfig_mapping,
@@ -42,9 +44,15 @@ def data() -> list[Any]:
     return batches(*SHAPE)
 
 
+@functools.cache
+def _prepared() -> fx.GraphModule:
+    torch.manual_seed(0)
+    return prepared_model(Net(), batches(*SHAPE), histogram=True)
+
+
 @pytest.fixture
-def prepared(data) -> Any:
-    return prepared_model(Net(), data)
+def prepared() -> fx.GraphModule:
+    return copy.deepcopy(_prepared())
 
 
 def refused(error: type[AdaRoundError], match: str, model: nn.Module, given: Any, **options: Any) -> AdaRoundError:
@@ -54,7 +62,7 @@ def refused(error: type[AdaRoundError], match: str, model: nn.Module, given: Any
     configs = {name: getattr(module, "qconfig", None) for name, module in model.named_modules()}
     for inplace in (False, True):
         with pytest.raises(error, match=match) as caught:
-            learn(model, given, inplace=inplace, **options)
+            learn(model, given, solver="nearest", inplace=inplace, **options)
     assert_unchanged(before, model)
     assert dict(getattr(model, "meta", {})) == meta
     assert all(getattr(module, "qconfig", None) is configs[name] for name, module in model.named_modules())
@@ -189,23 +197,23 @@ def test_infinite_activations_in_the_streams_name_the_layer(data):
 
 @pytest.mark.parametrize("given", [[], (), iter(()), torch.utils.data.DataLoader([])])
 def test_no_batches(prepared, given):
-    refused(InvalidBatchError, "batches.*empty", prepared, given)
+    refused(InvalidBatchError, "data.*empty", prepared, given)
 
 
 def test_a_consumed_iterator(prepared, data):
     iterator = iter(data)
     list(iterator)
-    refused(InvalidBatchError, "batches.*consumed.*list or a DataLoader", prepared, iterator)
+    refused(InvalidBatchError, "data.*consumed.*list or a DataLoader", prepared, iterator)
 
 
 @pytest.mark.parametrize("given", [images(4, *SHAPE), {"x": images(4, *SHAPE)}])
 def test_a_batch_in_place_of_batches(prepared, given):
-    refused(InvalidBatchError, r"batches.*\[batch\]", prepared, given)
+    refused(InvalidBatchError, r"data.*\[batch\]", prepared, given)
 
 
 @pytest.mark.parametrize("given", [3, None, object()])
 def test_no_iterable(prepared, given):
-    refused(InvalidBatchError, "batches.*not iterable", prepared, given)
+    refused(InvalidBatchError, "data.*not iterable", prepared, given)
 
 
 @pytest.mark.parametrize(
@@ -267,9 +275,9 @@ def test_an_error_of_the_loader_is_the_callers(prepared, data):
         ("solver", "anealing"),
         ("solver", None),
         ("solver", 3),
-        ("scale", "mse"),
-        ("scale", None),
-        ("rounding", "nearest"),
+        ("search_scale", "mse"),
+        ("search_scale", None),
+        ("levels", "nearest"),
         ("holdout", -0.1),
         ("holdout", 0.6),
         ("holdout", float("nan")),
@@ -286,17 +294,40 @@ def test_an_error_of_the_loader_is_the_callers(prepared, data):
         ("damping", None),
         ("column_weighting", "norm"),
         ("column_weighting", None),
-        ("asymmetric", "yes"),
-        ("asymmetric", None),
+        ("propagate_error", "yes"),
+        ("propagate_error", None),
         ("correct_bias", "no"),
+    ],
+)
+def test_options_of_layers_out_of_range(option, value):
+    with pytest.raises(InvalidOptionError, match=option) as caught:
+        LayerWise(**{option: value})
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("finetune", 3),
         ("seed", "zero"),
         ("inputs", "x"),
+        ("progress", None),
+        ("inplace", "yes"),
         ("backend_config", "x86"),
     ],
 )
-def test_options_out_of_range(prepared, data, option, value):
-    found = refused(InvalidOptionError, option, prepared, data, **{option: value})
-    assert isinstance(found, ValueError)
+def test_arguments_out_of_range(prepared, data, option, value):
+    before = snapshot(prepared)
+    with pytest.raises(InvalidOptionError, match=option):
+        adaround(prepared, data, **{"progress": False, option: value})
+    assert_unchanged(before, prepared)
+
+
+@pytest.mark.parametrize("method", ["defualt", None, 3, LayerWise, nn.Linear(2, 2)])
+def test_an_unknown_method_is_refused_with_the_known_ones(prepared, data, method):
+    with pytest.raises(InvalidOptionError, match=r"method.*default.*blocks") as caught:
+        adaround(prepared, data, method, progress=False)
+    assert caught.value.subject == "method"
 
 
 @pytest.mark.parametrize("bits", [1, 9, 0, -4, 4.0, True, "4", None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.ao.quantization import QConfig, QConfigMapping, get_default_qconfig
 from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx
 
 from adaround_plugin import AdaRoundObserver, get_adaround_qconfig_mapping, get_report, get_weight_only_backend_config
+from adaround_plugin.solvers import Relaxation
 from integration_tests.models import (
     Functional,
     assert_same,
@@ -27,6 +28,7 @@ from integration_tests.models import (
     prepared_model,
     reference_function,
 )
+from integration_tests.pairs import pairwise
 
 ENGINES = ("x86", "fbgemm", "onednn", "qnnpack")
 SPATIAL = {1: (7,), 2: (6, 6), 3: (3, 4, 4)}
@@ -106,25 +108,37 @@ def _function_cases() -> dict[str, Case]:
 
 
 MODULES, FUNCTIONS = _module_cases(), _function_cases()
+CASES = MODULES | FUNCTIONS
 
 
-# --- which grids each operator is tried on: all of them for the main operators, a rotation for the variants
+# --- every two settings of these meet
 
-_GRIDS = [
-    (per_channel, symmetric, bits) for per_channel in (True, False) for symmetric in (True, False) for bits in (2, 4, 8)
-]
-_FULL = ("conv2d-relu", "linear", "transposed2d", "F.conv2d", "F.linear", "F.conv_transpose2d")
+_DIMENSIONS, _BITS, _BOTH = (1, 2, 3), (2, 4, 8), (True, False)
+
+
+def _kinds(names: Iterable[str]) -> list[str]:
+    """The cases with their number of dimensions left open; linear layers have none."""
+    return list(dict.fromkeys(re.sub(r"(?<=[a-z])[123]d", "{}d", name) for name in names))
+
+
+def _is_case(kind: str, dimensions: int) -> bool:
+    return "{}" in kind or dimensions == 1
 
 
 def _settings() -> list[tuple[str, str, bool, bool, int]]:
-    found = []
-    for i, name in enumerate((*MODULES, *FUNCTIONS)):
-        for j, engine in enumerate(ENGINES):
-            grids = _GRIDS if name in _FULL and j % 2 else [_GRIDS[(5 * i + 3 * j) % len(_GRIDS)]]
-            if engine == "onednn":  # its kernels take zero point 0 only, and the mapping says so
-                grids = [(per_channel, True, bits) for per_channel, symmetric, bits in grids if symmetric or j % 2 == 0]
-            found += [(name, engine, *grid) for grid in dict.fromkeys(grids)]
-    return found
+    def allowed(kind: str, dimensions: int, engine: str, per_channel: bool, symmetric: bool, bits: int) -> bool:
+        # onednn's kernels take zero point 0 only, and the mapping says so
+        return _is_case(kind, dimensions) and (symmetric or engine != "onednn")
+
+    found = pairwise(_kinds(CASES), _DIMENSIONS, ENGINES, _BOTH, _BOTH, _BITS, allowed=allowed)
+    return [(kind.format(dimensions), *rest) for kind, dimensions, *rest in found]
+
+
+def _weight_only_settings() -> list[tuple[str, bool, bool, int]]:
+    found = pairwise(
+        _kinds(MODULES), _DIMENSIONS, _BOTH, _BOTH, _BITS, allowed=lambda kind, d, *grid: _is_case(kind, d)
+    )
+    return [(kind.format(dimensions), *grid) for kind, dimensions, *grid in found]
 
 
 # --- what stock torch (2.13) cannot do, without any plugin: (pattern of the case, engines, reason)
@@ -161,10 +175,11 @@ def _check(name: str, result: Any, converted_model: Any, layer: str) -> None:
 @pytest.mark.parametrize(("name", "backend", "per_channel", "symmetric", "bits"), _settings())
 def test_converted_integers_are_the_learned_ones(name, backend, per_channel, symmetric, bits, engine):
     engine(backend)
-    make, shape = (MODULES | FUNCTIONS)[name]
+    make, shape = CASES[name]
     data = batches(*shape)
-    prepared = prepared_model(make(), data, backend, weight_bits=bits, per_channel=per_channel, symmetric=symmetric)
-    result = learn(prepared, data)
+    grid = {"weight_bits": bits, "per_channel": per_channel, "symmetric": symmetric}
+    prepared = prepared_model(make(), data, backend, histogram=True, **grid)
+    result = learn(prepared, data, solver="gptq")
     report = get_report(result)
     assert [layer.bits for layer in report.layers] == [bits]
     assert report.skipped == []
@@ -180,40 +195,39 @@ def test_converted_integers_are_the_learned_ones(name, backend, per_channel, sym
     assert torch.isfinite(reference(data[0])).all()
 
 
-@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (2, False)])
-@pytest.mark.parametrize("name", [n for n in (*MODULES, *FUNCTIONS) if "transpose" in n])
-def test_per_channel_transposed_convolutions_in_the_reference_conversion(name, bits, symmetric):
-    make, shape = (MODULES | FUNCTIONS)[name]
+@pytest.mark.parametrize(
+    ("kind", "dimensions", "bits", "symmetric"),
+    [
+        (kind, dimensions, *grid)
+        for kind, dimensions, grid in pairwise(
+            [kind for kind in _kinds(CASES) if "transpose" in kind], _DIMENSIONS, [(4, True), (2, False)]
+        )
+    ],
+)
+def test_per_channel_transposed_convolutions_in_the_reference_conversion(kind, dimensions, bits, symmetric):
+    name = kind.format(dimensions)
+    make, shape = CASES[name]
     data = batches(*shape)
     scheme = torch.per_channel_symmetric if symmetric else torch.per_channel_affine
     weight = AdaRoundObserver.with_args(bits=bits, qscheme=scheme, ch_axis=1)
     mapping = QConfigMapping().set_global(QConfig(get_default_qconfig("x86").activation, weight))
-    result = learn(prepared_model(make(), data, mapping=mapping), data)
+    result = learn(prepared_model(make(), data, mapping=mapping), data, solver="gptq")
     layer = get_report(result).layers[0].name
     assert learned(result, layer).axis == 1
     _check(name, result, convert_to_reference_fx(copy.deepcopy(result)), layer)
 
 
-@pytest.mark.parametrize("name", [n for n in FUNCTIONS if "transpose" in n and "grouped" not in n])
+# qnnpack's packed weights of 3-d convolutions cannot be read back
+@pytest.mark.parametrize("name", ["F.conv_transpose1d", "F.conv_transpose2d"])
 def test_per_channel_functional_transposed_convolutions_in_qnnpack(name, engine):
     engine("qnnpack")
-    if "3d" in name:
-        pytest.skip("qnnpack's packed weights of 3-d convolutions cannot be read back")
     make, shape = FUNCTIONS[name]
     data = batches(*shape)
     weight = AdaRoundObserver.with_args(bits=4, qscheme=torch.per_channel_symmetric, ch_axis=1)
     mapping = QConfigMapping().set_global(QConfig(get_default_qconfig("qnnpack").activation, weight))
-    result = learn(prepared_model(make(), data, mapping=mapping), data)
+    result = learn(prepared_model(make(), data, mapping=mapping), data, solver="gptq")
     for convert in (convert_to_reference_fx, convert_fx):
         _check(name, result, convert(copy.deepcopy(result)), get_report(result).layers[0].name)
-
-
-def _weight_only_settings() -> list[tuple[str, bool, bool, int]]:
-    found = []
-    for i, name in enumerate(MODULES):
-        grids = _GRIDS if name in _FULL else [_GRIDS[(5 * i) % len(_GRIDS)]]
-        found += [(name, *grid) for grid in dict.fromkeys(grids)]
-    return found
 
 
 @pytest.mark.parametrize(("name", "per_channel", "symmetric", "bits"), _weight_only_settings())
@@ -223,7 +237,7 @@ def test_weight_only_integers_are_the_learned_ones(name, per_channel, symmetric,
     prepared = prepared_model(
         make(), data, weight_bits=bits, activation_bits=None, per_channel=per_channel, symmetric=symmetric
     )
-    result = learn(prepared, data)
+    result = learn(prepared, data, solver="gptq")
     layer = get_report(result).layers[0].name
     expected = learned(result, layer)
     assert (expected.axis is None) == (not per_channel)
@@ -238,19 +252,23 @@ def test_weight_only_integers_are_the_learned_ones(name, per_channel, symmetric,
 def test_weight_only_functional_operators(name):
     make, shape = FUNCTIONS[name]
     data = batches(*shape)
-    result = learn(prepared_model(make(), data, activation_bits=None), data)
+    result = learn(prepared_model(make(), data, activation_bits=None), data, solver="gptq")
     reference = convert_to_reference_fx(copy.deepcopy(result), backend_config=get_weight_only_backend_config())
     _check(name, result, reference, get_report(result).layers[0].name)
 
 
-@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "gptq", "nearest"])
-@pytest.mark.parametrize("rounding", ["grid", "up_or_down"])
-@pytest.mark.parametrize("scale", ["observer", "search"])
-def test_every_solver_and_option_stays_exact_and_in_range(solver, rounding, scale, engine):
+@pytest.mark.parametrize(
+    ("solver", "levels", "search_scale"),
+    pairwise(
+        ["annealing", "coordinate_descent", "gptq", "nearest", Relaxation(iterations=200)], ["all", "up_or_down"], _BOTH
+    ),
+)
+def test_every_solver_and_option_stays_exact_and_in_range(solver, levels, search_scale, engine):
     engine("x86")
     model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 4, 2), nn.Flatten(), nn.Linear(100, 3))
     data = batches(4, 6, 6)
-    result = learn(prepared_model(model, data, weight_bits=3), data, solver=solver, rounding=rounding, scale=scale)
+    prepared = prepared_model(model, data, weight_bits=3)
+    result = learn(prepared, data, solver=solver, levels=levels, search_scale=search_scale)
     reference, native = (convert(copy.deepcopy(result)) for convert in (convert_to_reference_fx, convert_fx))
     names = [layer.name for layer in get_report(result).layers]
     assert names == ["0", "2", "4"]
@@ -311,7 +329,7 @@ def test_writing_back_unchanged_leaves_the_converted_model_unchanged(engine):
     engine("x86")
     data = batches(4, 6, 6)
     once = learn(prepared_model(nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1)), data), data)
-    twice = learn(once, data, solver="nearest", correct_bias=False, asymmetric=False)
+    twice = learn(once, data, solver="nearest", correct_bias=False, propagate_error=False)
     for name in ("0", "2"):
         assert_same(learned(twice, name), learned(once, name))
     first, second = convert_fx(copy.deepcopy(once)), convert_fx(copy.deepcopy(twice))

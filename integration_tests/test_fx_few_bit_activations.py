@@ -14,20 +14,22 @@ from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_f
 from torch.utils._pytree import tree_map
 
 from adaround_plugin import get_adaround_qconfig_mapping
-from adaround_plugin.hosts.activation_observers import AdaRoundActivationObserver
+from adaround_plugin.hosts.base import open_streams
 from adaround_plugin.hosts.fx.clamps import insert_clamps
 from adaround_plugin.hosts.fx.host import PreparedFX
-from adaround_plugin.hosts.fx.observers import AdaRoundObserver
+from adaround_plugin.hosts.fx.observers import AdaRoundActivationObserver, AdaRoundObserver
 from integration_tests import models
-from integration_tests.models import batches, call, prepared_model
-from integration_tests.test_fx_streams import (
+from integration_tests.models import (
     SHAPE,
     Branches,
     Residual,
     arguments_of,
     assert_equal_trees,
+    batches,
+    call,
     conv,
-    prepare,
+    prepared_model,
+    prepared_net,
     run_stream,
 )
 
@@ -37,7 +39,7 @@ NETS = ["Residual", "Branches", "Inplace", "FunctionalWeights", "Keywords", "Vie
 
 def learn(prepared: fx.GraphModule, data: Any, **options: Any) -> fx.GraphModule:
     """`adaround` without the search, which has no part in what activations do."""
-    return models.learn(prepared, data, **{"solver": "nearest", "scale": "observer", **options})
+    return models.learn(prepared, data, **{"solver": "nearest", "search_scale": False, **options})
 
 
 class Watch(fx.Interpreter):
@@ -86,7 +88,7 @@ def clamps(model: fx.GraphModule) -> list[fx.Node]:
 @pytest.mark.parametrize("convert", [convert_to_reference_fx, convert_fx])
 @pytest.mark.parametrize("name", ["Branches", "FunctionalWeights", "Standalone"])
 def test_converted_models_hold_four_bits_beyond_the_calibrated_range(name, convert):
-    _, prepared, data = prepare(name, activation_bits=4)
+    _, prepared, data = prepared_net(name, activation_bits=4)
     converted = convert(learn(prepared, data))
     found = integers(converted, far(arguments_of(prepared, data[0])))
     assert max(int(x.max()) for x in found) == 15
@@ -94,7 +96,7 @@ def test_converted_models_hold_four_bits_beyond_the_calibrated_range(name, conve
 
 @pytest.mark.parametrize("bits", range(2, 8))
 def test_every_number_of_bits(bits):
-    _, prepared, data = prepare("Residual", activation_bits=bits)
+    _, prepared, data = prepared_net("Residual", activation_bits=bits)
     converted = convert_to_reference_fx(learn(prepared, data))
     found = integers(converted, far([data[0]]))
     assert len(found) == 6
@@ -103,26 +105,26 @@ def test_every_number_of_bits(bits):
 
 
 def test_without_the_pass_the_host_lets_values_through():
-    _, prepared, data = prepare("Residual", activation_bits=4)
+    _, prepared, data = prepared_net("Residual", activation_bits=4)
     assert max(int(x.max()) for x in integers(convert_to_reference_fx(prepared), far([data[0]]))) > 15
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_streams_equal_the_hosts_models(name):
-    model, prepared, data = prepare(name, activation_bits=3)
+    model, prepared, data = prepared_net(name, activation_bits=3)
     result = learn(prepared, data)
     clamped = copy.deepcopy(prepared)
     insert_clamps(clamped)
     for stage in (prepared, result):
-        host = PreparedFX(stage)
+        exact_stream, quantized_stream = open_streams(PreparedFX(stage))
         reference = convert_to_reference_fx(copy.deepcopy(clamped if stage is prepared else result))
         native = convert_fx(copy.deepcopy(clamped if stage is prepared else result))
         for arguments in (arguments_of(stage, data[0]), far(arguments_of(stage, data[1]))):
             with torch.no_grad():
                 expected = reference(*copy.deepcopy(arguments))
-                assert_equal_trees(run_stream(host.quantized_stream, arguments), expected)
+                assert_equal_trees(run_stream(quantized_stream, arguments), expected)
                 assert_equal_trees(native(*copy.deepcopy(arguments)), expected)
-                exact = run_stream(host.float_stream, arguments)
+                exact = run_stream(exact_stream, arguments)
                 # clamps have no part in the float model, even where the prepared one has them already
                 if stage is prepared:
                     assert_equal_trees(exact, model(**named(stage, copy.deepcopy(arguments))))
@@ -131,7 +133,7 @@ def test_streams_equal_the_hosts_models(name):
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("name", ["Residual", "Branches", "Standalone"])
 def test_a_second_pass_adds_nothing(name, inplace):
-    _, prepared, data = prepare(name, activation_bits=4)
+    _, prepared, data = prepared_net(name, activation_bits=4)
     options = {"correct_bias": False, "inplace": inplace}
     first = learn(prepared, data, **options)
     assert (first is prepared) == inplace
@@ -146,7 +148,7 @@ def test_a_second_pass_adds_nothing(name, inplace):
 
 
 def test_the_clamps_of_a_second_pass_follow_the_observers():
-    _, prepared, data = prepare("Residual", activation_bits=4)
+    _, prepared, data = prepared_net("Residual", activation_bits=4)
     first = learn(prepared, data)
     for module in first.modules():
         if isinstance(module, AdaRoundActivationObserver):
@@ -158,7 +160,7 @@ def test_the_clamps_of_a_second_pass_follow_the_observers():
 
 @pytest.mark.parametrize("name", ["Residual", "Standalone"])
 def test_the_given_model_stays_as_it_was(name):
-    _, prepared, data = prepare(name, activation_bits=4)
+    _, prepared, data = prepared_net(name, activation_bits=4)
     code, known = prepared.code, dict(prepared.meta["_observed_graph_module_attrs"].node_name_to_qconfig)
     learn(prepared, data)
     assert prepared.code == code
@@ -191,7 +193,7 @@ def test_other_observers_get_no_clamp(mapping):
     result = learn(prepared, data)
     assert not clamps(result)
     assert [node.name for node in result.graph.nodes] == [node.name for node in prepared.graph.nodes]
-    assert not clamps(PreparedFX(prepared).quantized_stream.module)
+    assert not clamps(PreparedFX(prepared).quantized_graph)
 
 
 def test_layers_may_have_activations_of_their_own_bits():

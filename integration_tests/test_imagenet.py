@@ -16,10 +16,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.ao.quantization.quantize_fx import convert_to_reference_fx
 
-from adaround_plugin import InvalidOptionError, adaround, get_report
-from adaround_plugin.solvers import Relaxation
+from adaround_plugin import METHODS, InvalidOptionError, LayerWise, Paper, adaround, get_report
+from adaround_plugin.hosts import weight_observers
+from adaround_plugin.learning.methods import Preset
+from adaround_plugin.rounding.ranges import min_max_grid
 from integration_tests.benchmarks import deeplab
-from integration_tests.benchmarks.imagenet import METHODS, Bench, Experiment, main, run
+from integration_tests.benchmarks.imagenet import Bench, Experiment, main, run
 from integration_tests.benchmarks.imagenet_data import VOC, Preprocessing, draw, image_folder, loader, mean_iou
 from integration_tests.benchmarks.imagenet_models import TOPOLOGIES, Topology, load
 from integration_tests.benchmarks.imagenet_results import FLOAT, PAPER, Results, table
@@ -83,8 +85,10 @@ def _saved(name: str, folder: Path, classes: int = CLASSES) -> Path:
 @every_device
 @pytest.mark.parametrize("name", list(TOPOLOGIES))
 def test_topology_is_prepared_learned_and_converted(
-    name: str, device: str, imagenet: Path, voc: Path, tmp_path: Path
+    name: str, device: str, imagenet: Path, voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # the search for the scale of tens of millions of weights takes most of the time, and is tested elsewhere
+    monkeypatch.setitem(weight_observers._GRID_OF, "mse", min_max_grid)
     segments = TOPOLOGIES[name].segments
     file = _saved(name, tmp_path, 21 if segments else CLASSES)
     data = voc if segments else imagenet
@@ -94,8 +98,8 @@ def test_topology_is_prepared_learned_and_converted(
     long = [n for n, module in weighted.items() if module.weight[0].numel() > _LONGEST_ROWS.get(name, 200)]
     batches = bench.calibration(seed=0)
     prepared = bench.prepare("W4A8", batches)
-    method = {"preset": "paper", "solver": Relaxation(iterations=3, batch_size=4)}
-    learned = adaround(prepared, batches, **method, exclude=long, max_columns=16, progress=False)
+    method = Paper(iterations=3, batch_size=4, max_columns=16)
+    learned = adaround(prepared, batches, method, exclude=long, progress=False)
     report = get_report(learned)
     skipped = {n for n, _, reason in report.skipped if "excluded" in reason}
     assert {layer.name for layer in report.layers} | skipped == set(weighted)
@@ -130,8 +134,8 @@ def tiny(imagenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Exp
 
 
 # nothing left open, so nothing to try
-_FIXED = {"asymmetric": True, "correct_bias": True, "column_weighting": "none", "damping": 0.1}
-_CHEAP: dict[str, dict[str, Any]] = {"nearest": {"solver": "nearest"}, "default": {"solver": "gptq", **_FIXED}}
+_GPTQ = LayerWise(solver="gptq", propagate_error=True, correct_bias=True, column_weighting="none", damping=0.1)
+_CHEAP = {"nearest": METHODS["nearest"], "default": Preset(_GPTQ)}
 
 
 def test_a_second_run_computes_nothing(tiny: Experiment, tmp_path: Path) -> None:
@@ -193,15 +197,13 @@ def test_equalized_network_is_quantized_and_the_float_one_scored(equalize: Any, 
     assert plain.score(plain.network) == equalized.score(equalized.network)
 
 
-def test_iterations_and_seed_reach_the_presets(tiny: Experiment) -> None:
+def test_iterations_and_seed_reach_the_methods(tiny: Experiment) -> None:
     short = replace(tiny, iterations=7)
-    for method in ("paper", "blocks"):
-        solver = short.arguments(METHODS[method], seed=3)["solver"]
-        assert (solver.iterations, solver.seed) == (7, 3)
-        untouched = tiny.arguments(METHODS[method], seed=3)["solver"]
-        assert replace(solver, iterations=untouched.iterations) == untouched
-    assert tiny.arguments(METHODS["paper"], 0)["solver"].iterations == 10_000
-    assert tiny.arguments(METHODS["nearest"], 0) == {"progress": False, "solver": "nearest", "seed": 0}
+    for preset in METHODS.values():
+        assert tiny.arguments(preset, seed=3) == {"progress": False, "method": preset, "seed": 3}
+        method = replace(preset.method, iterations=7) if hasattr(preset.method, "iterations") else preset.method
+        expected = {"progress": False, "method": Preset(method, preset.finetune), "seed": 3}
+        assert short.arguments(preset, seed=3) == expected
 
 
 def test_table_has_means_losses_and_the_papers_figures() -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from neural_compressor.common.base_config import ComposableConfig, ConfigRegistry
 from neural_compressor.torch.quantization import RTNConfig, get_all_config_set
 from torch import nn
 
+from adaround_plugin import METHODS, LayerWise
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.inc import AdaRoundConfig
+from adaround_plugin.inc.parameters import LAYER_PARAMETERS, PARAMETERS, method_of
 from integration_tests.inc_models import network
 
 LAYERS = [("0.0", "Conv2d"), ("1", "ConvTranspose2d"), ("3", "Linear"), ("5", "Linear")]
@@ -33,6 +38,20 @@ def parts() -> AdaRoundConfig:
     return config.set_local("5", AdaRoundConfig(dtype="fp32"))
 
 
+# a value of each option of a layer that is not the default
+OPTIONS: dict[str, Any] = {
+    "solver": "coordinate_descent",
+    "search_scale": False,
+    "propagate_error": False,
+    "correct_bias": False,
+    "column_weighting": "inverse_norm",
+    "damping": 0.5,
+    "levels": "up_or_down",
+    "holdout": 0.25,
+    "max_columns": 100,
+}
+
+
 def test_it_is_registered() -> None:
     assert ConfigRegistry.get_cls_configs()["torch"]["adaround"] is AdaRoundConfig
     assert any(isinstance(entry, AdaRoundConfig) for entry in get_all_config_set())
@@ -49,6 +68,74 @@ def test_without_neural_compressor_the_error_says_what_to_install() -> None:
         "else: raise AssertionError"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- parameters
+
+
+def test_the_signature_shows_every_parameter() -> None:
+    given = inspect.signature(AdaRoundConfig).parameters
+    kinds = inspect.Parameter
+    expected = [*(one.name for one in PARAMETERS), "white_list"]
+    assert [name for name, one in given.items() if one.kind is kinds.KEYWORD_ONLY] == expected
+    assert {one.kind for one in given.values()} == {kinds.KEYWORD_ONLY, kinds.VAR_KEYWORD}
+    config = AdaRoundConfig()
+    for one in PARAMETERS:
+        assert given[one.name].default == one.default == getattr(config, one.name)
+    documented = inspect.getdoc(AdaRoundConfig).partition("Args:")[2]
+    assert all(name in documented for name in expected)
+
+
+def test_every_option_of_a_layer_is_a_parameter_of_the_same_name() -> None:
+    given = inspect.signature(AdaRoundConfig).parameters
+    assert OPTIONS.keys() == {field.name for field in fields(LayerWise)}
+    for name, value in OPTIONS.items():
+        assert value != getattr(LayerWise(), name)
+        assert given[name].default is None
+        # by itself, in a list for autotune, and as the method has it
+        for one in (value, [value], None):
+            assert getattr(AdaRoundConfig(**{name: one}), name) == one
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("method", ["default", "blocks"])
+def test_an_option_changes_that_of_the_methods_layers_alone(method: str, option: str) -> None:
+    chosen, finetune = method_of(AdaRoundConfig(method=method, **{option: OPTIONS[option]}))
+    named = METHODS[method].method
+    assert chosen == named.with_layers(replace(named.layers, **{option: OPTIONS[option]}))
+    assert chosen != named
+    assert finetune is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("finetune", [None, True, False])
+def test_without_options_method_and_finetuning_are_passed_on(method: str, finetune: bool | None) -> None:
+    assert method_of(AdaRoundConfig(method=method, finetune=finetune)) == (method, finetune)
+
+
+def test_finetuning_beside_options_is_that_of_the_name_unless_it_is_given() -> None:
+    best = METHODS["best"].finetune
+    assert best is not None
+    for method, finetune, expected in (
+        ("best", None, best),
+        ("best", False, False),
+        ("default", None, None),
+        ("default", True, True),
+    ):
+        assert method_of(AdaRoundConfig(method=method, finetune=finetune, holdout=0.25))[1] == expected
+
+
+def test_a_method_that_has_no_place_for_options_says_so_before_anything_runs() -> None:
+    config = AdaRoundConfig(method="paper", damping=0.5, solver="gptq")
+    with pytest.raises(InvalidOptionError, match=r"'paper'.*\['damping', 'solver'\]") as caught:
+        bits(config)
+    assert caught.value.subject == "method"
+    # one by one they may be given
+    assert bits(AdaRoundConfig(method="paper"))
+    assert bits(AdaRoundConfig(damping=0.5, solver="gptq"))
+
+
+# --- parts
 
 
 def test_parts_apply_to_their_layers() -> None:
@@ -130,10 +217,17 @@ def test_a_later_assignment_is_checked_and_reaches_the_global_part() -> None:
         *(("dtype", value) for value in ("int4", None)),
         *(("use_sym", value) for value in (1, "yes")),
         ("solver", "gradient"),
-        ("asymmetric", "sometimes"),
-        ("damping", 0.0),
+        *(("method", value) for value in ("thorough", None, 3)),
+        ("search_scale", "mse"),
+        ("propagate_error", "sometimes"),
+        ("correct_bias", 1),
+        ("column_weighting", "all"),
+        *(("damping", value) for value in (0.0, "much", [0.1, 0.0])),
+        ("levels", "grid"),
         ("holdout", 0.6),
         ("max_columns", 0),
+        ("finetune", "yes"),
+        ("seed", 0.5),
         ("white_list", "5"),
         ("white_list", [3]),
     ],
@@ -168,8 +262,11 @@ def test_lists_are_for_autotune() -> None:
 
 
 def test_what_holds_for_the_pass_cannot_be_local() -> None:
-    with pytest.raises(InvalidOptionError, match="solver: holds for the whole pass"):
-        bits(AdaRoundConfig().set_local("5", AdaRoundConfig(solver="nearest")))
+    for one in PARAMETERS:
+        if one not in LAYER_PARAMETERS:
+            other = {**OPTIONS, "act_dtype": "fp32", "method": "blocks", "finetune": True, "seed": 1}[one.name]
+            with pytest.raises(InvalidOptionError, match=f"{one.name}: holds for the whole pass"):
+                bits(AdaRoundConfig().set_local("5", AdaRoundConfig(**{one.name: other})))
 
 
 def test_local_parts_follow_the_whole_pass() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +22,11 @@ from neural_compressor.torch.quantization import (
 from torch import Tensor, fx, nn
 from torch.ao.quantization.quantize_fx import convert_fx
 
-from adaround_plugin import get_report
+from adaround_plugin import METHODS, BlockWise, Finetune, LayerWise, adaround, get_report
 from adaround_plugin.errors import InvalidBatchError, InvalidModelError, InvalidOptionError
 from adaround_plugin.inc import AdaRoundConfig
 from adaround_plugin.inc.recording import Recording
+from adaround_plugin.learning.methods import Preset
 from integration_tests.inc_models import RECIPE, calibrate, data, network
 from integration_tests.models import assert_same, assert_unchanged, converted, learn, prepared_model, snapshot
 
@@ -34,6 +38,18 @@ def assert_same_model(one: nn.Module, other: nn.Module) -> None:
     for name in NAMES:
         assert_same(converted(one, name), converted(other, name))
     assert torch.equal(one(data()[0]), other(data()[0]))
+
+
+@functools.cache
+def quantized_to(bits: int) -> nn.Module:
+    """`network` with weights of so many bits, by `quantize` in one call; not to be changed."""
+    return quantize(network(), AdaRoundConfig(bits=bits, **RECIPE), run_fn=calibrate(data()))
+
+
+@functools.cache
+def by_hand(**options: Any) -> fx.GraphModule:
+    """`network` with 3-bit weights through torch's own flow; options are those of `learn`. Not to be changed."""
+    return convert_fx(learn(prepared_model(network(), data(), weight_bits=3, histogram=True), data(), **options))
 
 
 @pytest.mark.parametrize("entry", ["quantize", "a dict", "prepare and convert"])
@@ -48,8 +64,7 @@ def test_it_is_what_the_fx_flow_gives(entry: str) -> None:
     else:
         given = {"adaround": config.to_dict()} if entry == "a dict" else config
         quantized = quantize(model, given, run_fn=calibrate(batches), example_inputs=batches[0])
-    expected = convert_fx(learn(prepared_model(network(), batches, weight_bits=3), batches))
-    assert_same_model(quantized, expected)
+    assert_same_model(quantized, by_hand())
     assert isinstance(quantized, fx.GraphModule)
     assert_unchanged(before, model)
 
@@ -60,7 +75,7 @@ def test_example_inputs_are_not_needed_and_run_args_are_passed_on() -> None:
             model(input=batch)
 
     quantized = quantize(network(), AdaRoundConfig(**RECIPE), run_fn=run, run_args=(data(), 1))
-    assert_same_model(quantized, quantize(network(), AdaRoundConfig(**RECIPE), run_fn=calibrate(data())))
+    assert_same_model(quantized, quantized_to(4))
 
 
 def test_parts_reach_their_layers() -> None:
@@ -130,7 +145,7 @@ def test_inputs_are_recorded_as_they_were() -> None:
             model(buffer.copy_(batch))
 
     quantized = quantize(network(), AdaRoundConfig(**RECIPE), run_fn=run)
-    assert_same_model(quantized, quantize(network(), AdaRoundConfig(**RECIPE), run_fn=calibrate(batches)))
+    assert_same_model(quantized, quantized_to(4))
 
 
 def test_convert_on_a_copy_keeps_the_prepared_model() -> None:
@@ -140,17 +155,39 @@ def test_convert_on_a_copy_keeps_the_prepared_model() -> None:
 
 
 def test_a_quantized_model_keeps_its_report_through_a_copy() -> None:
-    quantized = quantize(network(), AdaRoundConfig(**RECIPE), run_fn=calibrate(data()))
-    report = get_report(copy.deepcopy(quantized))
+    report = get_report(copy.deepcopy(quantized_to(4)))
     assert [layer.name for layer in report.layers] == list(NAMES)
     assert report.solver == "Annealing"
 
 
 def test_options_reach_the_pass() -> None:
-    config = AdaRoundConfig(solver="nearest", holdout=0)
-    report = get_report(quantize(network(), config, run_fn=calibrate(data())))
-    assert report.solver == "Nearest"
+    options: dict[str, Any] = {
+        "solver": "gptq",
+        "search_scale": False,
+        "propagate_error": False,
+        "correct_bias": False,
+        "column_weighting": "inverse_norm",
+        "damping": 0.5,
+        "levels": "up_or_down",
+        "holdout": 0,
+        "max_columns": 100,
+        "seed": 3,
+    }
+    quantized = quantize(network(), AdaRoundConfig(bits=3, **options), run_fn=calibrate(data()))
+    report = get_report(quantized)
+    assert report.solver == "GPTQ"
     assert all(layer.nearest_holdout is None for layer in report.layers)
+    assert_same_model(quantized, by_hand(**options))
+
+
+def test_options_are_looked_for_in_the_methods_layers() -> None:
+    """Whatever the method, the pass has what `adaround` has by the same words."""
+    for method, options in (("nearest", {}), ("nearest", {"search_scale": True, "damping": 0.5})):
+        quantized = quantize(network(), AdaRoundConfig(bits=3, method=method, **options), run_fn=calibrate(data()))
+        prepared = prepared_model(network(), data(), weight_bits=3, histogram=True)
+        layers = LayerWise(solver="nearest", **options)
+        assert_same_model(quantized, convert_fx(adaround(prepared, data(), layers, progress=False)))
+        assert get_report(quantized).method == ("LayerWise" if options else "nearest")
 
 
 def _score(model: nn.Module) -> float:
@@ -164,14 +201,14 @@ def test_autotune_takes_the_first_that_is_good_enough() -> None:
     tuning = TuningConfig([AdaRoundConfig(bits=[2, 8], **RECIPE)], tolerable_loss=0.02)
     quantized = autotune(network(), tuning, eval_fn=_score, run_fn=calibrate(data()))
     assert {layer.bits for layer in get_report(quantized).layers} == {8}
-    assert_same_model(quantized, quantize(network(), AdaRoundConfig(bits=8, **RECIPE), run_fn=calibrate(data())))
+    assert_same_model(quantized, quantized_to(8))
 
 
 def test_autotune_quantizes_the_best_again_to_the_same_integers() -> None:
     """Nothing is good enough, and the best is not the last: INC quantizes once more."""
     tuning = TuningConfig([AdaRoundConfig(bits=[2, 8, 3], **RECIPE)], tolerable_loss=-1, max_trials=3)
     quantized = autotune(network(), tuning, eval_fn=_score, run_fn=calibrate(data()))
-    assert_same_model(quantized, quantize(network(), AdaRoundConfig(bits=8, **RECIPE), run_fn=calibrate(data())))
+    assert_same_model(quantized, quantized_to(8))
 
 
 def test_autotune_beside_configurations_of_inc() -> None:
@@ -208,18 +245,37 @@ def test_nothing_to_quantize_is_an_error() -> None:
         quantize(network(), AdaRoundConfig(dtype="fp32"), run_fn=calibrate(data()))
 
 
-def test_a_preset_learns_blocks_on_samples() -> None:
-    quantized = quantize(network(), AdaRoundConfig(bits=2, preset="blocks", **RECIPE), run_fn=calibrate(data()))
+def test_a_method_learns_blocks_on_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    # with fewer steps, which take less time
+    monkeypatch.setitem(METHODS, "blocks", Preset(replace(METHODS["blocks"].method, iterations=100)))
+    quantized = quantize(network(), AdaRoundConfig(bits=2, method="blocks", **RECIPE), run_fn=calibrate(data()))
     report = get_report(quantized)
-    assert report.solver == "Relaxation"
+    assert report.method == "BlockWise"
     assert any(block.iterations for block in report.blocks)
-    nearest = quantize(network(), AdaRoundConfig(bits=2, solver="nearest"), run_fn=calibrate(data()))
+    nearest = quantize(network(), AdaRoundConfig(bits=2, method="nearest"), run_fn=calibrate(data()))
     assert report.output_error < get_report(nearest).output_error
 
 
-def test_scales_and_biases_are_refined() -> None:
-    quantized = quantize(network(), AdaRoundConfig(bits=2, refine=True, **RECIPE), run_fn=calibrate(data()))
-    refined = get_report(quantized).refinement
-    assert refined is not None
-    assert refined.iterations == 300
-    assert "0 step sizes" in refined.note
+def test_scales_and_biases_are_finetuned() -> None:
+    quantized = quantize(network(), AdaRoundConfig(bits=2, finetune=True, **RECIPE), run_fn=calibrate(data()))
+    finetuned = get_report(quantized).finetuning
+    assert finetuned is not None
+    assert finetuned.iterations == 300
+    assert "0 activations" in finetuned.note
+
+
+@pytest.mark.parametrize("options", [{}, {"solver": "gptq", **RECIPE}], ids=["by name", "with options"])
+def test_finetuning_is_what_the_methods_name_stands_for_unless_it_is_given(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = Preset(BlockWise(layers=LayerWise(solver="gptq", **RECIPE), iterations=2), Finetune(iterations=3))
+    monkeypatch.setitem(METHODS, "best", short)
+    monkeypatch.setitem(METHODS, "blocks", Preset(short.method))
+    for method, finetune, iterations in (
+        ("best", None, 3),
+        ("best", False, None),
+        ("blocks", None, None),
+    ):
+        config = AdaRoundConfig(bits=2, method=method, finetune=finetune, **options)
+        found = get_report(quantize(network(), config, run_fn=calibrate(data()))).finetuning
+        assert (None if found is None else found.iterations) == iterations

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +24,12 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 from adaround_plugin import get_report
 from adaround_plugin.errors import InvalidBatchError, InvalidModelError, InvalidOptionError
 from adaround_plugin.hosts.open import learned_weights
-from adaround_plugin.inc import AdaRoundConfig
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
-from integration_tests.inc_models import RECIPE, calibrate
+from adaround_plugin.inc import AdaRoundConfig
+from integration_tests.inc_models import RECIPE, Tokens, calibrate, run_afresh
 from integration_tests.models import assert_unchanged, learn, snapshot
 
 OPTIONS: dict[str, Any] = {"act_dtype": "fp32", **RECIPE}
-
-
-class Tokens(nn.Module):
-    """Token ids and a mask to scores: a convolution, a head tied to the embedding, two layers that share a weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(4)
-            self.embedding = nn.Embedding(24, 16)
-            self.mix = nn.Conv1d(16, 16, 3, padding=1)
-            self.up, self.twin = nn.Linear(16, 32), nn.Linear(16, 32)
-            self.down = nn.Linear(32, 16, bias=False)
-            self.head = nn.Linear(16, 24, bias=False)
-        self.twin.weight, self.head.weight = self.up.weight, self.embedding.weight
-
-    def forward(self, ids: Tensor, mask: Tensor | None = None, **unused: Tensor) -> Tensor:
-        x = self.embedding(ids)
-        if mask is not None:
-            x = x * mask[..., None]
-        x = x + self.mix(x.mT).mT
-        return self.head(self.down(torch.relu(self.up(x)) + torch.tanh(self.twin(x))))
 
 
 class Untied(nn.Module):
@@ -153,19 +129,15 @@ def test_a_fresh_process_loads_the_same_model_by_the_stock_load(tmp_path: Path) 
     quantized = quantize(Tokens().eval(), config, run_fn=run_tokens)
     quantized.save(str(tmp_path))
     torch.save({"x": tokens()[2], "expected": quantized(*tokens()[2])}, tmp_path / "case.pt")
-    code = (
-        "import sys, torch\n"
+    run_afresh(
         "from neural_compressor.torch.quantization import load\n"
-        "from integration_tests.test_inc_weight_only import Tokens\n"
-        "torch.set_num_threads(1)\n"
-        "case = torch.load(f'{sys.argv[1]}/case.pt')\n"
-        "model = load(sys.argv[1], original_model=Tokens().eval())\n"
+        "from integration_tests.inc_models import Tokens\n"
+        "case = torch.load(f'{folder}/case.pt')\n"
+        "model = load(folder, original_model=Tokens().eval())\n"
         "assert torch.equal(model(*case['x']), case['expected'])\n"
-        "assert type(model.head) is torch.nn.Linear\n"
+        "assert type(model.head) is torch.nn.Linear\n",
+        tmp_path,
     )
-    root = Path(__file__).parent.parent
-    run = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=root, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
 
 
 def test_converting_a_copy_keeps_the_float_model() -> None:

@@ -183,7 +183,7 @@ def test_nothing_weighted(data):
 def test_everything_left_in_float_by_the_quantizer(data):
     prepared = calibrated(_program(), data, X86InductorQuantizer())
     found = refused(InvalidModelError, "prepared", prepared, data)
-    assert "a: left in float" in str(found)
+    assert re.search("a: .*float", str(found))
     assert "quantizer" in found.remedy
 
 
@@ -232,7 +232,7 @@ def test_infinite_activations_in_the_streams_name_the_layer(data):
 
 @pytest.mark.parametrize("given", [[], iter(()), torch.utils.data.DataLoader([])])
 def test_no_batches(prepared, given):
-    refused(InvalidBatchError, "batches.*empty", prepared, given)
+    refused(InvalidBatchError, "data.*empty", prepared, given)
 
 
 @pytest.mark.parametrize("given", [images(6, *SHAPE), {"x": images(6, *SHAPE)}])
@@ -336,7 +336,7 @@ def test_a_backend_config_is_for_fx(prepared, data):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("solver", "anealing"), ("scale", "mse"), ("holdout", 0.6), ("exclude", ["c"])]
+    ("option", "value"), [("solver", "anealing"), ("search_scale", "mse"), ("holdout", 0.6), ("exclude", ["c"])]
 )
 def test_options_out_of_range(prepared, data, option, value):
     refused(InvalidOptionError, option, prepared, data, **{option: value})

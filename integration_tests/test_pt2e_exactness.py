@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,9 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 
 from adaround_plugin import get_report
 from adaround_plugin.hosts.pt2e import AdaRoundObserver
+from adaround_plugin.solvers import Relaxation
 from integration_tests.models import Functional, Quantized, assert_same, batches, call, learn
+from integration_tests.pairs import pairwise
 from integration_tests.pt2e_models import (
     EveryOperator,
     all_converted,
@@ -29,7 +32,6 @@ from integration_tests.pt2e_models import (
     convert,
     copied,
     exported,
-    prepared_pt2e,
     value_of,
     weighted_calls,
     x86,
@@ -103,15 +105,16 @@ CASES = _cases()
 
 
 @functools.cache
-def _program(name: str) -> fx.GraphModule:
+def _program(name: str, strict: bool) -> fx.GraphModule:
     make, shape = CASES[name]
     torch.manual_seed(0)
-    return exported(make(), batches(*shape, sizes=SIZES)[0])
+    return exported(make(), batches(*shape, sizes=SIZES)[0], strict=strict)
 
 
 def _prepared(name: str, quantizer: Quantizer) -> tuple[fx.GraphModule, list[Any]]:
     data = batches(*CASES[name][1], sizes=SIZES)
-    return calibrated(_program(name), data, quantizer), data
+    strict = name.startswith("F.") and not isinstance(quantizer, EveryOperator)
+    return calibrated(_program(name, strict), data, quantizer), data
 
 
 def assert_exact(
@@ -147,24 +150,21 @@ def only(found: dict[str, Quantized]) -> Quantized:
 
 # --- every operator, by a quantizer that annotates them all
 
-_GRIDS = [
-    (bits, per_channel, symmetric, activation)
-    for bits in (2, 4, 8)
-    for per_channel, symmetric in ((True, True), (False, False), (True, False), (False, True))
-    for activation in ("static", None, "dynamic")
-]
-# all grids together on the main operators, one in turn on each of the others
-_MAIN = {name: _GRIDS[i::4] for i, name in enumerate(("conv2d-bn", "linear-3d", "transposed2d", "F.conv2d"))}
+# pairs of settings on the main operators, one grid in turn on each of the others
+_MAIN = ("conv2d-bn", "linear-3d", "transposed2d", "F.conv2d")
+_GRID = ((2, 4, 8), (True, False), (True, False), ("static", None, "dynamic"))
 
 
 def _settings() -> list[tuple[str, int, bool, bool, str | None]]:
-    return [(name, *grid) for i, name in enumerate(CASES) for grid in _MAIN.get(name, [_GRIDS[(7 * i) % len(_GRIDS)]])]
+    every = list(itertools.product(*_GRID))
+    others = [name for name in CASES if name not in _MAIN]
+    return [*pairwise(_MAIN, *_GRID), *((name, *every[(7 * i) % len(every)]) for i, name in enumerate(others))]
 
 
 @pytest.mark.parametrize(("name", "bits", "per_channel", "symmetric", "activation"), _settings())
 def test_converted_integers_are_the_learned_ones(name, bits, per_channel, symmetric, activation):
     prepared, data = _prepared(name, EveryOperator(bits, per_channel, symmetric, activation))
-    result = learn(prepared, data)
+    result = learn(prepared, data, solver="gptq")
     expected, model = assert_exact(result, data, bits=bits)
     found = only(expected)
     if symmetric:
@@ -178,48 +178,46 @@ def test_converted_integers_are_the_learned_ones(name, bits, per_channel, symmet
 # --- torchao's own quantizers
 
 
-def _quantizers() -> dict[str, Callable[[int], Quantizer]]:
-    found: dict[str, Callable[[int], Quantizer]] = {}
-    for per_channel in (True, False):
-        scheme = "channel" if per_channel else "tensor"
-        found[f"x86-{scheme}"] = lambda bits, p=per_channel: x86(weight_bits=bits, per_channel=p)
-        found[f"x86-w-{scheme}"] = lambda bits, p=per_channel: x86(
-            weight_bits=bits, activation_bits=None, per_channel=p
-        )
-        found[f"x86-dynamic-{scheme}"] = lambda bits, p=per_channel: x86(
-            weight_bits=bits, per_channel=p, is_dynamic=True
-        )
-        found[f"xnnpack-{scheme}"] = lambda bits, p=per_channel: xnnpack(bits, p)
-        found[f"xnnpack-dynamic-{scheme}"] = lambda bits, p=per_channel: xnnpack(bits, p, is_dynamic=True)
-    return found
+# how many bits and whether by channel, to torchao's quantizer
+QUANTIZERS: dict[str, Callable[[int, bool], Quantizer]] = {
+    "x86": lambda bits, by_channel: x86(weight_bits=bits, per_channel=by_channel),
+    "x86-w": lambda bits, by_channel: x86(weight_bits=bits, activation_bits=None, per_channel=by_channel),
+    "x86-dynamic": lambda bits, by_channel: x86(weight_bits=bits, per_channel=by_channel, is_dynamic=True),
+    "xnnpack": xnnpack,
+    "xnnpack-dynamic": functools.partial(xnnpack, is_dynamic=True),
+}
+_DYNAMIC = ("linear", "linear-nobias", "linear-3d", "F.linear", "linear-relu")
+_X86 = ("conv2d", "conv2d-nobias-bn-relu", "conv2d-grouped-strided", "F.conv2d", "linear-3d-nobias")
+# what each of them annotates
+SUPPORTED = {
+    "x86": _X86,
+    "x86-w": _X86,
+    "x86-dynamic": _DYNAMIC,
+    "xnnpack": (
+        *("conv1d", "conv2d-bn", "conv2d-nobias-relu", "conv2d-depthwise", "F.conv2d", "linear", "F.linear-nobias"),
+    ),
+    "xnnpack-dynamic": _DYNAMIC,
+}
+_NAMES = list(dict.fromkeys(name for names in SUPPORTED.values() for name in names))
 
 
-QUANTIZERS = _quantizers()
+def _torchaos() -> list[tuple[str, str, int, bool]]:
+    """Every operator with every quantizer that annotates it, by channel or by tensor, and bits in turn."""
+    quantizers = list(QUANTIZERS)
+    chosen = pairwise(quantizers, _NAMES, (True, False), allowed=lambda one, name, _: name in SUPPORTED[one])
+    return [(one, name, (2, 3, 4, 8)[i % 4], by_channel) for i, (one, name, by_channel) in enumerate(chosen)]
 
 
-def _supported(quantizer: str) -> list[str]:
-    """What torchao's quantizers annotate."""
-    if "dynamic" in quantizer:
-        return ["linear", "linear-nobias", "linear-3d", "F.linear", "linear-relu"]
-    if "x86" in quantizer:
-        return ["conv2d", "conv2d-nobias-bn-relu", "conv2d-grouped-strided", "F.conv2d", "linear-3d-nobias"]
-    return ["conv1d", "conv2d-bn", "conv2d-nobias-relu", "conv2d-depthwise", "F.conv2d", "linear", "F.linear-nobias"]
-
-
-@pytest.mark.parametrize(
-    ("quantizer", "name"), [(quantizer, name) for quantizer in QUANTIZERS for name in _supported(quantizer)]
-)
-def test_torchaos_quantizers(quantizer, name):
-    names = _supported(quantizer)
-    bits = (2, 3, 4, 8)[(names.index(name) + list(QUANTIZERS).index(quantizer)) % 4]
-    prepared, data = _prepared(name, QUANTIZERS[quantizer](bits))
-    result = learn(prepared, data)
+@pytest.mark.parametrize(("quantizer", "name", "bits", "by_channel"), _torchaos())
+def test_torchaos_quantizers(quantizer, name, bits, by_channel):
+    prepared, data = _prepared(name, QUANTIZERS[quantizer](bits, by_channel))
+    result = learn(prepared, data, solver="gptq")
     expected, model = assert_exact(result, data, bits=bits)
-    assert (only(expected).axis is None) == quantizer.endswith("tensor")
+    assert (only(expected).axis is None) == (not by_channel)
     # activations are as asked for, or the test would be about weights only
     activation = weighted_calls(model)[0].args[0]
-    assert (activation.op == "placeholder") == ("-w-" in quantizer)
-    if "-w-" not in quantizer:
+    assert (activation.op == "placeholder") == (quantizer == "x86-w")
+    if quantizer != "x86-w":
         overload = "tensor" if "dynamic" in quantizer else "default"
         assert str(activation.target) == f"quantized_decomposed.dequantize_per_tensor.{overload}"
 
@@ -232,7 +230,7 @@ def test_stock_observers_keep_their_scale(name, is_dynamic):
     config = get_default_x86_inductor_quantization_config(is_dynamic=is_dynamic)
     prepared, data = _prepared(name, X86InductorQuantizer().set_global(config))
     stock = only(all_converted(convert(prepared)))
-    kept, searched = (learn(prepared, data, scale=scale, holdout=0.0) for scale in ("auto", "search"))
+    kept, searched = (learn(prepared, data, search_scale=search, holdout=0.0) for search in ("auto", True))
     found = only(assert_exact(kept, data, bits=8)[0])
     assert torch.equal(found.scale, stock.scale)
     assert torch.equal(found.zero_point, stock.zero_point)
@@ -258,13 +256,14 @@ def _mixed() -> fx.GraphModule:
     return exported(Mixed(), batches(4, 6, 6, sizes=SIZES)[0])
 
 
-@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "gptq", "nearest"])
-@pytest.mark.parametrize("rounding", ["grid", "up_or_down"])
-@pytest.mark.parametrize("scale", ["observer", "search"])
-def test_every_solver_and_option_stays_exact_and_in_range(solver, rounding, scale):
+_SOLVERS = ("annealing", "coordinate_descent", "gptq", "nearest", Relaxation(iterations=20))
+
+
+@pytest.mark.parametrize(("solver", "levels", "search_scale"), pairwise(_SOLVERS, ("all", "up_or_down"), (True, False)))
+def test_every_solver_and_option_stays_exact_and_in_range(solver, levels, search_scale):
     data = batches(4, 6, 6, sizes=SIZES)
     prepared = calibrated(_mixed(), data, EveryOperator(3))
-    result = learn(prepared, data, solver=solver, rounding=rounding, scale=scale)
+    result = learn(prepared, data, solver=solver, levels=levels, search_scale=search_scale)
     assert len(assert_exact(result, data, bits=3)[0]) == 3
 
 
@@ -293,7 +292,8 @@ def test_tiny_and_huge_weights_stay_exact(magnitude, per_channel):
         model[0].weight.mul_(magnitude)
         model[0].bias.mul_(magnitude)
     data = batches(6, sizes=SIZES)
-    result = learn(prepared_pt2e(model, data, EveryOperator(activation=None, per_channel=per_channel)), data)
+    program = exported(model, data[0], strict=False)
+    result = learn(calibrated(program, data, EveryOperator(activation=None, per_channel=per_channel)), data)
     assert get_report(result).layers[0].learned_error < 0.1
     assert_exact(result, data)
 
@@ -343,7 +343,7 @@ def test_writing_back_unchanged_leaves_the_converted_model_unchanged():
     """A model that is already on the grid and is rounded to nearest converts to the same model again."""
     data = batches(4, 6, 6, sizes=SIZES)
     once = learn(calibrated(_mixed(), data, EveryOperator()), data)
-    twice = learn(once, data, solver="nearest", correct_bias=False, asymmetric=False)
+    twice = learn(once, data, solver="nearest", correct_bias=False, propagate_error=False)
     before, after = all_learned(once), all_learned(twice)
     assert before.keys() == after.keys()
     for name, one in before.items():

@@ -11,14 +11,13 @@ from torch.utils._pytree import tree_map
 from torchao.quantization.pt2e import HistogramObserver, PlaceholderObserver
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import get_default_x86_inductor_quantization_config
 
-from adaround_plugin.rounding.activation_range import min_mse_qparams
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.hosts.pt2e.host import PreparedPT2E
 from adaround_plugin.hosts.pt2e import get_adaround_x86_inductor_config
+from adaround_plugin.hosts.pt2e.host import PreparedPT2E
 from adaround_plugin.hosts.pt2e.observers import AdaRoundActivationObserver
+from adaround_plugin.rounding.ranges import min_mse_qparams
 from integration_tests import models
-from integration_tests.pt2e_models import convert, x86
-from integration_tests.test_pt2e_streams import leaves_of, prepare
+from integration_tests.pt2e_models import convert, leaves_of, prepared_net, x86
 
 
 class Watch(fx.Interpreter):
@@ -37,7 +36,7 @@ class Watch(fx.Interpreter):
 
 def learn(prepared: fx.GraphModule, data: list[Any]) -> fx.GraphModule:
     """`adaround` without the search, which has no part in what activations do."""
-    return models.learn(prepared, data, solver="nearest", scale="observer")
+    return models.learn(prepared, data, solver="nearest", search_scale=False)
 
 
 def far(batch: Any) -> Any:
@@ -55,7 +54,7 @@ def integers(host: PreparedPT2E, converted: fx.GraphModule, batch: Any) -> list[
 
 @pytest.mark.parametrize("bits", [2, 4, 7])
 def test_converted_programs_hold_the_bits_beyond_the_calibrated_range(bits):
-    prepared, data = prepare("Residual", x86(histogram=True, activation_bits=bits))
+    prepared, data = prepared_net("Residual", x86(histogram=True, activation_bits=bits))
     host = PreparedPT2E(prepared)
     found = integers(host, convert(learn(prepared, data)), far(data[0]))
     assert {int(x.min()) for x in found} == {0}
@@ -64,7 +63,7 @@ def test_converted_programs_hold_the_bits_beyond_the_calibrated_range(bits):
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_dynamic_activations_have_the_bits_too(bits):
-    prepared, data = prepare("SharedFunctionalWeight", x86(activation_bits=bits, is_dynamic=True))
+    prepared, data = prepared_net("SharedFunctionalWeight", x86(activation_bits=bits, is_dynamic=True))
     host = PreparedPT2E(prepared)
     converted = convert(learn(prepared, data))
     for batch in (data[0], far(data[0])):
@@ -73,7 +72,7 @@ def test_dynamic_activations_have_the_bits_too(bits):
 
 
 def test_the_observer_is_that_of_the_range():
-    prepared, _ = prepare("Residual", x86(histogram=True, activation_bits=4))
+    prepared, _ = prepared_net("Residual", x86(histogram=True, activation_bits=4))
     observers = [module for module in prepared.modules() if isinstance(module, HistogramObserver)]
     assert observers
     for observer in observers:

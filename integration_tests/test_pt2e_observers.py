@@ -12,9 +12,9 @@ from torchao.quantization.pt2e import ObserverBase
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import get_default_x86_inductor_quantization_config
 
 from adaround_plugin.errors import AdaRoundError, InvalidModelError, InvalidOptionError
-from adaround_plugin.rounding.grid import GridSpec, integer_range
 from adaround_plugin.hosts.pt2e import AdaRoundObserver, get_adaround_weight_spec, get_adaround_x86_inductor_config
-from adaround_plugin.learning.scale_search import min_max_grid, min_mse_grid
+from adaround_plugin.rounding.grid import GridSpec, integer_range
+from adaround_plugin.rounding.ranges import min_max_grid, min_mse_grid
 from integration_tests.models import batches
 from integration_tests.pt2e_models import EveryOperator, all_converted, convert, prepared_pt2e
 

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
-from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
-from torchao.quantization.pt2e.quantizer import Quantizer
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-import adaround_plugin.api
 from adaround_plugin import InvalidModelError, adaround, get_report
-from adaround_plugin.hosts.open import open_host
-from adaround_plugin.hosts.pt2e.host import PreparedPT2E
 from adaround_plugin.graph.streams import Stream
-from integration_tests.models import assert_same, assert_unchanged, batches, call, learn, snapshot
+from integration_tests.models import (
+    assert_equal_trees,
+    assert_same,
+    assert_unchanged,
+    call,
+    learn,
+    run_stream,
+    snapshot,
+)
+from integration_tests.pairs import pairwise
 from integration_tests.pt2e_models import (
+    NETS,
+    VIEWS,
     EveryOperator,
     Unchanged,
     all_converted,
@@ -31,119 +35,20 @@ from integration_tests.pt2e_models import (
     convert,
     copied,
     exported,
+    exported_net,
     is_observer,
+    leaves_of,
     observer_statistics,
-    split,
+    prepared_net,
     weighted_calls,
     x86,
     xnnpack,
 )
-from integration_tests.test_fx_streams import NETS as FX_NETS
-from integration_tests.test_fx_streams import assert_equal_trees, conv, run_stream
-
-SHAPE = (4, 6, 6)
-
-
-class Drops(nn.Module):
-    """Dropout, as a module and as a function."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.drop, self.b = conv(), nn.Dropout(0.5), conv()
-
-    def forward(self, x):
-        x = F.dropout(self.a(x), 0.3, self.training)
-        return self.b(self.drop(F.relu(x, inplace=True)))
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(6, 18), nn.Linear(6, 6)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).view(x.shape[0], x.shape[1], 3, 2, 3).permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(y.transpose(1, 2).reshape(x.shape))
-
-
-class AddInto(nn.Module):
-    """In-place additions to activations that have other readers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = conv(), conv(), conv(4, 2)
-
-    def forward(self, x):
-        y = self.a(x)
-        z = self.b(y.relu_())
-        z.add_(y)
-        z += x
-        return self.c(z)
-
-
-class Buffers(nn.Module):
-    """A constant and a buffer in the graph."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = conv(), conv()
-        self.register_buffer("shift", torch.randn(4, 1, 1))
-
-    def forward(self, x):
-        return self.b(self.a(x) + self.shift + torch.ones(4, 1, 1))
-
-
-Make = Callable[[], tuple[nn.Module, list[Any]]]
-NETS: dict[str, Make] = {
-    # without control flow that no export follows, and what is another net again to an export
-    **{name: make for name, make in FX_NETS.items() if name not in ("WithOpaque", "Standalone", "Int32Tokens")},
-    "Drops": lambda: (Drops(), batches(*SHAPE)),
-    "Attention": lambda: (Attention(), batches(5, 6)),
-    "AddInto": lambda: (AddInto(), batches(*SHAPE)),
-    "Buffers": lambda: (Buffers(), batches(*SHAPE)),
-}
-# they write to a value that is read later under another name; a dropout in eval mode is one
-_VIEWS = {"ViewOverwritten", "ViewOutlivesBase", "AliasOverwritten"}
 
 
 def names() -> list[str]:
     """The nets to learn on."""
-    return [name for name in NETS if name not in _VIEWS]
-
-
-@functools.cache
-def _float(name: str) -> tuple[nn.Module, fx.GraphModule, list[Any]]:
-    torch.manual_seed(0)
-    model, data = NETS[name]()
-    # batches of one size: the program is exported for that of the first
-    data = data[:2]
-    return model, exported(model, data[0]), data
-
-
-def prepare(name: str, quantizer: Quantizer | None = None) -> tuple[fx.GraphModule, list[Any]]:
-    """Calibrated prepared model and batches of a net."""
-    _, program, data = _float(name)
-    return calibrated(program, data, quantizer or x86()), copy.deepcopy(data)
-
-
-@pytest.fixture
-def opened(monkeypatch) -> list[PreparedPT2E]:
-    """The hosts that `adaround` opens."""
-    found: list[Any] = []
-
-    def spy(*args: Any) -> Any:
-        found.append(open_host(*args))
-        return found[-1]
-
-    monkeypatch.setattr(adaround_plugin.api, "open_host", spy)
-    return found
-
-
-def leaves_of(host: PreparedPT2E, batch: Any) -> list[Any]:
-    """A batch as values of the placeholders."""
-    args, kwargs = split(copy.deepcopy(batch))
-    return host.flatten(host.signature.bind(*args, **kwargs))
+    return [name for name in NETS if name not in VIEWS]
 
 
 def without_observers(prepared: fx.GraphModule) -> fx.GraphModule:
@@ -156,12 +61,12 @@ def without_observers(prepared: fx.GraphModule) -> fx.GraphModule:
 
 
 @pytest.mark.parametrize("name", names())
-def test_streams_equal_the_hosts_programs_and_nothing_else_changes(name, opened):
-    model, program, data = _float(name)
-    prepared, given = prepare(name)
+def test_streams_equal_the_hosts_programs_and_nothing_else_changes(name, passes):
+    model, program, data = exported_net(name)
+    prepared, given = prepared_net(name)
     floats, exports = snapshot(model), snapshot(program)
     before, statistics = Unchanged(prepared), observer_statistics(prepared)
-    result = learn(prepared, given)
+    result = learn(prepared, given, solver="gptq")
     # what was learned is what is converted
     learned, converted = all_learned(result), convert(result)
     assert learned
@@ -180,12 +85,12 @@ def test_streams_equal_the_hosts_programs_and_nothing_else_changes(name, opened)
     for key, value in statistics.items():
         assert torch.equal(value, after[key]), key
     # the streams, as learning left them
-    (host,) = opened
+    (run,) = passes
     plain = without_observers(prepared)
     for batch in data:
         with torch.no_grad():
-            exact = run_stream(host.float_stream, leaves_of(host, batch))
-            quantized = run_stream(host.quantized_stream, leaves_of(host, batch))
+            exact = run_stream(run.streams[0], leaves_of(run.host, batch))
+            quantized = run_stream(run.streams[1], leaves_of(run.host, batch))
             assert_equal_trees(list(exact), tree_leaves(call(plain, copy.deepcopy(batch))))
             assert_equal_trees(list(quantized), tree_leaves(call(converted, copy.deepcopy(batch))))
             if name != "Normalized":  # folding a batch norm rounds differently
@@ -208,14 +113,14 @@ _OTHERS = {
 
 
 @pytest.mark.parametrize(("quantizer", "name"), [(key, name) for key, (_, nets) in _OTHERS.items() for name in nets])
-def test_streams_equal_the_hosts_programs_under_other_quantizers(quantizer, name, opened):
-    prepared, data = prepare(name, _OTHERS[quantizer][0]())
-    result = learn(prepared, data)
-    (host,) = opened
+def test_streams_equal_the_hosts_programs_under_other_quantizers(quantizer, name, passes):
+    prepared, data = prepared_net(name, _OTHERS[quantizer][0]())
+    result = learn(prepared, data, solver="gptq")
+    (run,) = passes
     plain, converted = without_observers(prepared), convert(result)
     with torch.no_grad():
-        exact = run_stream(host.float_stream, leaves_of(host, data[1]))
-        found = run_stream(host.quantized_stream, leaves_of(host, data[1]))
+        exact = run_stream(run.streams[0], leaves_of(run.host, data[1]))
+        found = run_stream(run.streams[1], leaves_of(run.host, data[1]))
         assert_equal_trees(list(exact), tree_leaves(call(plain, copy.deepcopy(data[1]))))
         assert_equal_trees(list(found), tree_leaves(call(converted, copy.deepcopy(data[1]))))
     expected, integers = all_learned(result), all_converted(converted)
@@ -224,9 +129,9 @@ def test_streams_equal_the_hosts_programs_under_other_quantizers(quantizer, name
         assert_same(integers[key], one)
 
 
-@pytest.mark.parametrize("name", sorted(_VIEWS))
+@pytest.mark.parametrize("name", sorted(VIEWS))
 def test_writing_to_a_view_that_is_read_later_is_refused(name):
-    prepared, data = prepare(name)
+    prepared, data = prepared_net(name)
     before = Unchanged(prepared)
     with pytest.raises(InvalidModelError, match=r"overwrites .*Write that operation out of place"):
         learn(prepared, data)
@@ -235,9 +140,9 @@ def test_writing_to_a_view_that_is_read_later_is_refused(name):
 
 @pytest.mark.parametrize("name", ["Residual", "Branches", "AddInto", "Keywords", "TupleOutput", "Tokens", "Attention"])
 def test_output_error_is_that_of_the_converted_program_on_held_out_samples(name):
-    _, program, data = _float(name)
-    prepared, given = prepare(name)
-    result = learn(prepared, given, holdout=0.25)
+    _, program, data = exported_net(name)
+    prepared, given = prepared_net(name)
+    result = learn(prepared, given, holdout=0.25, solver="gptq")
     converted = convert(result)
     error = power = 0.0
     every, number, golden = 4, 0, 0.6180339887498949
@@ -256,7 +161,7 @@ def test_output_error_is_that_of_the_converted_program_on_held_out_samples(name)
 
 
 def test_the_weighted_operators_run_once_per_batch_and_stream(monkeypatch):
-    prepared, data = prepare("Siamese")
+    prepared, data = prepared_net("Siamese")
     calls: Counter[str] = Counter()
     plain = Stream.call_function
 
@@ -265,7 +170,7 @@ def test_the_weighted_operators_run_once_per_batch_and_stream(monkeypatch):
         return plain(self, target, args, kwargs)
 
     monkeypatch.setattr(Stream, "call_function", counted)
-    learn(prepared, data)
+    learn(prepared, data, solver="gptq")
     # a and b on the left and on the right side, in both streams
     assert calls["aten.conv2d.default"] == 2 * 4 * len(data)
     assert calls["aten.relu.default"] == 2 * 2 * len(data)
@@ -273,11 +178,11 @@ def test_the_weighted_operators_run_once_per_batch_and_stream(monkeypatch):
 
 @pytest.mark.parametrize("name", ["Residual", "Tied", "FunctionalWeights"])
 def test_inplace_changes_and_returns_the_given_model(name):
-    model, program, _ = _float(name)
-    prepared, data = prepare(name)
+    model, program, _ = exported_net(name)
+    prepared, data = prepared_net(name)
     floats, exports = snapshot(model), snapshot(program)
-    apart = learn(prepared, data)
-    assert learn(prepared, data, inplace=True) is prepared
+    apart = learn(prepared, data, solver="gptq")
+    assert learn(prepared, data, solver="gptq", inplace=True) is prepared
     ours, theirs = all_learned(prepared), all_learned(apart)
     assert ours.keys() == theirs.keys()
     for key, one in ours.items():
@@ -286,9 +191,8 @@ def test_inplace_changes_and_returns_the_given_model(name):
     assert_unchanged(exports, program)
 
 
-@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("name", ["Residual", "Tied", "Buffers"])
-def test_the_users_models_are_untouched_even_where_the_flow_shares_memory(name, inplace):
+def test_the_users_models_are_untouched_even_where_the_flow_shares_memory(name):
     """The export has the model's own tensors, and `prepare_pt2e` works on the export itself."""
     torch.manual_seed(0)
     model, data = NETS[name]()
@@ -297,9 +201,23 @@ def test_the_users_models_are_untouched_even_where_the_flow_shares_memory(name, 
     prepared = prepare_pt2e(exported(model, data[0]), x86())
     for batch in data:
         call(prepared, batch)
-    result = learn(prepared, data, inplace=inplace)
-    assert all_learned(result)
-    assert_unchanged(before, model)
+    for inplace in (False, True):
+        result = learn(prepared, data, solver="gptq", inplace=inplace)
+        assert all_learned(result)
+        assert_unchanged(before, model)
+
+
+def test_every_result_converts_by_itself_and_so_does_the_prepared_model():
+    """Annotations, which `convert_pt2e` reads for dynamic activations, name nodes of their own graph in each."""
+    prepared, data = prepared_net("SharedFunctionalWeight", EveryOperator(activation="dynamic"))
+    results = [learn(prepared, data, solver=solver) for solver in ("gptq", "nearest")]
+    expected = [all_learned(result) for result in results]
+    for result, learned in zip(results, expected, strict=True):
+        found = all_converted(convert_pt2e(result))
+        assert found.keys() == learned.keys()
+        for key, one in learned.items():
+            assert_same(found[key], one)
+    assert all_converted(convert_pt2e(prepared)).keys() == expected[0].keys()
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -313,16 +231,18 @@ def test_an_error_in_the_middle_changes_nothing(inplace):
                 raise RuntimeError("broken")
             return problem.best_of()
 
-    prepared, data = prepare("Residual")
+    prepared, data = prepared_net("Residual")
     before = Unchanged(prepared)
     with pytest.raises(RuntimeError, match="broken"):
-        learn(prepared, data, solver=Breaks(), scale="observer", inplace=inplace)
+        learn(prepared, data, solver=Breaks(), search_scale=False, inplace=inplace)
     before.check()
 
 
-@pytest.mark.parametrize("options", [{}, {"solver": "coordinate_descent"}, {"max_columns": 40}, {"scale": "observer"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"solver": "coordinate_descent"}, {"max_columns": 40}, {"search_scale": False}]
+)
 def test_twice_is_the_same(options):
-    prepared, data = prepare("Branches")
+    prepared, data = prepared_net("Branches")
     one, two = (learn(prepared, data, **options) for _ in range(2))
     ours, theirs = all_learned(one), all_learned(two)
     for key, weight in ours.items():
@@ -331,7 +251,7 @@ def test_twice_is_the_same(options):
 
 
 def test_the_automatic_recipe_is_the_same_twice_and_is_in_the_report():
-    prepared, data = prepare("Branches")
+    prepared, data = prepared_net("Branches")
     before = Unchanged(prepared)
     one, two = (adaround(prepared, data, progress=False) for _ in range(2))
     before.check()
@@ -353,20 +273,20 @@ def dynamic(model: nn.Module, data: list[Tensor]) -> fx.GraphModule:
 
 
 @pytest.mark.parametrize("name", ["Residual", "Split", "Views", "Called3", "Attention", "Normalized"])
-def test_a_dynamic_batch_size_takes_batches_of_several_sizes(name, opened):
+def test_a_dynamic_batch_size_takes_batches_of_several_sizes(name, passes):
     model, data = NETS[name]()
     sizes = [len(batch) for batch in data]
     assert len(set(sizes)) > 1
     prepared = dynamic(model, data)
     before = Unchanged(prepared)
-    result = learn(prepared, data)
+    result = learn(prepared, data, solver="gptq")
     before.check()
     converted = convert(result)
     assert get_report(result).layers
-    (host,) = opened
+    (run,) = passes
     for batch in data:
         with torch.no_grad():
-            found = run_stream(host.quantized_stream, leaves_of(host, batch))
+            found = run_stream(run.streams[1], leaves_of(run.host, batch))
             assert_equal_trees(list(found), tree_leaves(call(converted, batch)))
     learned = all_learned(result)
     for key, one in all_converted(converted).items():
@@ -376,16 +296,16 @@ def test_a_dynamic_batch_size_takes_batches_of_several_sizes(name, opened):
 def test_results_do_not_depend_on_how_samples_are_batched_beyond_rounding():
     model, data = NETS["Residual"]()
     prepared = dynamic(model, data)
-    one = learn(prepared, data, scale="observer")
-    two = learn(prepared, [torch.cat(data)], scale="observer")
+    one = learn(prepared, data, search_scale=False)
+    two = learn(prepared, [torch.cat(data)], search_scale=False)
     ours, theirs = get_report(one), get_report(two)
     assert ours.output_error == pytest.approx(theirs.output_error, rel=0.05)
     assert [layer.columns for layer in ours.layers] == [layer.columns for layer in theirs.layers]
 
 
 def test_batches_can_be_a_loader_a_generator_or_mapped_by_inputs():
-    prepared, data = prepare("Residual")
-    expected = all_learned(learn(prepared, data))
+    prepared, data = prepared_net("Residual")
+    expected = all_learned(learn(prepared, data, solver="gptq"))
     labelled = torch.utils.data.TensorDataset(torch.cat(data), torch.arange(12))
     given: list[tuple[Any, dict[str, Any]]] = [
         ((batch for batch in data), {}),
@@ -398,17 +318,17 @@ def test_batches_can_be_a_loader_a_generator_or_mapped_by_inputs():
         (torch.utils.data.DataLoader(labelled, batch_size=6), {"inputs": lambda pair: {"x": pair[0]}}),
     ]
     for source, options in given:
-        found = all_learned(learn(prepared, source, **options))
+        found = all_learned(learn(prepared, source, solver="gptq", **options))
         for key, one in expected.items():
             assert_same(found[key], one)
 
 
 def test_keyword_inputs_may_come_in_any_order():
-    prepared, data = prepare("PairsByName")
-    expected = all_learned(learn(prepared, data))
+    prepared, data = prepared_net("PairsByName")
+    expected = all_learned(learn(prepared, data, solver="gptq"))
     turned = [dict(reversed(batch.items())) for batch in data]
     assert list(turned[0]) != list(data[0])
-    found = all_learned(learn(prepared, turned))
+    found = all_learned(learn(prepared, turned, solver="gptq"))
     for key, one in expected.items():
         assert_same(found[key], one)
 
@@ -416,26 +336,27 @@ def test_keyword_inputs_may_come_in_any_order():
 # --- no layer worse than nearest
 
 
-@pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "gptq"])
-@pytest.mark.parametrize("name", ["Tied", "Views"])
-def test_no_layer_is_worse_than_nearest(name, solver):
-    prepared, data = prepare(name)
-    for holdout in (0.25, 0.0):
-        for layer in get_report(learn(prepared, data, solver=solver, holdout=holdout)).layers:
-            if holdout:
-                assert layer.learned == (layer.learned_holdout <= layer.nearest_holdout)
-                assert layer.learned or "nearest" in layer.note
-            else:
-                assert layer.learned == (layer.learned_error <= layer.nearest_error)
-            assert 0 <= layer.flipped <= 1
-            assert layer.columns > 0
+@pytest.mark.parametrize(
+    ("name", "solver", "holdout"),
+    pairwise(("Tied", "Views"), ("annealing", "coordinate_descent", "gptq"), (0.25, 0.0)),
+)
+def test_no_layer_is_worse_than_nearest(name, solver, holdout):
+    prepared, data = prepared_net(name)
+    for layer in get_report(learn(prepared, data, solver=solver, holdout=holdout)).layers:
+        if holdout:
+            assert layer.learned == (layer.learned_holdout <= layer.nearest_holdout)
+            assert layer.learned or "nearest" in layer.note
+        else:
+            assert layer.learned == (layer.learned_error <= layer.nearest_error)
+        assert 0 <= layer.flipped <= 1
+        assert layer.columns > 0
 
 
 @pytest.mark.parametrize("name", ["Residual", "FunctionalWeights", "Siamese", "Recursive"])
 def test_nearest_is_the_hosts_own_conversion(name):
     """Without learning, the result converts to what the prepared model converts to."""
-    prepared, data = prepare(name)
-    result = adaround(prepared, data, solver="nearest", scale="observer", progress=False)
+    prepared, data = prepared_net(name)
+    result = adaround(prepared, data, "nearest", progress=False)
     expected = all_converted(convert(prepared))
     found = all_learned(result)
     assert expected.keys() == found.keys()

@@ -96,7 +96,7 @@ CATALOGUE: dict[str, RoundingProblem] = {
 
 def definition(problem: RoundingProblem, q: Tensor) -> Tensor:
     """`(q - t) H (q - t)^T` term by term in float64, `(G, R)`."""
-    error = (q.double() - problem.target) * (1.0 if problem.step is None else problem.step)
+    error = (q.double() - problem.target) * problem.step
     return torch.einsum("grj,gjk,grk->gr", error, problem.hessian.matrix, error)
 
 
@@ -107,7 +107,7 @@ def optimum(problem: RoundingProblem) -> Tensor:
     for g, r in product(range(groups), range(rows)):
         levels = [range(int(a), int(b) + 1) for a, b in zip(problem.lower[g, r], problem.upper[g, r], strict=True)]
         error = torch.tensor(list(product(*levels)), dtype=torch.float64) - problem.target[g, r]
-        error = error if problem.step is None else error * problem.step[g, r]
+        error = error * problem.step[g, r]
         best[g, r] = ((error @ problem.hessian.matrix[g]) * error).sum(1).min()
     return best
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.ao.quantization.observer import HistogramObserver
 
-from adaround_plugin.hosts.activation_observers import AdaRoundActivationObserver
-from adaround_plugin.rounding.activation_range import min_mse_qparams
 from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.hosts.fx.observers import AdaRoundActivationObserver
+from adaround_plugin.rounding.ranges import min_mse_qparams
 
 
 def values(kind: str, seed: int = 0) -> Tensor:

@@ -1,8 +1,9 @@
-"""Imports go down, and the mathematics needs nothing but torch."""
+"""What the folders promise: who imports whom, where private names of others stand, how large things may be."""
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,152 +13,157 @@ import pytest
 PACKAGE = "adaround_plugin"
 ROOT = Path(__file__).parents[1]
 
-# a module imports from layers above its own line only; inside one layer, from what stands before it
-LAYERS: list[list[str]] = [
-    [
-        "_version",
-        "errors",
-        "activation_range",
-        "grid",
-        "hessian",
-        "moments",
-        "names",
-        "schemes",
-        "soft_rounding",
-        "weighted_op",
-        "channel_scales",
-    ],
-    [
-        "problem",
-        "qubo",
-        "solvers._triton_visit",
-        "solvers._sweep",
-        "solvers.nearest",
-        "solvers.sequential",
-        "solvers.coordinate_descent",
-    ],
-    [
-        "solvers.annealing",
-        "solvers.cross_entropy",
-        "solvers.relaxation",
-        "solvers",
-        "presets",
-        "reconstruction",
-        "refinement",
-    ],
-    ["scale", "observers", "activation_observer", "qconfig"],
-    ["layer", "report", "calibration"],
-    ["graph", "graph.compat", "graph.operators", "graph.streams", "graph.transforms", "graph.calls", "graph.host"],
-    ["graph.paths", "graph.importance", "graph.samples", "graph.regions", "graph.blocks"],
-    ["graph.checks", "graph.clamps", "graph.quantizers", "graph.grids", "graph.fx_nodes", "graph.prepared_fx"],
-    [
-        "capped_relu",
-        "graph.homogeneous",
-        "graph.scaled_layers",
-        "graph.layer_pairs",
-        "channel_ranges",
-        "equalization_report",
-        "equalization",
-    ],
-    ["pt2e.observers", "pt2e.quantizers", "pt2e", "graph.pt2e_nodes", "graph.prepared_pt2e", "graph.hosts"],
-    ["task_loss", "weights", "forms"],
-    ["learner", "learn"],
-    ["inc.compat", "inc.recording", "inc.layers", "inc.parts", "inc.config"],
-    ["inc.packing", "inc.programs", "inc.observed", "inc.saving", "inc.native", "inc.exported", "inc.weight_only"],
-    ["inc.algorithm", "inc"],
-    ["demo", "cli", "__main__"],
-]
-MATHEMATICS = {
-    *LAYERS[0],
-    *LAYERS[1],
-    "solvers.annealing",
-    "solvers.cross_entropy",
-    "solvers.relaxation",
-    "solvers",
-    "scale",
-    "layer",
+# a folder, or a file at the top, and what it may import of the package beside itself; errors and options serve all
+MAY_IMPORT = {
+    "errors": "",
+    "_version": "",
+    "names": "",
+    "report": "",
+    "options": "",
+    "rounding": "",
+    "solvers": "rounding",
+    "graph": "rounding",
+    "hosts": "graph rounding names",
+    "regions": "hosts graph solvers rounding names",
+    "learning": "regions hosts graph solvers rounding report",
+    "equalization": "regions graph rounding",
+    "paper": "regions hosts graph rounding names report",
+    "api": "learning regions hosts solvers names report",
+    "inc": "api learning hosts graph solvers rounding names report",
+    "demo": "api hosts report",
+    "cli": "demo rounding _version",
+    "": "api equalization hosts learning report _version",
 }
-MATHEMATICS |= {"reconstruction", "refinement"}
-ALLOWED_OUTSIDE = {"torch", PACKAGE, *sys.stdlib_module_names}
-ORDER = [name for layer in LAYERS for name in layer]
+FOR_ALL = {"errors", "options"}
+# parts of hosts: what is common to both, each host, and the one file that tells them apart
+HOSTS = {"": "", "fx": "", "pt2e": "", "open": "fx pt2e"}
+MATHEMATICS = {"rounding", "solvers"}
+# where names stand that others keep to themselves: those of torch, of torchao, and of Neural Compressor
+COMPATIBILITY = {"graph/compat.py", "hosts/pt2e/compat.py", "inc/compat.py"}
+# the package's own names that look like another's
+OWN = {"_version", "_weight", "_scale", "_zero_point", "_adaround", "_adaround_weight_", "_bias_"}
 
 
-def modules() -> dict[str, Path]:
-    """Dotted names inside the package of every module of it, the tests and the package itself left out."""
-    found = {}
-    for path in sorted(ROOT.rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        if parts[0] != "tests" and parts != ("__init__",):
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+def sources() -> dict[str, ast.Module]:
+    """The syntax tree of every file of the package but its tests, by its path in the package."""
+    paths = [path for path in sorted(ROOT.rglob("*.py")) if "tests" not in path.relative_to(ROOT).parts]
+    return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
 
 
-def imports(name: str, path: Path) -> Iterator[str]:
-    """Absolute dotted names that a module imports, wherever in its text."""
-    package = [PACKAGE, *name.split(".")]
-    if path.name != "__init__.py":
-        package.pop()
-    for node in ast.walk(ast.parse(path.read_text())):
+SOURCES = sources()
+
+
+def imports(file: str) -> Iterator[str]:
+    """Absolute dotted names that a file imports, wherever in its text."""
+    for node in ast.walk(SOURCES[file]):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            source = ".".join([*base, *([node.module] if node.module else [])])
-            for alias in node.names:
-                full = f"{source}.{alias.name}"
-                yield full if full.removeprefix(PACKAGE + ".") in modules() else source
+            assert node.level == 0, f"{file}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-MODULES = modules()
+def room(file: str) -> str:
+    """The folder of a file, or the file itself where it stands at the top; empty for the package."""
+    return file.split("/")[0].removesuffix(".py").removesuffix("__init__")
 
 
-def inside(name: str) -> set[str]:
-    """Modules of the package that `name` imports."""
-    found = {full for full in imports(name, MODULES[name]) if full.split(".")[0] == PACKAGE}
-    return {full.removeprefix(PACKAGE).removeprefix(".") for full in found}
+def imported(file: str) -> set[str]:
+    """What a file imports of the package, as paths without an ending."""
+    own = {name.removeprefix(f"{PACKAGE}.") for name in imports(file) if name.startswith(f"{PACKAGE}.")}
+    return {name.replace(".", "/") for name in own}
 
 
-def test_every_module_has_its_layer():
-    assert sorted(MODULES) == sorted(ORDER)
+def test_folders_import_only_what_they_may() -> None:
+    assert {room(file) for file in SOURCES} == MAY_IMPORT.keys()
+    for file in SOURCES:
+        allowed = {room(file), *MAY_IMPORT[room(file)].split(), *FOR_ALL}
+        found = {name.split("/")[0] for name in imported(file)}
+        assert found <= allowed, f"{file} imports {sorted(found - allowed)}"
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_go_down(name):
-    position = ORDER.index(name)
-    above = {target for target in inside(name) if target not in ORDER[:position]}
-    assert not above, f"{name} imports {sorted(above)}"
+def test_folders_and_files_have_no_circles() -> None:
+    """Rooms are listed from the ground up: none imports one that stands later."""
+    order = list(MAY_IMPORT)
+    for name, allowed in MAY_IMPORT.items():
+        assert all(order.index(other) < order.index(name) for other in allowed.split()), name
+    modules = {file.removesuffix(".py").removesuffix("/__init__"): file for file in SOURCES}
+
+    def targets(file: str) -> set[str]:
+        found = (modules.get(name) or modules.get(name.rpartition("/")[0]) for name in imported(file))
+        return {target for target in found if target is not None and target != file}
+
+    left = {file: targets(file) for file in SOURCES}
+    while free := {file for file, others in left.items() if not others & left.keys()}:
+        left = {file: others for file, others in left.items() if file not in free}
+    assert not left, f"imports in a circle: {sorted(left)}"
 
 
-@pytest.mark.parametrize("name", sorted(MATHEMATICS & MODULES.keys()))
-def test_mathematics_imports_torch_alone(name):
-    allowed = ALLOWED_OUTSIDE | ({"triton"} if name == "solvers._triton_visit" else set())
-    outside = {full.split(".")[0] for full in imports(name, MODULES[name])} - allowed
-    assert not outside
-    deep = {full for full in imports(name, MODULES[name]) if full.startswith(("torch.ao", "torch.fx", "torch.nn.mod"))}
-    assert not deep, "no host and no graph"
-    assert inside(name) <= MATHEMATICS
+def test_hosts_know_nothing_of_each_other() -> None:
+    parts = {"fx", "pt2e", "open"}
+
+    def part(path: str) -> str:
+        first = path.removeprefix("hosts/").split("/")[0].removesuffix(".py")
+        return first if first in parts else ""
+
+    for file in (file for file in SOURCES if room(file) == "hosts"):
+        allowed = {"", part(file), *HOSTS[part(file)].split()}
+        found = {part(name) for name in imported(file) if name.startswith("hosts/")}
+        assert found <= allowed, f"{file} imports hosts/{sorted(found - allowed)}"
 
 
-def test_private_names_of_torch_are_in_one_place():
-    for name, path in MODULES.items():
-        private = [
-            alias.name
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch")
-            for alias in node.names
-            if alias.name.startswith("_")
-        ]
-        assert not private or name == "graph.compat", f"{name} imports {private}"
+def test_mathematics_needs_torch_alone() -> None:
+    """No host, no graph; Triton only where it runs."""
+    for file in (file for file in SOURCES if room(file) in MATHEMATICS):
+        outside = {name.split(".")[0] for name in imports(file)} - {"torch", PACKAGE, *sys.stdlib_module_names}
+        assert outside <= ({"triton"} if file == "solvers/sweep_triton.py" else set()), file
+        assert not [name for name in imports(file) if name.startswith(("torch.ao", "torch.fx", "torch.nn.mod"))], file
 
 
-def test_neural_compressor_is_named_in_one_place():
-    for name, path in MODULES.items():
-        named = [full for full in imports(name, path) if full.split(".")[0] == "neural_compressor"]
-        assert not named or name == "inc.compat", f"{name} imports {named}"
+def private_names(tree: ast.Module) -> Iterator[str]:
+    """Names with a leading underscore that are not the file's own: imported, read off an object, or written out."""
+    prose = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+            yield node.attr
+        elif isinstance(node, ast.keyword) and node.arg is not None:
+            yield node.arg
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield node.value
 
 
-@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"_version", "graph", "__main__", "cli", "demo"}))
-def test_every_module_says_what_is_public(name):
-    tree = ast.parse(MODULES[name].read_text())
-    assert ast.get_docstring(tree)
-    assert any(isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__" for node in tree.body)
+def test_private_names_of_others_stand_in_the_compatibility_modules() -> None:
+    for file in SOURCES.keys() - COMPATIBILITY:
+        found = {name for name in private_names(SOURCES[file]) if re.fullmatch(r"_(?!_)\w*[a-z]\w*", name)}
+        assert found <= OWN, f"{file} names {sorted(found - OWN)}"
+
+
+def test_neural_compressor_is_imported_in_one_place() -> None:
+    named = {file for file in SOURCES for name in imports(file) if name.split(".")[0] == "neural_compressor"}
+    assert named == {"inc/compat.py"}
+
+
+def test_every_file_says_what_it_is_and_what_is_public() -> None:
+    for file, tree in SOURCES.items():
+        assert ast.get_docstring(tree) or file == "_version.py", f"{file} has no docstring"
+        public = any(isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__" for node in tree.body)
+        empty = all(isinstance(node, ast.Expr) for node in tree.body)
+        assert public or empty or file in ("_version.py", "cli.py"), f"{file} has no __all__"
+
+
+@pytest.mark.parametrize(("kind", "most"), [(ast.ClassDef, 240), (ast.FunctionDef, 80)])
+def test_nothing_is_longer_than_can_be_read(kind: type[ast.ClassDef | ast.FunctionDef], most: int) -> None:
+    """Lines of a class or function, its docstring left out."""
+    for file, tree in SOURCES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, kind):
+                prose = node.body[0] if ast.get_docstring(node) else None
+                said = 0 if prose is None else prose.end_lineno - prose.lineno + 1
+                lines = node.end_lineno - node.lineno + 1 - said
+                assert lines <= most, f"{file}: {node.name} has {lines} lines"

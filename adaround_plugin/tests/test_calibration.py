@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from adaround_plugin.regions.calibration import Sampling, bind_batches
 from adaround_plugin.errors import InvalidBatchError
 from adaround_plugin.hosts.fx.host import placeholder_signature
-from adaround_plugin.rounding.linear_op import Patches, LinearOp
+from adaround_plugin.regions.calibration import Sampling, bind_batches
+from adaround_plugin.rounding.linear_op import LinearOp, Patches
 
 
 class One(nn.Module):
@@ -138,7 +138,7 @@ def test_a_batch_that_does_not_fit_the_signature_is_named_with_the_remedy(model,
 
 @pytest.mark.parametrize("batches", [[], (), iter([]), DataLoader(TensorDataset(torch.zeros(0, 1)))])
 def test_no_batches_are_refused(batches):
-    with pytest.raises(InvalidBatchError, match=r"batches: is empty.*Pass a list or a DataLoader"):
+    with pytest.raises(InvalidBatchError, match=r"data: is empty.*Pass a list or a DataLoader"):
         bind(One(), batches)
 
 

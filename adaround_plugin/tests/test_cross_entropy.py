@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.paper import cross_entropy
+from adaround_plugin.paper.cross_entropy import CrossEntropy
 from adaround_plugin.rounding.hessian import Hessian
 from adaround_plugin.rounding.problem import RoundingProblem
 from adaround_plugin.rounding.qubo import two_levels
-from adaround_plugin.solvers import CrossEntropy, cross_entropy
 from adaround_plugin.tests.problems import CATALOGUE, correlated, make, optimum
 
 SMALL = range(24)
@@ -25,8 +26,8 @@ def two_level_problem(seed: int, columns: int | None = None) -> RoundingProblem:
     generator = torch.Generator().manual_seed(seed)
     low = (problem.nearest - torch.randint(0, 2, problem.nearest.shape, generator=generator)).clamp(-8, 7)
     high = torch.minimum(low + 1, torch.tensor(7))
-    step = 0.3 + torch.rand(problem.target.shape, generator=generator, dtype=torch.float64) if seed % 3 == 0 else None
-    return replace(problem, lower=low, upper=high, step=step)
+    step = 0.3 + torch.rand(problem.target.shape, generator=generator, dtype=torch.float64)
+    return replace(problem, lower=low, upper=high, step=torch.ones(()) if seed % 3 else step)
 
 
 def hits(solver: CrossEntropy) -> float:

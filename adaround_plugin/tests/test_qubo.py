@@ -28,7 +28,8 @@ def binary_problems(draw: st.DrawFn) -> RoundingProblem:
     low, high = two_levels(problem)
     generator = torch.Generator().manual_seed(seed)
     single = torch.rand(low.shape, generator=generator) < 0.2
-    step = 0.1 + torch.rand(low.shape, generator=generator, dtype=torch.float64) if draw(st.booleans()) else None
+    step = 0.1 + torch.rand(low.shape, generator=generator, dtype=torch.float64)
+    step = step if draw(st.booleans()) else torch.ones(())
     return replace(problem, lower=low, upper=torch.where(single, low, high), step=step)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import fx, nn
 
 from adaround_plugin.errors import InvalidModelError
-from adaround_plugin.report import KEY, LayerReport, RecipeTrial, Report, get_report
+from adaround_plugin.report import KEY, BlockReport, LayerReport, RecipeTrial, Report, get_report
 
 LAYER = LayerReport(
     name="blocks.0.conv",
@@ -30,12 +31,15 @@ LAYER = LayerReport(
     seconds=1.25,
     note="",
 )
+BLOCK = BlockReport("blocks.0", ("blocks.0.conv", "head"), 0.5, 0.25, None, None, 300, 1.5, "entries weighed alike")
 REPORT = Report(
+    method="blocks",
     solver="Annealing",
-    recipe="asymmetric",
+    recipe="errors propagated",
     layers=[LAYER, LayerReport(**{**vars(LAYER), "name": "head", "learned": False, "note": "kept nearest"})],
     skipped=[("embedding", "Embedding", "not supported")],
-    trials=[RecipeTrial("symmetric", 0.5)],
+    trials=[RecipeTrial("errors not propagated", 0.5)],
+    blocks=[BLOCK],
     output_error=0.04,
     seconds={"total": 2.0},
 )
@@ -45,7 +49,9 @@ def test_json_holds_everything():
     back = json.loads(REPORT.to_json())
     assert back["layers"][0] == {**vars(LAYER), "tied": [], "shape": [4, 3, 3, 3]}
     assert back["skipped"] == [["embedding", "Embedding", "not supported"]]
-    assert back["trials"] == [{"recipe": "symmetric", "output_error": 0.5}]
+    assert back["trials"] == [{"recipe": "errors not propagated", "output_error": 0.5}]
+    assert back["blocks"] == [{**vars(BLOCK), "layers": ["blocks.0.conv", "head"]}]
+    assert back["finetuning"] is None
     assert set(back) == set(vars(REPORT))
     assert "\n" not in REPORT.to_json(indent=None)
 
@@ -56,8 +62,20 @@ def test_the_table_has_a_line_per_layer_and_says_what_was_left_out():
     assert lines[1].split()[:8] == ["blocks.0.conv", "Conv2d", "4x3x3x3", "3", "0.0123", "0.00235", "-", "-"]
     assert lines[2].endswith("kept nearest")
     assert "skipped embedding (Embedding): not supported" in lines
-    assert any("symmetric" in line and "0.5" in line for line in lines)
-    assert "1 of 2 layers learned with Annealing (asymmetric); output error 0.04; total 2.0 s" in lines[-1]
+    assert any("tried errors not propagated" in line and "0.5" in line for line in lines)
+    told = ("blocks", "1 of 2 layers", "Annealing", "errors propagated", "output error 0.04", "total 2.0 s")
+    assert all(one in lines[-1] for one in told)
+
+
+def test_what_was_learned_on_samples_has_a_table_of_its_own():
+    finetuned = BlockReport("network", ("blocks.0.conv", "head"), 0.25, 0.2, iterations=7)
+    lines = str(replace(REPORT, finetuning=finetuned)).splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("learned on samples"))
+    assert head == 3
+    assert lines[head + 1].split()[:7] == ["blocks.0", "2", "0.5", "0.25", "-", "-", "300"]
+    assert lines[head + 1].endswith("entries weighed alike")
+    assert lines[head + 2].split()[:7] == ["network", "2", "0.25", "0.2", "-", "-", "7"]
+    assert not any(line.startswith("learned on samples") for line in str(replace(REPORT, blocks=[])).splitlines())
 
 
 def test_columns_of_the_table_are_aligned():
@@ -66,7 +84,7 @@ def test_columns_of_the_table_are_aligned():
 
 
 def test_an_empty_report_can_be_printed():
-    assert "0 of 0 layers" in str(Report("Nearest", "plain", [], []))
+    assert "0 of 0 layers" in str(Report("nearest", "Nearest", "plain", [], []))
 
 
 def test_a_report_can_be_pickled():

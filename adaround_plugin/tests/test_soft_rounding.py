@@ -11,23 +11,21 @@ from hypothesis import strategies as st
 
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.rounding.soft_rounding import (
-    VARIANTS,
+    RectifiedSigmoid,
     annealed_beta,
     bracket,
     inverse_rectified_sigmoid,
     rectified_sigmoid,
     regularizer,
-    soft_rounding,
 )
 
 BETA = (20.0, 2.0)
 shares = st.floats(0, 1)
 
 
-def soft(variant="rectified_sigmoid", start=(0.25, 3.5, -1.0), lower=(0, 3, -1), upper=(1, 4, -1)):
-    return soft_rounding(
-        variant, torch.tensor(lower), torch.tensor(upper), torch.tensor(start, dtype=torch.float64), 0.2, BETA
-    )
+def soft(start=(0.25, 3.5, -1.0), lower=(0, 3, -1), upper=(1, 4, -1)) -> RectifiedSigmoid:
+    begin = torch.tensor(start, dtype=torch.float64)
+    return RectifiedSigmoid(torch.tensor(lower), torch.tensor(upper), begin, 0.2, BETA)
 
 
 @given(st.floats(-20, 20))
@@ -57,10 +55,14 @@ def test_beta_is_off_in_warm_up_and_then_falls_from_first_to_last():
     assert found == sorted(found, reverse=True)
 
 
-@pytest.mark.parametrize("variant", ["rectified_sigmoid", "sigmoid", "temperature"])
-def test_shares_begin_where_they_are_told(variant):
-    coordinates = soft(variant).coordinates(0.0).detach()
+def test_shares_begin_where_they_are_told():
+    coordinates = soft().coordinates(0.0).detach()
     assert torch.allclose(coordinates, torch.tensor([0.25, 3.5, -1.0]), atol=2e-3)
+
+
+def test_integers_are_the_nearer_level():
+    assert soft(start=(0.25, 3.6, -1.0)).integers().tolist() == [0, 4, -1]
+    assert soft(start=(-7.0, 9.0, 0.4)).integers().tolist() == [0, 4, -1]
 
 
 def test_a_start_at_an_integer_is_that_integer_and_can_leave_it():
@@ -73,28 +75,8 @@ def test_a_start_at_an_integer_is_that_integer_and_can_leave_it():
     assert gradient[2] == 0
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_integers_are_the_nearer_level(variant):
-    assert soft(variant, start=(0.25, 3.6, -1.0)).integers().tolist() == [0, 4, -1]
-
-
-def test_temperature_hardens_without_a_regularizer():
-    rounding = soft("temperature", start=(0.3, 3.6, -1.0))
-    assert rounding.penalty(0.9) is None
-    assert torch.allclose(rounding.coordinates(1.0).detach(), torch.tensor([0.0, 4.0, -1.0]), atol=1e-6)
-
-
-def test_straight_through_rounds_forward_and_passes_the_gradient():
-    rounding = soft("straight_through", start=(0.3, 3.6, 5.0), lower=(-2, -2, -2), upper=(4, 4, 4))
-    coordinates = rounding.coordinates(0.0)
-    assert coordinates.tolist() == [0.0, 4.0, 4.0]
-    # clipped coordinates have none
-    assert torch.autograd.grad(coordinates.sum(), rounding.parameter)[0].tolist() == [1.0, 1.0, 0.0]
-
-
-@pytest.mark.parametrize("variant", ["rectified_sigmoid", "sigmoid"])
-def test_penalty_is_the_mean_over_the_weights(variant):
-    rounding = soft(variant, start=(0.5, 3.5, -1.0))
+def test_penalty_is_the_mean_over_the_weights():
+    rounding = soft(start=(0.5, 3.5, -1.0))
     assert rounding.penalty(0.1) is None
     # a weight whose bounds are equal has a share too, at an end
     expected = regularizer((rounding.coordinates(0.5) - rounding.lower).detach(), annealed_beta(0.5, 0.2, BETA)).mean()
@@ -108,10 +90,6 @@ def test_settled_says_whether_every_share_is_at_an_end():
     with torch.no_grad():
         hard.parameter.copy_(torch.tensor([-3.0, 3.0, 0.0]))
     assert hard.settled(0.5)
-    # a temperature that is still warm has settled nothing
-    warm = soft("temperature", start=(0.3, 3.6, -1.0))
-    assert not warm.settled(0.0)
-    assert warm.settled(1.0)
 
 
 @given(st.lists(st.tuples(st.integers(-8, 7), st.floats(-1, 1)), min_size=1, max_size=20))
@@ -125,8 +103,7 @@ def test_bracket_holds_the_integer_and_the_neighbour_downhill(pairs):
         assert (low, high) == (max(wanted[0], -8), min(wanted[1], 7))
 
 
-def test_bad_bounds_and_variants_are_refused():
+@pytest.mark.parametrize("upper", [(2, 4, -1), (-1, 4, -1)])
+def test_bounds_that_are_not_two_levels_are_refused(upper):
     with pytest.raises(InvalidOptionError, match="more than two levels"):
-        soft(lower=(0, 3, -1), upper=(2, 4, -1))
-    with pytest.raises(InvalidOptionError, match=r"variant.*rectified_sigmoid"):
-        soft("hard")
+        soft(upper=upper)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adaround_plugin.errors import InvalidBatchError, InvalidModelError, InvalidOptionError, NonFiniteError
+from adaround_plugin.paper.cross_entropy import CrossEntropy
+from adaround_plugin.paper.task_loss import MAX_WEIGHTS, expand_task_loss
 from adaround_plugin.rounding.grid import Grid, GridSpec
-from adaround_plugin.learning.scale_search import min_max_grid
-from adaround_plugin.solvers import Annealing, CrossEntropy
-from adaround_plugin.paper.task_loss import MAX_WEIGHTS, expand_task_loss, task_loss_problem
+from adaround_plugin.rounding.ranges import min_max_grid
+from adaround_plugin.solvers import Annealing
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
@@ -185,7 +186,7 @@ def test_solvers_find_the_best_of_all_roundings_of_a_layer(gradient):
     data = [(inputs + 2, labels) for inputs, labels in batches((3,), (40, 24))]
     weight = model.get_parameter("0.weight").detach()
     grid = grid_of(weight)
-    problem = task_loss_problem(model, "0", cross_entropy, data, grid, gradient=gradient, damping=1e-6)
+    problem = expand_task_loss(model, "0", cross_entropy, data).problem(grid, gradient=gradient, damping=1e-6)
     levels = [sorted({int(a), int(b)}) for a, b in zip(problem.lower[0, 0], problem.upper[0, 0], strict=True)]
     every = torch.tensor(list(product(*levels)))
     best = min(float(problem.loss(q.reshape(1, 1, -1))) for q in every)

@@ -12,9 +12,9 @@ from torch.ao.quantization import QConfig, default_observer
 from torch.ao.quantization.observer import ObserverBase
 
 from adaround_plugin.errors import AdaRoundError, InvalidModelError, InvalidOptionError
-from adaround_plugin.rounding.grid import GridSpec, integer_range
 from adaround_plugin.hosts.fx.observers import AdaRoundObserver, FrozenObserver
-from adaround_plugin.learning.scale_search import min_max_grid, min_mse_grid
+from adaround_plugin.rounding.grid import GridSpec, integer_range
+from adaround_plugin.rounding.ranges import min_max_grid, min_mse_grid
 
 SCHEMES = {
     torch.per_tensor_symmetric: (None, True),

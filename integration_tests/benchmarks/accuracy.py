@@ -14,7 +14,7 @@ with, `--blocks features` learns everything in `features` as one block (with the
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
@@ -147,7 +147,7 @@ class Case:
         return convert_to_reference_fx(learned, backend_config=backend)
 
 
-def preset_of(name: str, layers: dict[str, Any], blocks: list[str] | None) -> Preset:
+def preset_of(name: str, layers: Mapping[str, Any] | None = None, blocks: Sequence[str] | None = None) -> Preset:
     """The method of a name, which may be that of a solver, and what is finetuned after it.
 
     Args:
@@ -180,8 +180,7 @@ def rows(
             batches = list(torch.split(mixed(calibration[:count], mixes), 64))
             prepared = case.prepare(batches)
             start = time.process_time()
-            chosen = finetune or preset.finetune or False
-            learned = adaround(prepared, batches, preset.method, finetune=chosen, progress=False)
+            learned = adaround(prepared, batches, preset, finetune=finetune, progress=False)
             seconds = time.process_time() - start
             recipe = get_report(learned).recipe
             converted = case.convert(learned)

@@ -18,20 +18,20 @@ from typing import Any
 
 import torch
 
-from adaround_plugin import adaround, get_report
-from adaround_plugin.solvers import Relaxation
+from adaround_plugin import LayerWise, Paper, adaround, get_report
+from adaround_plugin.learning.methods import Method
 from integration_tests.benchmarks import glyphs, networks
 from integration_tests.benchmarks.accuracy import TEST_IMAGES, TEST_SEED, Case, accuracy
 
 # the paper's rate is for 10,000 steps: in fewer, shares would not get from where they start to 0 or 1
-METHODS: dict[str, dict[str, Any]] = {
-    "nearest": {"solver": "nearest"},
-    "coordinate descent": {"solver": "coordinate_descent"},
-    "annealing": {},
-    "relaxation, 500": {"preset": "paper", "solver": Relaxation(iterations=500, learning_rate=1e-2)},
-    "relaxation, 2,000": {"preset": "paper", "solver": Relaxation(iterations=2000, learning_rate=1e-2)},
-    "relaxation, 10,000": {"preset": "paper"},
-    "blocks": {"preset": "blocks"},
+METHODS: dict[str, str | Method] = {
+    "nearest": "nearest",
+    "coordinate descent": LayerWise(solver="coordinate_descent"),
+    "annealing": "default",
+    "relaxation, 500": Paper(iterations=500, learning_rate=1e-2),
+    "relaxation, 2,000": Paper(iterations=2000, learning_rate=1e-2),
+    "relaxation, 10,000": "paper",
+    "blocks": "blocks",
 }
 
 
@@ -52,7 +52,7 @@ def measure(name: str, bits: int, method: str, images: int, device: str = "cpu")
     batches = list(torch.split(calibration[:images].to(device), 64))
     prepared = case.prepare(batches)
     start = clock(device)
-    learned = adaround(prepared, batches, progress=False, **METHODS[method])
+    learned = adaround(prepared, batches, METHODS[method], progress=False)
     seconds = clock(device) - start
     recipe = get_report(learned).recipe
     converted = case.convert(learned.cpu())

@@ -23,16 +23,23 @@ from torch.ao.quantization.backend_config import BackendConfig
 from torch.ao.quantization.quantize_fx import convert_to_reference_fx, prepare_fx
 from tqdm import tqdm
 
-from adaround_plugin import adaround, get_adaround_qconfig_mapping, get_report, get_weight_only_backend_config
+from adaround_plugin import (
+    METHODS,
+    BlockWise,
+    Paper,
+    adaround,
+    get_adaround_qconfig_mapping,
+    get_report,
+    get_weight_only_backend_config,
+)
 from adaround_plugin.equalization.equalize import equalize
 from adaround_plugin.errors import AdaRoundError
-from adaround_plugin.methods import PRESETS
-from adaround_plugin.solvers import Relaxation
+from adaround_plugin.learning.methods import Preset
 from integration_tests.benchmarks.imagenet_data import VOC, check_classes, draw, image_folder, loader, mean_iou, top1
 from integration_tests.benchmarks.imagenet_models import TOPOLOGIES, load, weights_of
 from integration_tests.benchmarks.imagenet_results import FLOAT, Key, Results, table
 
-__all__ = ["METHODS", "MODES", "Experiment", "main", "run"]
+__all__ = ["COMPARED", "MODES", "Experiment", "main", "run"]
 
 # bits of the weights, and of the activations
 MODES: Final[Mapping[str, tuple[int, int | None]]] = {
@@ -41,13 +48,8 @@ MODES: Final[Mapping[str, tuple[int, int | None]]] = {
     "W3A32": (3, None),
     "W2A32": (2, None),
 }
-# options of `adaround`
-METHODS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "nearest": {"solver": "nearest"},
-    "paper": {"preset": "paper"},
-    "default": {},
-    "blocks": {"preset": "blocks"},
-}
+# the methods that are measured if none are named
+COMPARED: Final = {name: METHODS[name] for name in ("nearest", "paper", "default", "blocks")}
 _CALIBRATION_BATCH: Final = 32
 
 
@@ -65,8 +67,8 @@ class Experiment:
         per_channel: a scale for each output channel instead of each weight.
         equalize: equalize the ranges of neighbouring layers first, as the paper does for MobileNetV2: what becomes of
             ReLU6 then, `"replace"` (by ReLU, as in the paper) or `"cap"`. The float score is of the network before.
-        iterations: steps of the methods that relax, instead of their presets' own.
-        options: plain options of `adaround` for every method.
+        iterations: steps of the methods that learn on samples, instead of their own.
+        options: plain arguments of `adaround` for every method.
         batch: images at once in scoring.
         workers: processes that read images.
         device: where everything is computed.
@@ -99,14 +101,11 @@ class Experiment:
             "options": json.loads(json.dumps(dict(self.options))),
         }
 
-    def arguments(self, method: Mapping[str, Any], seed: int) -> dict[str, Any]:
-        """The options of `adaround` for a method and a seed."""
-        given = {**self.options, **method, "seed": seed}
-        solver = PRESETS[given["preset"]]["solver"] if "preset" in given and "solver" not in given else None
-        if isinstance(solver, Relaxation):
-            # a preset's own object has a seed of its own
-            given["solver"] = replace(solver, seed=seed, iterations=self.iterations or solver.iterations)
-        return given
+    def arguments(self, preset: Preset, seed: int) -> dict[str, Any]:
+        """The arguments of `adaround` for a method and a seed."""
+        if self.iterations is not None and isinstance(preset.method, BlockWise | Paper):
+            preset = replace(preset, method=replace(preset.method, iterations=self.iterations))
+        return {**self.options, "method": preset, "seed": seed}
 
 
 class Bench:
@@ -164,7 +163,7 @@ def run(
     experiment: Experiment,
     results: Results,
     modes: Sequence[str] = tuple(MODES),
-    methods: Mapping[str, Mapping[str, Any]] = METHODS,
+    methods: Mapping[str, Preset] = COMPARED,
     seeds: Sequence[int] = (0,),
 ) -> None:
     """Measure what `results` lacks: the float network, then each mode and method by each seed.
@@ -204,14 +203,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, required=True, help="file of JSON lines to append to")
     parser.add_argument("--state-dict", type=Path, help="file with weights, instead of torchvision's")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(COMPARED))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each draws its calibration images")
     parser.add_argument("--images", type=int, default=1024, help="calibration images, from the training images")
     parser.add_argument("--subset", type=int, help="score so many validation images, drawn at random, instead of all")
     parser.add_argument("--crop", type=int, help="side of the images, instead of the network's own")
     parser.add_argument("--per-channel", action="store_true", help="a scale for each output channel")
     parser.add_argument("--equalize", choices=["replace", "cap"], help="equalize across layers first; then of ReLU6")
-    parser.add_argument("--iterations", type=int, help="steps of the methods that relax, instead of their presets'")
+    parser.add_argument("--iterations", type=int, help="steps of methods that learn on samples, instead of their own")
     parser.add_argument("--batch", type=int, default=64, help="images at once in scoring")
     parser.add_argument("--workers", type=int, default=4, help="processes that read images")
     parser.add_argument("--device", default="cpu")

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, BertModel
 
 from adaround_plugin import adaround, get_report
 from adaround_plugin.hosts.pt2e import get_adaround_x86_inductor_config
+from integration_tests.benchmarks.accuracy import preset_of
 
 TOKENS = 64
 UNSEEN = 400
@@ -112,7 +113,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--sentences", type=int, default=160)
-    parser.add_argument("--solvers", nargs="+", default=["nearest", "gptq", "annealing"])
+    parser.add_argument(
+        "--methods", nargs="+", default=["nearest", "gptq", "default"], help="methods, or solvers of layers"
+    )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -122,7 +125,7 @@ def main() -> None:
     unseen = tokenized(tokenizer, texts[-UNSEEN:])
     exact = embeddings(encoder, unseen)
     print(f"{len(texts)} sentences, {options.sentences} to calibrate, {len(unseen)} unseen to score\n")
-    head = ["weights", "solver", "cosine", "output error", "CPU s", "recipe"]
+    head = ["weights", "method", "cosine", "output error", "CPU s", "recipe"]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
     for bits in options.bits:
         # torchao prepares a program in place: a program of its own for each
@@ -130,14 +133,14 @@ def main() -> None:
         prepared = prepare_pt2e(export(encoder, unseen[0]), quantizer)
         with torch.no_grad():
             prepared(**calibration[0])  # weight-only: the observers of the weights alone, which any batch sets
-        for solver in options.solvers:
+        for name in options.methods:
             start = time.process_time()
-            learned = adaround(prepared, calibration, solver=solver, progress=False)
+            learned = adaround(prepared, calibration, preset_of(name), progress=False)
             seconds = time.process_time() - start
             report = get_report(learned)
             cosine = float((embeddings(convert_pt2e(learned), unseen) * exact).sum(1).mean())
             cells = [
-                *(f"W{bits}", solver, f"{cosine:.4f}", f"{report.output_error:.4f}"),
+                *(f"W{bits}", name, f"{cosine:.4f}", f"{report.output_error:.4f}"),
                 *(f"{seconds:.0f}", report.recipe),
             ]
             print(f"| {' | '.join(cells)} |", flush=True)

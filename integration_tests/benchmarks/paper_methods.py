@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, cast
+from typing import Final, Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.ao.quantization import QConfig, QConfigMapping
 from torch.ao.quantization.backend_config import BackendConfig
 
-from adaround_plugin import adaround
-from adaround_plugin.paper.forms import LayerForms
-from adaround_plugin.hosts.open import open_host
-from adaround_plugin.rounding.grid import Grid
+from adaround_plugin import LayerWise, Paper, adaround
 from adaround_plugin.hosts.fx.observers import FrozenObserver
-from adaround_plugin.rounding.schemes import Scheme
-from adaround_plugin.solvers import CrossEntropy, Relaxation
+from adaround_plugin.hosts.open import open_host
+from adaround_plugin.paper.cross_entropy import CrossEntropy
+from adaround_plugin.paper.forms import LayerForms
 from adaround_plugin.paper.task_loss import TaskLoss
+from adaround_plugin.paper.variants import Sigmoid, StraightThrough, Temperature
 from adaround_plugin.paper.weights import round_weights, write_integers
+from adaround_plugin.rounding.grid import Grid
+from adaround_plugin.rounding.problem import Solver
+from adaround_plugin.rounding.schemes import Scheme
+from adaround_plugin.rounding.soft_rounding import RectifiedSigmoid, SoftRounding
+from adaround_plugin.solvers import Nearest, Relaxation
 
 __all__ = ["METHODS", "Budget", "Task", "output_grid_mapping"]
 
@@ -75,35 +79,40 @@ class Task:
     budget: Budget
     seed: int
 
-    def adaround(self, **options: Any) -> fx.GraphModule:
-        """The paper's preset but for the options given."""
+    def learn(self, method: LayerWise | Paper) -> fx.GraphModule:
+        """Learn by a method."""
         return adaround(
-            self.prepared,
-            self.batches,
-            preset="paper",
-            backend_config=self.backend,
-            seed=self.seed,
-            progress=False,
-            **options,
+            self.prepared, self.batches, method, seed=self.seed, progress=False, backend_config=self.backend
         )
 
-    def relaxation(self, **settings: Any) -> Relaxation:
-        """The relaxation within the budget; without the activation function unless the settings say so."""
+    def solve(self, solver: Solver, *, asymmetric: bool = False, correct_bias: bool = False) -> fx.GraphModule:
+        """Decide layers as the paper does, but by a solver of each layer's problem."""
+        layers = Paper(asymmetric=asymmetric, correct_bias=correct_bias).layers
+        return self.learn(replace(layers, solver=solver))
+
+    def relax(self, variant: type[SoftRounding], asymmetric: bool, activation: bool) -> fx.GraphModule:
+        """Relax each layer within the budget."""
         budget = self.budget
-        return Relaxation(
-            iterations=budget.iterations,
-            batch_size=budget.batch_size,
-            learning_rate=budget.learning_rate,
-            seed=self.seed,
-            **{"data": budget.data, "activation": False, **settings},
-        )
+        if budget.data == "samples" or activation:
+            return self.learn(
+                Paper(
+                    iterations=budget.iterations,
+                    batch_size=budget.batch_size,
+                    learning_rate=budget.learning_rate,
+                    asymmetric=asymmetric,
+                    activation=activation,
+                    variant=variant,
+                )
+            )
+        relaxation = Relaxation(iterations=budget.iterations, learning_rate=budget.learning_rate, soft_rounding=variant)
+        return self.solve(relaxation, asymmetric=asymmetric)
 
 
 Method = Callable[[Task], fx.GraphModule]
 
 
 def _nearest(task: Task) -> fx.GraphModule:
-    return task.adaround(solver="nearest", asymmetric=False)
+    return task.solve(Nearest())
 
 
 def _scheme(scheme: Scheme) -> Method:
@@ -122,16 +131,18 @@ def _local(task: Task) -> fx.GraphModule:
     """Equation 20 by the cross-entropy method."""
     first_only = len(open_host(task.prepared, task.backend).nodes) == 1
     samples = {} if first_only else {"samples": task.budget.draws, "iterations": task.budget.generations}
-    return task.adaround(solver=CrossEntropy(seed=task.seed, **samples), asymmetric=False)
+    return task.solve(CrossEntropy(seed=task.seed, **samples))
 
 
-def _relaxed(asymmetric: bool = False, **settings: Any) -> Method:
-    return lambda task: task.adaround(solver=task.relaxation(**settings), asymmetric=asymmetric)
+def _relaxed(
+    variant: type[SoftRounding] = RectifiedSigmoid, *, asymmetric: bool = False, activation: bool = False
+) -> Method:
+    return lambda task: task.relax(variant, asymmetric, activation)
 
 
 def _bias_correction(task: Task) -> fx.GraphModule:
     """Round to nearest, then let each bias absorb the mean error of its layer (equation 26), in order."""
-    return task.adaround(solver="nearest", correct_bias=True)
+    return task.solve(Nearest(), asymmetric=True, correct_bias=True)
 
 
 METHODS: Final[dict[str, Method]] = {
@@ -141,12 +152,12 @@ METHODS: Final[dict[str, Method]] = {
     "stochastic": _scheme("stochastic"),
     "task loss": _task_loss,
     "local": _local,
-    "temperature": _relaxed(variant="temperature"),
-    "sigmoid": _relaxed(variant="sigmoid"),
+    "temperature": _relaxed(Temperature),
+    "sigmoid": _relaxed(Sigmoid),
     "layer-wise": _relaxed(),
     "asymmetric": _relaxed(asymmetric=True),
-    "straight-through": _relaxed(variant="straight_through"),
-    "adaround": _relaxed(asymmetric=True, data="samples", activation=True),
+    "straight-through": _relaxed(StraightThrough),
+    "adaround": _relaxed(asymmetric=True, activation=True),
     "bias correction": _bias_correction,
 }
 

@@ -1,4 +1,4 @@
-"""The paper preset beside an independent implementation of equations 21 to 25, on a network of this repository.
+"""The method "paper" beside an independent implementation of equations 21 to 25, on a network of this repository.
 
 Per tensor, weight-only, one calibration set, several seeds of the minibatches.
 
@@ -11,7 +11,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization.quantize_fx import convert_to_reference_fx, prepare_fx
 from torch.fx.experimental.optimization import fuse
 
-from adaround_plugin import adaround, get_adaround_qconfig_mapping, get_weight_only_backend_config
-from adaround_plugin.solvers import Relaxation
+from adaround_plugin import Paper, adaround, get_adaround_qconfig_mapping, get_weight_only_backend_config
 from integration_tests.benchmarks import glyphs, networks
 from integration_tests.benchmarks.accuracy import TEST_IMAGES, TEST_SEED, accuracy
 from integration_tests.independent_adaround import adaround_as_published, nearest
@@ -31,15 +29,15 @@ __all__ = ["by_hand", "by_preset", "rounded_to_nearest"]
 def by_preset(
     model: nn.Module, bits: int, batches: Sequence[Tensor], iterations: int, learning_rate: float, seeds: Sequence[int]
 ) -> list[nn.Module]:
-    """Converted models, learned with the paper preset, one for each seed."""
+    """Converted models, learned by the method "paper", one for each seed."""
     backend = get_weight_only_backend_config()
     mapping = get_adaround_qconfig_mapping("x86", bits, activation_bits=None, per_channel=False)
     prepared = prepare_fx(model, mapping, (batches[0],), backend_config=backend)
     with torch.no_grad():
         for batch in batches:
             prepared(batch)
-    solvers = [replace(Relaxation(), iterations=iterations, learning_rate=learning_rate, seed=seed) for seed in seeds]
-    learned = [adaround(prepared, batches, preset="paper", solver=solver, progress=False) for solver in solvers]
+    method = Paper(iterations=iterations, learning_rate=learning_rate)
+    learned = [adaround(prepared, batches, method, seed=seed, progress=False) for seed in seeds]
     return [convert_to_reference_fx(one, backend_config=backend) for one in learned]
 
 
@@ -91,7 +89,7 @@ def main() -> None:
     rows: dict[str, Callable[[], list[nn.Module]]] = {
         "float": lambda: [network],
         "nearest": lambda: [rounded_to_nearest(network, options.bits)],
-        "paper preset": lambda: by_preset(network, options.bits, list(torch.split(images, 64)), *how),
+        "paper": lambda: by_preset(network, options.bits, list(torch.split(images, 64)), *how),
         "independent": lambda: by_hand(network, options.bits, images, *how),
     }
     for name, models in rows.items():

@@ -246,8 +246,8 @@ def rows(name: str, case: Case, bits: list[int]) -> Iterator[list[str]]:
             try:
                 prepared = prepare(program, quantizer(case, width, activations), data)
                 reports = []
-                for solver in ("nearest", "annealing"):
-                    model = adaround(prepared, data, solver=solver, progress=False)
+                for method in ("nearest", "default"):
+                    model = adaround(prepared, data, method, progress=False)
                     reports.append(get_report(model))
                     with torch.no_grad():
                         convert_pt2e(model)(data[0][:3])

@@ -1,0 +1,166 @@
+"""One sweep over the coordinates, against visiting them one by one in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from adaround_plugin.rounding.problem import RoundingProblem
+from adaround_plugin.solvers import sweep as module
+from adaround_plugin.solvers.coordinates import Coordinates, Coupling
+from adaround_plugin.solvers.sweep import sweep, visit
+from adaround_plugin.tests.problems import CATALOGUE, correlated, make
+
+Pair = tuple[Tensor, Tensor]
+
+
+def varied(problem: RoundingProblem, seed: int = 0) -> RoundingProblem:
+    """The problem with a step of its own for every weight."""
+    generator = torch.Generator().manual_seed(seed)
+    step = 0.4 + torch.rand(problem.target.shape, generator=generator, dtype=torch.float64)
+    return replace(problem, step=step)
+
+
+PROBLEMS = {
+    "one_block": CATALOGUE["correlated"],
+    "several_blocks": CATALOGUE["wider_than_a_block"],
+    "a_whole_block": make(correlated(1, 48, 100, 0), 3, 0),
+    "one_more_than_a_block": varied(make(correlated(1, 49, 100, 0), 3, 0)),
+    "step_by_runs": CATALOGUE["step_varies"],
+    "step_by_weight": varied(CATALOGUE["wider_than_a_block"]),
+    "groups": varied(CATALOGUE["grouped"]),
+    "one_column": CATALOGUE["one_column"],
+    "few_levels": CATALOGUE["two_levels"],
+    "targets_outside": CATALOGUE["targets_outside_the_range"],
+}
+every_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+
+
+def in_place(values: Tensor) -> Tensor:
+    """`(G, R, D)` as `(G, D, R)`, the columns in their own order."""
+    return values.transpose(1, 2)
+
+
+def start_of(problem: RoundingProblem, seed: int = 1) -> Tensor:
+    """Some real point, `(G, D, R)` errors: what a sweep begins with."""
+    return torch.randn(in_place(problem.target).shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_hand(at: Coordinates, coupling: Coupling, temperature: float = 0.0) -> Pair:
+    """Errors after one sweep and its loss, coordinate after coordinate in float64: the definition."""
+    error, target, lower, upper, step = (
+        values.double() for values in (at.error, at.target, at.lower, at.upper, at.step)
+    )
+    matrix = coupling.matrix.double()
+    error, loss = error.clone(), torch.zeros_like(error[:, 0])
+    for j in range(error.shape[1]):
+        pull = torch.einsum("gk,gkr->gr", matrix[:, j], error)
+        best = target[:, j] - pull / step[:, j]
+        if temperature:
+            share = best - best.floor()
+            best = best.floor() + torch.sigmoid((2 * share - 1) / temperature)
+        else:
+            best = best.round()
+        error[:, j] = (best.clamp(lower[:, j], upper[:, j]) - target[:, j]) * step[:, j]
+        if coupling.curvature is not None:
+            loss += coupling.curvature[:, j, None].double() * (error[:, j] + pull).square()
+    return error, loss
+
+
+def assert_close(found: Pair, expected: Pair) -> None:
+    """But for float32: a conditional optimum near a half may be rounded the other way, and with it those after it."""
+    same = ((found[0].double() - expected[0]).abs() <= 1e-3 * (1 + expected[0].abs())).all(1)
+    assert same.double().mean() > 0.9
+    torch.testing.assert_close(found[1].double()[same], expected[1][same], rtol=1e-3, atol=1e-6)
+
+
+@every_problem
+@pytest.mark.parametrize("temperature", [0.0, 0.4, 0.05])
+def test_a_full_sweep_sets_every_coordinate_to_its_conditional_optimum(problem, temperature):
+    coupling = Coupling(problem.hessian.coupling)
+    at = replace(Coordinates.of(problem, in_place), error=start_of(problem))
+    expected = by_hand(at, coupling, temperature)
+    loss = sweep(at, coupling, temperature)
+    assert_close((at.error, loss), expected)
+    assert not loss.any()
+
+
+@every_problem
+@pytest.mark.parametrize("temperature", [0.0, 0.4])
+def test_a_triangular_sweep_feeds_errors_back_and_tells_the_loss(problem, temperature):
+    coupling = Coupling(*problem.hessian.sequential)
+    order = problem.hessian.order.unsqueeze(2).expand(-1, -1, problem.target.shape[1])
+    at = Coordinates.of(problem, lambda values: in_place(values).gather(1, order))
+    expected = by_hand(at, coupling, temperature)
+    loss = sweep(at, coupling, temperature)
+    assert_close((at.error, loss), expected)
+    # a triangular sweep does not ask where it begins: what is ahead has no say
+    again = replace(at, error=start_of(problem))
+    sweep(again, coupling, temperature)
+    assert torch.equal(again.error, at.error)
+
+
+@pytest.mark.parametrize("triangular", [False, True])
+def test_how_columns_go_in_blocks_does_not_matter(triangular, monkeypatch):
+    problem = PROBLEMS["step_by_weight"]
+    coupling = Coupling(*problem.hessian.sequential) if triangular else Coupling(problem.hessian.coupling)
+
+    def swept(size: int) -> Pair:
+        monkeypatch.setattr(module, "_visitor", lambda device: (visit, size))
+        at = replace(Coordinates.of(problem, in_place), error=start_of(problem))
+        return at.error, sweep(at, coupling)
+
+    whole = tuple(values.double() for values in swept(200))
+    for size in (1, 7, 48):
+        assert_close(swept(size), whole)
+
+
+@every_problem
+def test_coordinates_begin_at_the_target_and_are_rounded_inside_the_bounds(problem):
+    at = Coordinates.of(problem, in_place)
+    assert not at.error.any()
+    assert at.is_plain == bool((problem.step == 1).all())
+    for values in (at.error, at.target, at.lower, at.upper, at.step):
+        assert values.shape == in_place(problem.target).shape
+        assert values.dtype == torch.float32
+        assert values.is_contiguous()
+    inside = problem.clamp(problem.target.round()).float()
+    assert torch.equal(at.rounded(), in_place(inside))
+
+
+def test_map_takes_every_tensor_of_coordinates_along():
+    problem = PROBLEMS["step_by_weight"]
+    at = replace(Coordinates.of(problem, in_place), error=start_of(problem))
+    part = at.map(lambda values: values[..., 2:5])
+    for name in ("error", "target", "lower", "upper", "step"):
+        assert torch.equal(getattr(part, name), getattr(at, name)[..., 2:5])
+    assert part.is_plain == at.is_plain
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.4])
+@pytest.mark.parametrize("triangular", [False, True])
+def test_steps_of_one_may_be_left_out(triangular, temperature):
+    problem = PROBLEMS["several_blocks"]
+    coupling = Coupling(*problem.hessian.sequential) if triangular else Coupling(problem.hessian.coupling)
+
+    def swept(is_plain: bool) -> Pair:
+        at = replace(Coordinates.of(problem, in_place), error=start_of(problem), is_plain=is_plain)
+        return at.error, sweep(at, coupling, temperature)
+
+    for one, other in zip(swept(True), swept(False), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("triangular", [False, True])
+def test_the_coupling_of_a_block_is_what_lies_inside_it(triangular):
+    hessian = CATALOGUE["grouped"].hessian
+    coupling = Coupling(*hessian.sequential) if triangular else Coupling(hessian.coupling)
+    block = coupling.block(slice(3, 7))
+    assert torch.equal(block.matrix, coupling.matrix[:, 3:7, 3:7])
+    if coupling.curvature is None:
+        assert block.curvature is None
+    else:
+        assert torch.equal(block.curvature, coupling.curvature[:, 3:7])

@@ -1,0 +1,502 @@
+"""Deliberate faults in the package, and whether a test finds each.
+
+Every fault replaces one passage of one file, in a temporary copy of the repository; the checkout itself is only read.
+The tests that should find it run there until one fails. It is no part of the tests' command, because it takes minutes:
+
+    python -m integration_tests.mutations
+    python -m integration_tests.mutations --only "zero point" "held out"
+    python -m integration_tests.mutations --check
+
+It stops at once where a passage is not found exactly once: the table below must follow the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+__all__ = ["FAULTS", "Fault", "main"]
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+_COPIED: Final = ("adaround_plugin", "integration_tests", "pyproject.toml")
+_UNIT: Final = "adaround_plugin/tests/"
+_WHOLE: Final = "integration_tests/"
+# exit statuses of pytest
+_PASSED, _FAILED = 0, 1
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault, and what should find it.
+
+    Attributes:
+        name: what is wrong, in words.
+        file: below `adaround_plugin`.
+        old, new: a passage that the file has exactly once, and what stands there instead.
+        tests: files or node ids, from the repository's root.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+FAULTS: Final = (
+    # --- grids and schemes
+    Fault(
+        "the range of integers ends one too early",
+        "rounding/grid.py",
+        "return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1",
+        "return -(2 ** (bits - 1)), 2 ** (bits - 1) - 2",
+        (f"{_UNIT}test_grid.py",),
+    ),
+    Fault(
+        "the zero point is ignored where integers become weights",
+        "rounding/grid.py",
+        "return (integers - zero_point).float() * scale",
+        "return integers.float() * scale",
+        (f"{_UNIT}test_grid.py",),
+    ),
+    Fault(
+        "scales run along the wrong axis of the weight",
+        "rounding/grid.py",
+        "view[self.ch_axis] = -1",
+        "view[1 - self.ch_axis] = -1",
+        (f"{_UNIT}test_grid.py",),
+    ),
+    Fault(
+        "ceil and the integer above it, in place of floor and ceil",
+        "rounding/schemes.py",
+        "    low = _coordinates(grid, weight).floor()\n    return _clip(grid, low), _clip(grid, low + 1)",
+        "    low = _coordinates(grid, weight).ceil()\n    return _clip(grid, low), _clip(grid, low + 1)",
+        (f"{_UNIT}test_schemes.py",),
+    ),
+    Fault(
+        "stochastic rounding takes no account of the fraction",
+        "rounding/schemes.py",
+        "low + (drawn < coordinates - low)",
+        "low + (drawn < 0.5)",
+        (f"{_UNIT}test_schemes.py",),
+    ),
+    Fault(
+        "the range of a weight with the largest error is taken",
+        "rounding/ranges.py",
+        "            better = error < best_error\n",
+        "            better = (error > best_error) | best_error.isinf()\n",
+        (f"{_UNIT}test_ranges.py",),
+    ),
+    # --- operators and moments
+    Fault(
+        "the outputs of a transposed convolution are looked for on the axis of its inputs",
+        "rounding/linear_op.py",
+        'return 1 if self.kind == "conv_transpose" else 0',
+        "return 0",
+        (f"{_UNIT}test_linear_op.py",),
+    ),
+    Fault(
+        "every group of a convolution reads the channels of the first",
+        "rounding/linear_op.py",
+        "                steps[1] * (x.shape[1] // self.groups),\n",
+        "                0,\n",
+        (f"{_UNIT}test_linear_op.py",),
+    ),
+    Fault(
+        "the padding mode is ignored",
+        "rounding/linear_op.py",
+        'mode = "constant" if self.padding_mode == "zeros" else self.padding_mode',
+        'mode = "constant"',
+        (f"{_UNIT}test_linear_op.py",),
+    ),
+    Fault(
+        "the kernel of a transposed convolution is not mirrored",
+        "rounding/linear_op.py",
+        'flip = tuple(range(-spatial, 0)) if self.kind == "conv_transpose" else ()',
+        "flip = ()",
+        (f"{_UNIT}test_linear_op.py",),
+    ),
+    Fault(
+        "columns are not weighted in the second moments",
+        "rounding/moments.py",
+        "root = weight.sqrt().unsqueeze(-1)",
+        "root = torch.ones_like(weight).unsqueeze(-1)",
+        (f"{_UNIT}test_moments.py",),
+    ),
+    Fault(
+        "the damping is ignored",
+        "rounding/hessian.py",
+        "torch.where(mean > noise, damping * mean, torch.ones_like(mean))",
+        "torch.where(mean > noise, 0 * mean, torch.ones_like(mean))",
+        (f"{_UNIT}test_hessian.py",),
+    ),
+    # --- problems and solvers
+    Fault(
+        "the worse of two roundings of a row is kept",
+        "rounding/problem.py",
+        "better = candidate_loss < loss",
+        "better = candidate_loss > loss",
+        (f"{_UNIT}test_problem.py",),
+    ),
+    Fault(
+        "GPTQ visits the columns in reverse order",
+        "rounding/hessian.py",
+        "argsort(dim=1, descending=True, stable=True)",
+        "argsort(dim=1, descending=False, stable=True)",
+        (f"{_UNIT}test_hessian.py",),
+    ),
+    Fault(
+        "a full sweep forgets where a coordinate was",
+        "solvers/sweep.py",
+        "change = new if triangular else new - errors[j]",
+        "change = new",
+        (f"{_UNIT}test_sweep.py",),
+    ),
+    Fault(
+        "weights move to the side on which the loss rises",
+        "rounding/soft_rounding.py",
+        "down = (slope > 0).long()",
+        "down = (slope < 0).long()",
+        (f"{_UNIT}test_soft_rounding.py",),
+    ),
+    Fault(
+        "the regularizer is on during the warm-up alone",
+        "rounding/soft_rounding.py",
+        "if progress < warm_up:",
+        "if progress >= warm_up:",
+        (f"{_UNIT}test_soft_rounding.py",),
+    ),
+    Fault(
+        "the cross-entropy method follows the worst samples",
+        "paper/cross_entropy.py",
+        "dim=2, largest=False",
+        "dim=2, largest=True",
+        (f"{_UNIT}test_cross_entropy.py",),
+    ),
+    # --- one layer
+    Fault(
+        "the check on held-out samples is turned round",
+        "learning/layer.py",
+        "learned = found.learned_holdout <= found.nearest_holdout",
+        "learned = found.learned_holdout >= found.nearest_holdout",
+        (f"{_UNIT}test_layer.py",),
+    ),
+    Fault(
+        "biases are not corrected",
+        "learning/layer.py",
+        "        if recipe.correct_bias:\n",
+        "        if False:\n",
+        (f"{_UNIT}test_layer.py",),
+    ),
+    Fault(
+        "errors of earlier layers are not propagated",
+        "learning/layer.py",
+        "        if recipe.propagate_error:\n",
+        "        if False:\n",
+        (f"{_UNIT}test_layer.py",),
+    ),
+    Fault(
+        "the recipe's damping does not reach the hessian",
+        "learning/layer.py",
+        "Hessian.damped(second, recipe.damping, self._power(moments))",
+        "Hessian.damped(second, 0.01, self._power(moments))",
+        (f"{_UNIT}test_layer.py",),
+    ),
+    Fault(
+        "the scale is fitted again with the wrong sign",
+        "learning/scale_search.py",
+        "per_channel(pulled * target), per_channel(pulled * v)",
+        "per_channel(-pulled * target), per_channel(pulled * v)",
+        (f"{_UNIT}test_scale_search.py",),
+    ),
+    # --- calibration
+    Fault(
+        "a batch with NaN is accepted",
+        "regions/calibration.py",
+        "            if not torch.isfinite(tensor).all():\n",
+        "            if False:\n",
+        (f"{_UNIT}test_calibration.py",),
+    ),
+    Fault(
+        "the seed does not move the positions that are used",
+        "regions/calibration.py",
+        "offset = ((entry + self.seed) * _GOLDEN).frac()[index]",
+        "offset = (entry * _GOLDEN).frac()[index]",
+        (f"{_UNIT}test_calibration.py",),
+    ),
+    # --- a pass
+    Fault(
+        "the float stream's input is taken for the quantized one's",
+        "learning/columns.py",
+        "x_quantized = quantized_stream.value(input_of(site.quantized_node), values[1])",
+        "x_quantized = x_float",
+        (f"{_WHOLE}test_fx_streams.py",),
+    ),
+    Fault(
+        "held-out samples are learned from",
+        "learning/columns.py",
+        "parts = [(into.learning, ~held)]",
+        "parts = [(into.learning, torch.ones_like(held))]",
+        (f"{_WHOLE}test_fx_streams.py",),
+    ),
+    Fault(
+        "columns are weighed alike in spite of their importance",
+        "learning/columns.py",
+        "weight = self._importance[site.float_node][batch] + _EVEN_WEIGHT",
+        "weight = torch.ones_like(self._importance[site.float_node][batch])",
+        (f"{_WHOLE}test_column_importance.py",),
+    ),
+    Fault(
+        "the output's error is measured on the learning samples",
+        "learning/passes.py",
+        "exact, quantized = exact[held], quantized[held]",
+        "exact, quantized = exact[~held], quantized[~held]",
+        (f"{_WHOLE}test_fx_streams.py",),
+    ),
+    Fault(
+        "excluded layers are learned",
+        "learning/passes.py",
+        "return [node for node in self.host.nodes if node.name not in self.excluded]",
+        "return list(self.host.nodes)",
+        (f"{_WHOLE}test_fx_streams.py",),
+    ),
+    Fault(
+        "the worst of the recipes that were tried is taken",
+        "learning/trials.py",
+        "recipes[errors.index(min(errors))]",
+        "recipes[errors.index(max(errors))]",
+        (f"{_WHOLE}test_fx_streams.py",),
+    ),
+    Fault(
+        "the user's model is changed though inplace is off",
+        "api.py",
+        "model = host.prepared if inplace else host.copy()",
+        "model = host.prepared",
+        (f"{_WHOLE}test_fx_streams.py",),
+    ),
+    # --- learning on samples
+    Fault(
+        "what was learned on samples is taken though it is worse",
+        "learning/region_step.py",
+        "        if found.better:\n            self._take(region, found)\n",
+        "        self._take(region, found)\n",
+        (f"{_WHOLE}test_finetuning.py",),
+    ),
+    Fault(
+        "the quantized stream is not rewound after a block",
+        "learning/region_step.py",
+        "            run.rewind(self.start)\n",
+        "            pass\n",
+        (f"{_WHOLE}test_blockwise.py",),
+    ),
+    Fault(
+        "scales that are the user's choice are learned",
+        "learning/region_step.py",
+        "self.learns_scale and self.layers.searches_scale(node) and not bounded",
+        "self.learns_scale and not bounded",
+        (f"{_WHOLE}test_finetuning.py",),
+    ),
+    Fault(
+        "blocks are learned from the float stream's input",
+        "regions/region.py",
+        "entries if propagate_error else floats",
+        "floats",
+        (f"{_WHOLE}test_blockwise.py",),
+    ),
+    Fault(
+        "minibatches do not follow the seed",
+        "regions/reconstruction.py",
+        "generator = torch.Generator().manual_seed(seed)",
+        "generator = torch.Generator().manual_seed(0)",
+        (f"{_WHOLE}test_blockwise.py",),
+    ),
+    Fault(
+        "no quantization is dropped",
+        "regions/forward.py",
+        "return torch.where(chosen, exact, quantized)",
+        "return quantized",
+        (f"{_WHOLE}test_blockwise.py",),
+    ),
+    Fault(
+        "the paper's loss is taken before the activation function",
+        "learning/paper.py",
+        "layer_exits(run.host, run.host.nodes, self.activation)",
+        "layer_exits(run.host, run.host.nodes, False)",
+        (f"{_WHOLE}test_blockwise.py",),
+    ),
+    # --- hosts
+    Fault(
+        "a frozen observer reports another scale",
+        "hosts/weight_observers.py",
+        "return self._grid.scale.reshape(-1), self._grid.zero_point.reshape(-1)",
+        "return self._grid.scale.reshape(-1) * 1.001, self._grid.zero_point.reshape(-1)",
+        (f"{_UNIT}test_weight_observers.py",),
+    ),
+    Fault(
+        "a tied weight is written once only",
+        "hosts/fx/host.py",
+        "for name in node.names if node.name in roundings else ():",
+        "for name in node.names[:1] if node.name in roundings else ():",
+        (f"{_WHOLE}test_fx_streams.py",),
+    ),
+    Fault(
+        "corrected biases are not written into the model of FX",
+        "hosts/fx/host.py",
+        "        module.bias = nn.Parameter(bias.clone())\n",
+        "        pass\n",
+        (f"{_WHOLE}test_fx_streams.py",),
+    ),
+    Fault(
+        "corrected biases are not written into the program of PT2E",
+        "hosts/pt2e/host.py",
+        "_put(model, bias, old + correction, ",
+        "_put(model, bias, old, ",
+        (f"{_WHOLE}test_pt2e_streams.py",),
+    ),
+    Fault(
+        "activations of few bits are not clamped",
+        "hosts/fx/host.py",
+        "        write_scales(model, scales)\n        insert_clamps(model)\n",
+        "        write_scales(model, scales)\n",
+        (f"{_WHOLE}test_fx_few_bit_activations.py",),
+    ),
+    Fault(
+        "learned steps of activations are not written",
+        "hosts/activation_quantizers.py",
+        "        observer.keep(scale)\n",
+        "        pass\n",
+        (f"{_WHOLE}test_finetuning.py",),
+    ),
+    # --- beside the pass
+    Fault(
+        "hooks are left on the user's modules",
+        "equalization/channel_ranges.py",
+        "            hook.remove()\n",
+        "            pass\n",
+        (f"{_WHOLE}test_equalization.py",),
+    ),
+    Fault(
+        "channels are equalized by the ratio of their ranges, not by its root",
+        "equalization/channel_scales.py",
+        "(first / second).sqrt()",
+        "(first / second)",
+        (f"{_UNIT}test_channel_scales.py",),
+    ),
+    Fault(
+        "a name selects every name that begins like it",
+        "names.py",
+        'name.startswith(pattern + ".")',
+        "name.startswith(pattern)",
+        (f"{_UNIT}test_names.py",),
+    ),
+    Fault(
+        "packed integers are off by one",
+        "inc/packing.py",
+        "packed.pack(weight.integers.int() + shift,",
+        "packed.pack(weight.integers.int() + shift - 1,",
+        (f"{_WHOLE}test_inc_packing.py",),
+    ),
+)
+
+
+def _source(root: Path, fault: Fault) -> str:
+    """The text of the file that a fault is in; stops unless it has the passage exactly once, and the tests exist."""
+    text = (root / "adaround_plugin" / fault.file).read_text(encoding="utf-8")
+    if (count := text.count(fault.old)) != 1:
+        raise SystemExit(f"{fault.name!r}: {fault.file} has {count} times, not once:\n{fault.old}")
+    for test in fault.tests:
+        if not (root / test.partition("::")[0]).is_file():
+            raise SystemExit(f"{fault.name!r}: there is no {test}")
+    return text
+
+
+def _copy(target: Path) -> None:
+    """Copy what tests need, and make sure that they would import the copy."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for name in _COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target / name, ignore=ignored)
+        else:
+            shutil.copy2(ROOT / name, target / name)
+    asked = [sys.executable, "-c", "import adaround_plugin; print(adaround_plugin.__file__)"]
+    answer = subprocess.run(asked, cwd=target, env=_environment(target), capture_output=True, text=True, check=True)
+    if not Path(answer.stdout.strip()).resolve().is_relative_to(target.resolve()):
+        raise SystemExit(f"tests would import {answer.stdout.strip()}, not the copy in {target}")
+
+
+def _environment(copy: Path) -> dict[str, str]:
+    # sources change within a second: no bytecode may outlive them
+    return {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def _failure(copy: Path, tests: Sequence[str], seconds: float | None = None) -> str | None:
+    """The first test that fails in the copy; None if all pass.
+
+    Stops if pytest cannot collect the tests: what is no Python any more is no fault that a test finds.
+    """
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-rfE", *tests]
+    try:
+        run = subprocess.run(
+            command, cwd=copy, env=_environment(copy), capture_output=True, text=True, check=False, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        return f"{', '.join(tests)} (no end after {seconds:.0f} s)"
+    if run.returncode == _PASSED:
+        return None
+    found = [line.split(" ", 1)[1] for line in run.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    if run.returncode != _FAILED or not found:
+        raise SystemExit(f"pytest of {', '.join(tests)} ended with {run.returncode}:\n{run.stdout}{run.stderr}")
+    return found[0].partition(" - ")[0]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make the faults one by one and print a Markdown table; 1 if a fault survives."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="WORDS", help="faults whose name or file has some of these words")
+    parser.add_argument("--check", action="store_true", help="only look whether every passage is found exactly once")
+    parser.add_argument("--seconds", type=float, default=600, help="a fault whose tests take longer is found")
+    options = parser.parse_args(arguments)
+    wanted = [""] if options.only is None else options.only
+    chosen = [fault for fault in FAULTS if any(words in f"{fault.name} {fault.file}" for words in wanted)]
+    for fault in FAULTS:
+        _source(ROOT, fault)
+    if options.check or not chosen:
+        _show(f"{len(FAULTS)} faults, each in one place; {len(chosen)} chosen")
+        return 0
+    survived = 0
+    with tempfile.TemporaryDirectory(prefix="adaround_mutations_") as folder:
+        copy = Path(folder)
+        _copy(copy)
+        failed = _failure(copy, list(dict.fromkeys(test for fault in chosen for test in fault.tests)))
+        if failed is not None:
+            raise SystemExit(f"{failed} fails without any fault: mend it first")
+        _show("| fault | in | killed by | seconds |\n|---|---|---|---|")
+        for fault in chosen:
+            text, start = _source(copy, fault), time.perf_counter()
+            path = copy / "adaround_plugin" / fault.file
+            path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+            found = _failure(copy, fault.tests, options.seconds)
+            path.write_text(text, encoding="utf-8")
+            survived += found is None
+            seconds = f"{time.perf_counter() - start:.0f}"
+            _show(f"| {fault.name} | {fault.file} | {found or 'SURVIVED'} | {seconds} |")
+    _show(f"\n{len(chosen) - survived} of {len(chosen)} faults were found")
+    return 1 if survived else 0
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
