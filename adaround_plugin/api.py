@@ -56,9 +56,9 @@ def adaround(
         method: `"default"`, layer by layer under second moments; `"blocks"`, then all roundings of a block together;
             `"best"`, then the whole network; `"paper"`, the paper's own; `"nearest"`, the baseline; or a
             `LayerWise`, `BlockWise` or `Paper` with settings of one's own.
-        finetune: when all is rounded, learn scales and biases of the whole network by the error of its output, and the
-            step sizes of activations that AdaRound's observers watch: True, or a `Finetune`, which can let integers
-            move too. None does what the method's name stands for.
+        finetune: after all weights are rounded, learn scales and biases of the whole network by the error of its
+            output, and the step sizes of activations that AdaRound's observers watch: True, or a `Finetune`, which can
+            let integers move too. None does what the method's name stands for.
         exclude: names (a parent's name covers its children), regular expressions on names, or module types. Excluded
             layers are rounded to nearest on their own grid.
         inputs: maps a batch to the model's inputs, such as `lambda batch: batch[0]` to drop labels.

@@ -97,8 +97,7 @@ class Report:
         layers: learned layers in the order in which they were solved.
         skipped: `(name, kind, reason)` of weighted nodes that were not learned.
         trials: recipes tried by `"auto"`.
-        blocks: what was learned on samples. The errors of `layers` are then those before it, but where a block is one
-            layer.
+        blocks: what was learned on samples. The errors of `layers` are then those before it, but with `Paper`.
         finetuning: the whole network, where its scales and biases were learned on samples in the end.
         output_error: squared error of the network's output over its variance on held-out samples (on all without any,
             and all of an output without a leading axis of samples).

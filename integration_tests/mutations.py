@@ -253,35 +253,35 @@ FAULTS: Final = (
         "learning/columns.py",
         "weight = self._importance[site.float_node][batch] + _EVEN_WEIGHT",
         "weight = torch.ones_like(self._importance[site.float_node][batch])",
-        (f"{_WHOLE}test_column_importance.py",),
+        (f"{_WHOLE}test_column_importance.py::test_what_the_output_hardly_sees_is_given_up_for_what_it_sees",),
     ),
     Fault(
         "the output's error is measured on the learning samples",
         "learning/passes.py",
         "exact, quantized = exact[held], quantized[held]",
         "exact, quantized = exact[~held], quantized[~held]",
-        (f"{_WHOLE}test_fx_streams.py",),
+        (f"{_WHOLE}test_fx_streams.py::test_output_error_is_that_of_the_reference_conversion_on_held_out_samples",),
     ),
     Fault(
         "excluded layers are learned",
         "learning/passes.py",
         "return [node for node in self.host.nodes if node.name not in self.excluded]",
         "return list(self.host.nodes)",
-        (f"{_WHOLE}test_fx_streams.py",),
+        (f"{_WHOLE}test_fx_streams.py::test_excluded_layers_are_nearest_on_their_own_grid",),
     ),
     Fault(
         "the worst of the recipes that were tried is taken",
         "learning/trials.py",
         "recipes[errors.index(min(errors))]",
         "recipes[errors.index(max(errors))]",
-        (f"{_WHOLE}test_fx_streams.py",),
+        (f"{_WHOLE}test_fx_streams.py::test_the_automatic_recipe_is_the_same_twice_and_is_in_the_report",),
     ),
     Fault(
         "the user's model is changed though inplace is off",
         "api.py",
         "model = host.prepared if inplace else host.copy()",
         "model = host.prepared",
-        (f"{_WHOLE}test_fx_streams.py",),
+        (f"{_WHOLE}test_fx_streams.py::test_learning_leaves_everything_else_as_it_was",),
     ),
     # --- learning on samples
     Fault(
@@ -289,49 +289,49 @@ FAULTS: Final = (
         "learning/region_step.py",
         "        if found.better:\n            self._take(region, found)\n",
         "        self._take(region, found)\n",
-        (f"{_WHOLE}test_finetuning.py",),
+        (f"{_WHOLE}test_finetuning.py::test_what_is_worse_on_held_out_samples_is_not_kept",),
     ),
     Fault(
         "the quantized stream is not rewound after a block",
         "learning/region_step.py",
         "            run.rewind(self.start)\n",
         "            pass\n",
-        (f"{_WHOLE}test_blockwise.py",),
+        (f"{_WHOLE}test_blockwise.py::test_the_output_error_is_that_of_the_converted_model",),
     ),
     Fault(
         "scales that are the user's choice are learned",
         "learning/region_step.py",
         "self.learns_scale and self.layers.searches_scale(node) and not bounded",
         "self.learns_scale and not bounded",
-        (f"{_WHOLE}test_finetuning.py",),
+        (f"{_WHOLE}test_finetuning.py::test_scales_that_are_the_users_choice_stay",),
     ),
     Fault(
         "blocks are learned from the float stream's input",
         "regions/region.py",
         "entries if propagate_error else floats",
         "floats",
-        (f"{_WHOLE}test_blockwise.py",),
+        (f"{_WHOLE}test_blockwise.py::test_every_option_is_better_than_nearest_and_has_an_effect",),
     ),
     Fault(
         "minibatches do not follow the seed",
         "regions/reconstruction.py",
         "generator = torch.Generator().manual_seed(seed)",
         "generator = torch.Generator().manual_seed(0)",
-        (f"{_WHOLE}test_blockwise.py",),
+        (f"{_WHOLE}test_paper_method.py::test_the_same_seed_gives_the_same_integers_and_another_seed_others",),
     ),
     Fault(
         "no quantization is dropped",
         "regions/forward.py",
         "return torch.where(chosen, exact, quantized)",
         "return quantized",
-        (f"{_WHOLE}test_blockwise.py",),
+        (f"{_WHOLE}test_blockwise.py::test_every_option_is_better_than_nearest_and_has_an_effect",),
     ),
     Fault(
         "the paper's loss is taken before the activation function",
         "learning/paper.py",
         "layer_exits(run.host, run.host.nodes, self.activation)",
         "layer_exits(run.host, run.host.nodes, False)",
-        (f"{_WHOLE}test_blockwise.py",),
+        (f"{_WHOLE}test_paper_method.py::test_the_loss_is_taken_behind_the_activation_function_or_before_it",),
     ),
     # --- hosts
     Fault(
@@ -346,35 +346,35 @@ FAULTS: Final = (
         "hosts/fx/host.py",
         "for name in node.names if node.name in roundings else ():",
         "for name in node.names[:1] if node.name in roundings else ():",
-        (f"{_WHOLE}test_fx_streams.py",),
+        (f"{_WHOLE}test_fx_streams.py::test_tied_weights_get_one_set_of_integers_and_biases_of_their_own",),
     ),
     Fault(
         "corrected biases are not written into the model of FX",
         "hosts/fx/host.py",
         "        module.bias = nn.Parameter(bias.clone())\n",
         "        pass\n",
-        (f"{_WHOLE}test_fx_streams.py",),
+        (f"{_WHOLE}test_fx_streams.py::test_output_error_is_that_of_the_reference_conversion_on_held_out_samples",),
     ),
     Fault(
         "corrected biases are not written into the program of PT2E",
         "hosts/pt2e/host.py",
         "_put(model, bias, old + correction, ",
         "_put(model, bias, old, ",
-        (f"{_WHOLE}test_pt2e_streams.py",),
+        (f"{_WHOLE}test_pt2e_streams.py::test_output_error_is_that_of_the_converted_program_on_held_out_samples",),
     ),
     Fault(
         "activations of few bits are not clamped",
         "hosts/fx/host.py",
         "        write_scales(model, scales)\n        insert_clamps(model)\n",
         "        write_scales(model, scales)\n",
-        (f"{_WHOLE}test_fx_few_bit_activations.py",),
+        (f"{_WHOLE}test_fx_few_bit_activations.py::test_converted_models_hold_four_bits_beyond_the_calibrated_range",),
     ),
     Fault(
         "learned steps of activations are not written",
         "hosts/activation_quantizers.py",
         "        observer.keep(scale)\n",
         "        pass\n",
-        (f"{_WHOLE}test_finetuning.py",),
+        (f"{_WHOLE}test_finetuning.py::test_observers_report_the_scales_that_were_learned",),
     ),
     # --- beside the pass
     Fault(
@@ -382,7 +382,7 @@ FAULTS: Final = (
         "equalization/channel_ranges.py",
         "            hook.remove()\n",
         "            pass\n",
-        (f"{_WHOLE}test_equalization.py",),
+        (f"{_WHOLE}test_equalization.py::test_batches_and_model_are_not_touched_and_no_hook_is_left",),
     ),
     Fault(
         "channels are equalized by the ratio of their ranges, not by its root",
@@ -403,7 +403,7 @@ FAULTS: Final = (
         "inc/packing.py",
         "packed.pack(weight.integers.int() + shift,",
         "packed.pack(weight.integers.int() + shift - 1,",
-        (f"{_WHOLE}test_inc_packing.py",),
+        (f"{_WHOLE}test_inc_packing.py::test_a_packed_layer_holds_exactly_the_integers",),
     ),
 )
 
@@ -443,7 +443,9 @@ def _failure(copy: Path, tests: Sequence[str], seconds: float | None = None) -> 
 
     Stops if pytest cannot collect the tests: what is no Python any more is no fault that a test finds.
     """
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "-rfE", *tests]
+    # one process: several would cost more to start than these few tests take
+    options = ["-o", "addopts=", "-p", "no:cacheprovider", "-x", "-q", "--tb=no", "-rfE"]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
     try:
         run = subprocess.run(
             command, cwd=copy, env=_environment(copy), capture_output=True, text=True, check=False, timeout=seconds

@@ -252,8 +252,8 @@ def test_samples_that_cannot_be_told_apart_are_taken_batch_by_batch(make, batch_
     method = replace(QUICK, blocks=["first", "second|third"], batch_size=batch_size)
     method = method.with_layers(replace(method.layers, holdout=holdout))
     first, second = report_of(prepared(make=make, bits=2, count=48, size=6), method, samples(size=6)).blocks
-    assert "caller's batches" not in first.note
-    assert "caller's batches" in second.note
+    assert "your batches" not in first.note
+    assert "your batches" in second.note
     assert second.iterations
     assert (second.start_holdout is None) == (not holdout)
 

@@ -11,20 +11,28 @@ from torch.ao.quantization.quantize_fx import prepare_fx
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from adaround_plugin import (
+    BlockWise,
     InvalidBatchError,
     InvalidOptionError,
+    LayerWise,
+    Paper,
     adaround,
     get_adaround_qconfig_mapping,
     get_report,
     get_weight_only_backend_config,
 )
-from adaround_plugin.regions.calibration import Sampling
+from adaround_plugin.hosts.base import open_streams
 from adaround_plugin.hosts.open import open_host
-from adaround_plugin.regions.importance import column_importance
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
-from adaround_plugin.solvers import Annealing, Relaxation
+from adaround_plugin.regions import importance
+from adaround_plugin.regions.calibration import Sampling
+from adaround_plugin.regions.importance import column_importance
+from adaround_plugin.solvers import Annealing
+from integration_tests.models import RECIPE
+from integration_tests.region_models import Opaque
 
-RECIPE = {"asymmetric": True, "correct_bias": True, "damping": 0.01}
+LAYERS = LayerWise(solver="gptq", **RECIPE)
+FISHER = replace(LAYERS, column_weighting="fisher")
 
 
 class Net(nn.Module):
@@ -108,26 +116,27 @@ def _channels_first(square: Tensor, name: str) -> Tensor:
 
 @pytest.mark.parametrize("make", [prepared_fx, prepared_pt2e])
 @pytest.mark.parametrize("max_columns", [10**6, 60])
-def test_importance_is_the_squared_derivative(make, max_columns):
+def test_importance_is_the_squared_derivative(make, max_columns, monkeypatch):
+    # the projections are by signs, so that of one logit nothing is random
+    monkeypatch.setattr(importance, "_COLUMN_PROJECTIONS", 1)
     batches = data(20, 2, 7, 7)
     net = Net()
     host = open_host(make(net, batches), None)
     sampling = Sampling.of([[batch] for batch in batches], 0.0, max_columns, 0)
     batch = 1
     expected = by_hand(net, batches[batch])
-    values = host.float_stream.bind([batches[batch]])
-    found = column_importance(host.float_stream, host.nodes, sampling, batch, values, projections=1)
+    stream, _ = open_streams(host)
+    found = column_importance(stream, host.nodes, sampling, batch, stream.bind([batches[batch]]))
     assert len(found) == 5
     for node in host.nodes:
         name = node.name.split(".")[0]
         for site, squares in zip(node.sites, expected[name], strict=True):
             groups = 3 if name == "b" else 1
-            importance = found[site.float_node]  # (G, n)
             patches_of = {"a": 49, "b": 9, "mix": 9, "head": 1}[name]
             sample, position = _columns(sampling, batch, patches_of, node, len(squares))
             wanted = squares.unflatten(1, (groups, -1)).sum(2)[sample, :, position].T
-            # the projections are by signs, so that of one logit nothing is random
-            torch.testing.assert_close(importance, wanted, rtol=1e-3, atol=1e-6 * float(wanted.max()))
+            # (G, n)
+            torch.testing.assert_close(found[site.float_node], wanted, rtol=1e-3, atol=1e-6 * float(wanted.max()))
 
 
 def _columns(sampling, batch, positions, node, length):
@@ -150,7 +159,7 @@ def test_what_the_output_hardly_sees_is_given_up_for_what_it_sees(make):
     prepared = make(HalfUnseen(), batches)
     error = {}
     for weighting in ("none", "fisher"):
-        learned = adaround(prepared, batches, column_weighting=weighting, progress=False, **RECIPE)
+        learned = adaround(prepared, batches, replace(LAYERS, column_weighting=weighting), progress=False)
         error[weighting] = get_report(learned).output_error
     # measured: 0.74 and 0.80
     assert error["fisher"] < 0.9 * error["none"]
@@ -160,7 +169,7 @@ def test_nothing_of_the_models_is_left_changed():
     batches = data(16, 2, 7, 7)
     prepared = prepared_fx(Net(), batches)
     before = {name: value.clone() for name, value in prepared.state_dict().items() if isinstance(value, Tensor)}
-    adaround(prepared, batches, column_weighting="fisher", progress=False)
+    adaround(prepared, batches, FISHER, progress=False)
     assert all(parameter.grad is None for parameter in prepared.parameters())
     assert not any(module._forward_hooks for module in prepared.modules() if isinstance(module, nn.Conv2d | nn.Linear))
     assert all(torch.equal(prepared.state_dict()[name], value) for name, value in before.items())
@@ -180,11 +189,9 @@ class Index(nn.Module):
 def test_the_report_says_where_no_derivative_could_be_followed():
     batches = data(32, 12)
     backend = get_weight_only_backend_config()
-    learned = adaround(prepared_fx(Index(), batches, backend), batches, column_weighting="fisher", progress=False)
+    learned = adaround(prepared_fx(Index(), batches, backend), batches, FISHER, progress=False)
     assert all("no derivative" in layer.note for layer in get_report(learned).layers)
-    learned = adaround(
-        prepared_fx(HalfUnseen(), data(32, 8, 12)), data(32, 8, 12), column_weighting="fisher", progress=False
-    )
+    learned = adaround(prepared_fx(HalfUnseen(), data(32, 8, 12)), data(32, 8, 12), FISHER, progress=False)
     assert not any("no derivative" in layer.note for layer in get_report(learned).layers)
 
 
@@ -203,56 +210,45 @@ class Root(nn.Module):
 def test_derivatives_that_are_no_numbers_are_left_out_and_reported():
     batches = data(32, 12)
     prepared = prepared_fx(Root(), batches, get_weight_only_backend_config())
-    learned = adaround(prepared, batches, column_weighting="fisher", progress=False)
+    learned = adaround(prepared, batches, FISHER, progress=False)
     notes = {layer.name: layer.note for layer in get_report(learned).layers}
     assert "no derivative" in notes["a"]
     assert "no derivative" not in notes["b"]
-    solver = Relaxation(iterations=5, learning_rate=0.1, fisher=True, start=Annealing())
-    learned = adaround(prepared, batches, solver=solver, column_weighting="none", progress=False)
+    blocks = BlockWise(layers=LAYERS, iterations=5, weighs_outputs=True, drop=0.0, blocks=["a", "b"])
+    learned = adaround(prepared, batches, blocks, progress=False)
     notes = {block.name: block.note for block in get_report(learned).blocks}
-    assert "entries weighed alike" in notes["a"]
-    assert "entries weighed alike" not in notes["b"]
+    assert "weighed alike" in notes["a"]
+    assert "weighed alike" not in notes["b"]
 
 
 def test_a_batch_that_does_not_fit_is_named_as_without_weights():
     prepared = prepared_fx(HalfUnseen(), data(32, 8, 12))
     with pytest.raises(InvalidBatchError, match=r"layer 'a'.*batch 0"):
-        adaround(prepared, data(32, 8, 11), column_weighting="fisher", progress=False)
+        adaround(prepared, data(32, 8, 11), FISHER, progress=False)
 
 
-@torch.library.custom_op("adaround_tests::opaque", mutates_args=())
-def opaque(x: Tensor) -> Tensor:
-    """An operator that was registered without a derivative."""
-    return x.clone()
-
-
-class Opaque(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(12, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.ops.adaround_tests.opaque(self.a(x)))
-
-
-FISHER = Relaxation(iterations=2, fisher=True)
+QUICK = BlockWise(layers=LAYERS, iterations=2, drop=0.0, weighs_outputs=False)
 
 
 @pytest.mark.parametrize(
-    ("options", "remedy"),
+    ("method", "subject"),
     [
-        ({"column_weighting": "fisher"}, "fisher=False"),
-        ({"solver": FISHER, "column_weighting": "none"}, "fisher=False"),
-        ({"solver": replace(FISHER, fisher=False, start=Annealing()), "blocks": True}, "annealing"),
-        ({"solver": replace(FISHER, fisher=False), "blocks": True}, "annealing"),
+        (FISHER, "column_weighting, weighs_outputs"),
+        (replace(QUICK, weighs_outputs=True, blocks=["a", "b"]), "column_weighting, weighs_outputs"),
+        (QUICK, "method"),
+        (Paper(iterations=2, start=Annealing(), activation=False), None),
     ],
 )
-def test_an_operator_without_a_derivative_is_an_error_with_a_remedy(options, remedy):
+def test_an_operator_without_a_derivative_is_an_error_with_a_remedy(method, subject):
     batches = data(32, 12)
     prepared = prepared_fx(Opaque(), batches)
-    with pytest.raises(InvalidOptionError, match=remedy):
-        adaround(prepared, batches, progress=False, **options)
-    learned = adaround(prepared, batches, progress=False)
+    if subject is not None:
+        with pytest.raises(InvalidOptionError) as caught:
+            adaround(prepared, batches, method, progress=False)
+        assert caught.value.subject == subject
+        assert "default" in caught.value.remedy
+    # what asks for no derivative by it does its work
+    learned = adaround(prepared, batches, LAYERS if subject else method, progress=False)
     assert len(get_report(learned).layers) == 2
 
 
@@ -262,6 +258,6 @@ def test_the_same_call_gives_the_same_integers():
     texts = set()
     for _ in range(2):
         torch.rand(3)
-        learned = adaround(prepared, batches, column_weighting="fisher", progress=False)
+        learned = adaround(prepared, batches, FISHER, progress=False)
         texts.add(str([layer.learned_error for layer in get_report(learned).layers]))
     assert len(texts) == 1

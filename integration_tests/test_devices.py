@@ -10,38 +10,47 @@ import torch
 from torch import Tensor, fx, nn
 from torch.ao.quantization.quantize_fx import convert_fx
 
-from adaround_plugin import InvalidBatchError, Refinement, adaround, equalize, get_equalization_report, get_report
-from adaround_plugin.paper.forms import LayerForms
+from adaround_plugin import (
+    BlockWise,
+    Finetune,
+    InvalidBatchError,
+    LayerWise,
+    Paper,
+    adaround,
+    equalize,
+    get_equalization_report,
+    get_report,
+)
 from adaround_plugin.hosts.open import learned_weights
-from adaround_plugin.rounding.hessian import Hessian
 from adaround_plugin.inc import AdaRoundConfig
-from adaround_plugin.rounding.problem import RoundingProblem
+from adaround_plugin.learning.methods import Preset
+from adaround_plugin.learning.passes import Pass
 from adaround_plugin.paper.cross_entropy import CrossEntropy
-from adaround_plugin.solvers import Annealing, Relaxation, _sweep, get_solver
-from adaround_plugin.tests.problems import CATALOGUE
+from adaround_plugin.paper.forms import LayerForms
 from adaround_plugin.paper.weights import best_of_draws, round_weights, write_integers
+from adaround_plugin.rounding.hessian import Hessian
+from adaround_plugin.rounding.problem import RoundingProblem
+from adaround_plugin.solvers import Relaxation, get_solver, sweep
+from adaround_plugin.solvers.coordinates import Coordinates, Coupling
+from adaround_plugin.tests.problems import CATALOGUE
 from integration_tests.devices import every_device, gpu
-from integration_tests.test_refinement import Dense, converted, prepared_by
-from integration_tests.test_relaxation import RECIPE, Net, samples
+from integration_tests.models import RECIPE
+from integration_tests.region_models import Dense, Net, converted, learn_in, prepared_by, samples, seeded, streamed
 
-STEPS = Relaxation(iterations=60, learning_rate=3e-2, batch_size=8, regularization=10.0, beta=(8.0, 2.0))
-JOINT = replace(STEPS, start=Annealing(), learn_scale=True, drop=0.5, fisher=True)
-OPTIONS: dict[str, dict[str, Any]] = {
-    "trials": {},
-    "annealing": RECIPE,
-    "fisher": {**RECIPE, "column_weighting": "fisher"},
-    "relaxation": {**RECIPE, "preset": "paper", "solver": STEPS},
-    "moments": {**RECIPE, "solver": replace(STEPS, data="moments")},
-    "blocks": {**RECIPE, "preset": "blocks", "solver": JOINT},
-    "refine": {**RECIPE, "refine": Refinement(iterations=60, batch_size=16, learning_rate=3e-3)},
-    "integers": {**RECIPE, "refine": Refinement(iterations=150, batch_size=16, integers=True)},
+LAYERS = LayerWise(**RECIPE)
+STEPS = {"iterations": 60, "learning_rate": 3e-2, "regularization": 10.0, "beta": (8.0, 2.0)}
+MOMENTS = Relaxation(**STEPS)
+METHODS: dict[str, Any] = {
+    "trials": "default",
+    "annealing": LAYERS,
+    "fisher": replace(LAYERS, column_weighting="fisher"),
+    "paper": Paper(batch_size=8, **STEPS),
+    "moments": replace(LAYERS, solver=MOMENTS),
+    "blocks": BlockWise(layers=LAYERS, iterations=60, batch_size=8),
+    "finetune": Preset(LAYERS, Finetune(iterations=60, batch_size=16, learning_rate=3e-3)),
+    "integers": Preset(LAYERS, Finetune(iterations=150, batch_size=16, integers=True)),
 }
 HOSTS = [("fx", None), ("fx", 4), ("fx", 8), ("pt2e", None), ("pt2e", 4)]
-
-
-def seeded(make: type[nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return make().eval()
 
 
 def on(device: str, count: int = 48) -> list[Tensor]:
@@ -53,16 +62,14 @@ def devices(model: nn.Module) -> set[str]:
 
 
 def moved(problem: RoundingProblem, device: str) -> RoundingProblem:
-    tensors = {name: getattr(problem, name).to(device) for name in ("target", "lower", "upper", "nearest")}
-    step = None if problem.step is None else problem.step.to(device)
-    return replace(problem, **tensors, hessian=Hessian(problem.hessian.matrix.to(device)), step=step)
+    return problem.map(lambda values: values.to(device), Hessian(problem.hessian.matrix.to(device)))
 
 
 @gpu
 @pytest.mark.parametrize("solver", ["annealing", "coordinate_descent", "gptq", "cross_entropy", "moments"])
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_a_solver_finds_as_good_a_rounding(solver, name):
-    chosen = {"cross_entropy": CrossEntropy(iterations=20), "moments": replace(STEPS, data="moments")}
+    chosen = {"cross_entropy": CrossEntropy(iterations=20), "moments": MOMENTS}
     solve = (chosen[solver] if solver in chosen else get_solver(solver)).solve
     expected, found = solve(CATALOGUE[name]), solve(moved(CATALOGUE[name], "cuda"))
     assert found.integers.device.type == found.loss.device.type == "cuda"
@@ -74,13 +81,13 @@ def test_a_solver_finds_as_good_a_rounding(solver, name):
 @gpu
 def test_sweeps_take_the_kernel():
     kernel = pytest.importorskip("adaround_plugin.solvers.sweep_triton")
-    assert _sweep._visitor(torch.device("cuda", 0))[0] is kernel.visit
+    assert sweep._visitor(torch.device("cuda", 0))[0] is kernel.visit
 
 
 def test_sweeps_do_without_the_kernel_where_it_cannot_run(caplog):
     # no Triton, or no GPU: on a machine with both, another device of its own kind
-    visitor, _ = _sweep._visitor.__wrapped__(torch.device("cuda", 99))
-    assert visitor is _sweep.visit
+    visitor, _ = sweep._visitor.__wrapped__(torch.device("cuda", 99))
+    assert visitor is sweep.visit
     assert "Triton does not run here" in caplog.text
 
 
@@ -101,7 +108,7 @@ def test_the_kernel_of_a_block_does_what_its_loop_does(shape, temperature, trian
     part = slice(3, 3 + count)
     error, target = drawn(groups, count + 5, rows), 2 * drawn(groups, count + 5, rows)
     lower, upper = torch.full_like(target, -2), torch.full_like(target, 1)
-    step = drawn(groups, count + 5, rows).abs() + 0.5 if varies else None
+    step = drawn(groups, count + 5, rows).abs() + 0.5 if varies else torch.ones_like(target)
     curvature = drawn(groups, count + 5).abs() if triangular else None
     matrix, pull, loss = (
         0.1 * drawn(groups, count + 5, count + 5),
@@ -110,19 +117,15 @@ def test_the_kernel_of_a_block_does_what_its_loop_does(shape, temperature, trian
     )
 
     def visited(visit: Any, device: str) -> tuple[Tensor, Tensor]:
-        at = [None if values is None else values.to(device, copy=True) for values in (error, curvature, step, loss)]
-        blocks = [at[0], *(values.to(device) for values in (target, lower, upper))]
-        visit(
-            pull.to(device, copy=True),
-            matrix.to(device)[:, part, part],
-            *(values[:, part] for values in blocks),
-            temperature,
-            *(None if values is None else values[:, part] for values in at[1:3]),
-            at[3],
-        )
-        return at[0].cpu(), at[3].cpu()
+        whole = Coordinates(error, target, lower, upper, step, is_plain=not varies)
+        at = whole.map(lambda values: values.to(device, copy=True))
+        coupling = Coupling(matrix.to(device), None if curvature is None else curvature.to(device))
+        total = loss.to(device, copy=True)
+        block = at.map(lambda values: values[:, part])
+        visit(pull.to(device, copy=True), block, coupling.block(part), temperature, total)
+        return at.error.cpu(), total.cpu()
 
-    expected, found = visited(_sweep.visit, "cpu"), visited(kernel.visit, "cuda")
+    expected, found = visited(sweep.visit, "cpu"), visited(kernel.visit, "cuda")
     # of a thousand sums, one may lie close enough to a half to be rounded the other way, and with it those after it
     assert ((expected[0] - found[0]).abs() > 1e-3).double().mean() < 0.01
     torch.testing.assert_close(found[1].sum(), expected[1].sum(), rtol=1e-2, atol=1e-3)
@@ -130,22 +133,19 @@ def test_the_kernel_of_a_block_does_what_its_loop_does(shape, temperature, trian
 
 @gpu
 @pytest.mark.parametrize(("host", "activation_bits"), HOSTS)
-@pytest.mark.parametrize("options", OPTIONS)
-def test_a_model_is_learned_on_its_device(host, activation_bits, options, learners):
-    def learn(where: str) -> fx.GraphModule:
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_is_learned_on_its_device(host, activation_bits, method):
+    def learn(where: str) -> tuple[fx.GraphModule, Pass]:
         net = seeded(Net if host == "fx" else Dense).to(where)
-        prepared = prepared_by(host, activation_bits, net, on(where))
-        return adaround(prepared, on(where), progress=False, **OPTIONS[options])
+        return learn_in(prepared_by(host, activation_bits, net, on(where)), on(where), METHODS[method])
 
-    expected, found = learn("cpu"), learn("cuda")
+    (expected, _), (found, run) = learn("cpu"), learn("cuda")
     assert devices(found) == {"cuda"}
     assert get_report(found).output_error <= 1.2 * get_report(expected).output_error
-    stream = learners[-1].host.quantized_stream.module
     model = converted(host, activation_bits, found)
     with torch.no_grad():
         for batch in on("cuda"):
-            value = fx.Interpreter(stream).run(batch)
-            value = value[0] if isinstance(value, tuple) else value
+            value = streamed(run, batch)
             assert value.device.type == "cuda"
             assert torch.equal(value, model(batch))
 
@@ -153,7 +153,7 @@ def test_a_model_is_learned_on_its_device(host, activation_bits, options, learne
 @every_device
 def test_what_was_learned_there_runs_in_the_kernels_of_the_processor(device):
     prepared = prepared_by("fx", 8, seeded(Dense).to(device), on(device))
-    learned = adaround(prepared, on(device), progress=False, **RECIPE)
+    learned = adaround(prepared, on(device), LAYERS, progress=False)
     expected = learned_weights(learned)
     native = convert_fx(learned.cpu())
     with torch.no_grad():
@@ -223,6 +223,6 @@ def test_neural_compressor_takes_it(kind, device):
 
 
 def test_a_batch_on_another_device_is_named():
-    prepared = prepared_by("fx", None, seeded(Dense))
+    prepared = prepared_by("fx", None, seeded(Dense), samples())
     with pytest.raises(InvalidBatchError, match=r"batch 1.*'x'.*meta.*cpu.*inputs="):
         adaround(prepared, [samples()[0], samples()[1].to("meta")], progress=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -114,6 +115,8 @@ CASES = MODULES | FUNCTIONS
 # --- every two settings of these meet
 
 _DIMENSIONS, _BITS, _BOTH = (1, 2, 3), (2, 4, 8), (True, False)
+# per channel or not, symmetric or not
+_SCHEMES = list(itertools.product(_BOTH, _BOTH))
 
 
 def _kinds(names: Iterable[str]) -> list[str]:
@@ -126,19 +129,19 @@ def _is_case(kind: str, dimensions: int) -> bool:
 
 
 def _settings() -> list[tuple[str, str, bool, bool, int]]:
-    def allowed(kind: str, dimensions: int, engine: str, per_channel: bool, symmetric: bool, bits: int) -> bool:
+    def allowed(kind: str, dimensions: int, engine: str, scheme: tuple[bool, bool], bits: int) -> bool:
         # onednn's kernels take zero point 0 only, and the mapping says so
-        return _is_case(kind, dimensions) and (symmetric or engine != "onednn")
+        return _is_case(kind, dimensions) and (engine != "onednn" or scheme[1])
 
-    found = pairwise(_kinds(CASES), _DIMENSIONS, ENGINES, _BOTH, _BOTH, _BITS, allowed=allowed)
-    return [(kind.format(dimensions), *rest) for kind, dimensions, *rest in found]
+    found = pairwise(_kinds(CASES), _DIMENSIONS, ENGINES, _SCHEMES, _BITS, allowed=allowed)
+    return [(kind.format(dimensions), engine, *scheme, bits) for kind, dimensions, engine, scheme, bits in found]
 
 
 def _weight_only_settings() -> list[tuple[str, bool, bool, int]]:
     found = pairwise(
-        _kinds(MODULES), _DIMENSIONS, _BOTH, _BOTH, _BITS, allowed=lambda kind, d, *grid: _is_case(kind, d)
+        _kinds(MODULES), _DIMENSIONS, _SCHEMES, _BITS, allowed=lambda kind, dimensions, *_: _is_case(kind, dimensions)
     )
-    return [(kind.format(dimensions), *grid) for kind, dimensions, *grid in found]
+    return [(kind.format(dimensions), *scheme, bits) for kind, dimensions, scheme, bits in found]
 
 
 # --- what stock torch (2.13) cannot do, without any plugin: (pattern of the case, engines, reason)

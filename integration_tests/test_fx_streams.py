@@ -187,31 +187,33 @@ def test_all_of_an_output_without_an_axis_of_samples_counts_in_its_error():
 
 @pytest.mark.parametrize("name", ["Residual", "Tied", "FunctionalWeights"])
 def test_streams_of_one_host_do_not_see_each_others_roundings(name):
-    _, prepared, data = prepared_net(name, activation_bits=4)
+    _, prepared, (batch, *_) = prepared_net(name, activation_bits=4)
     host = PreparedFX(prepared)
-    before = snapshot(host.quantized_graph), str(host.quantized_graph.graph)
-    (arguments,) = ([batch] for batch in data[:1])
-    low, high, untouched = (open_streams(host)[1] for _ in range(3))
+    before, graph = snapshot(host.quantized_graph), str(host.quantized_graph.graph)
+    schemes = ("floor", "ceil")
+    streams = {scheme: open_streams(host)[1] for scheme in schemes}
     for node in host.nodes:
-        for stream, scheme in ((low, "floor"), (high, "ceil")):
-            node.set_quantized(stream.module, LayerRounding(node.grid, get_scheme(scheme, 0)(node.grid, node.weight)))
-    for stream, scheme in ((low, "floor"), (high, "ceil")):
-        assert_equal_trees(run_stream(stream, arguments), _converted_by_hand(round_weights(prepared, scheme), data[0]))
-    stock = _converted_by_hand(prepared, data[0])
+        for scheme, stream in streams.items():
+            integers = get_scheme(scheme, 0)(node.grid, node.weight)
+            node.set_quantized(stream.module, LayerRounding(node.grid, integers))
+    expected = {scheme: _output(round_weights(prepared, scheme), batch) for scheme in schemes}
+    for scheme in schemes:
+        assert_equal_trees(run_stream(streams[scheme], [batch]), expected[scheme])
     # a scale of an activation is a stream's own, too
     assert host.quantizers
     for quantizer in host.quantizers:
-        quantizer.set_scale(low, 4 * quantizer.scale)
-    assert not torch.equal(run_stream(low, arguments), _converted_by_hand(round_weights(prepared, "floor"), data[0]))
-    assert_equal_trees(run_stream(high, arguments), _converted_by_hand(round_weights(prepared, "ceil"), data[0]))
-    for stream in (untouched, open_streams(host)[1], Stream(host.quantized_graph, host.quantized_graph.graph)):
-        assert_equal_trees(run_stream(stream, arguments), stock)
-    assert_unchanged(before[0], host.quantized_graph)
-    assert str(host.quantized_graph.graph) == before[1]
+        quantizer.set_scale(streams["floor"], 4 * quantizer.scale)
+    assert not torch.equal(run_stream(streams["floor"], [batch]), expected["floor"])
+    assert_equal_trees(run_stream(streams["ceil"], [batch]), expected["ceil"])
+    stock = _output(prepared, batch)
+    for stream in (open_streams(host)[1], Stream(host.quantized_graph, host.quantized_graph.graph)):
+        assert_equal_trees(run_stream(stream, [batch]), stock)
+    assert_unchanged(before, host.quantized_graph)
+    assert str(host.quantized_graph.graph) == graph
 
 
-def _converted_by_hand(prepared: fx.GraphModule, batch: Any) -> Any:
-    """The output of the host's conversion, with the clamps that activations of few bits need."""
+def _output(prepared: fx.GraphModule, batch: Any) -> Any:
+    """The output of the host's conversion of a copy, with the clamps that activations of few bits need."""
     clamped = copy.deepcopy(prepared)
     insert_clamps(clamped)
     return call(convert_to_reference_fx(clamped), batch)
@@ -221,7 +223,7 @@ DEPTH = 40
 
 
 def test_constants_that_are_used_twice_are_computed_once():
-    """Diamonds on diamonds: each constant is made of the one before, twice, so that there are 2^40 paths to the last."""
+    """Diamonds on diamonds: each constant is made of the one before, twice, so that 2^40 paths lead to the last."""
     calls: Counter[str] = Counter()
 
     def counted(one: Tensor, other: Tensor) -> Tensor:
@@ -236,7 +238,7 @@ def test_constants_that_are_used_twice_are_computed_once():
     scaled = graph.call_function(torch.mul, (x, constant))
     graph.output(graph.call_function(torch.add, (scaled, constant)))
     root = nn.Module()
-    root.constant = nn.Parameter(torch.tensor(3.0))
+    root.register_buffer("constant", torch.tensor(3.0))
     module = inline(fx.GraphModule(root, graph), lambda _: False)
     stream = Stream(module, module.graph)
     found = run_stream(stream, [torch.ones(2)])
@@ -244,12 +246,12 @@ def test_constants_that_are_used_twice_are_computed_once():
     # it is made again where it is used, and there it takes as many steps as it has nodes
     assert calls["constant"] == 2 * DEPTH
     calls.clear()
-    assert float(stream.value(stream.nodes[-4], {})) == 3.0
+    assert torch.equal(stream.value(stream.nodes[-4], {}), torch.tensor(3.0))
     assert calls["constant"] == DEPTH
-    # the same holds for what is looked at alone
-    add = stream.nodes[-2]
+    # so do looks ahead, and none of it is kept
+    mul, add = stream.nodes[-3:-1]
     assert stream.reaches(add, stream.runnable(set()))
-    assert stream.finish([]) == {stream.placeholders[0], stream.nodes[-3]}
+    assert stream.finish([]) == {stream.placeholders[0], mul, add}
     path = Path(stream, [add], stream.placeholders, {})
     assert len(path.order) == len(set(path.order)) == DEPTH + 3
 
@@ -357,7 +359,9 @@ def test_no_hook_and_no_other_parameter_gets_into_the_given_model(name, method, 
 
     def watch() -> None:
         for name, module in theirs.items():
-            assert not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks), name
+            assert not module._forward_hooks, name
+            assert not module._forward_pre_hooks, name
+            assert not module._backward_hooks, name
             now = module._parameters | module._buffers
             assert now.keys() == tensors[name].keys(), name
             assert all(now[key] is value for key, value in tensors[name].items()), name
@@ -366,7 +370,7 @@ def test_no_hook_and_no_other_parameter_gets_into_the_given_model(name, method, 
         watch()
         # what is watched for does happen, to modules of our own
         hooked["hook"] += bool(module._forward_hooks)
-        hooked["tensor"] += any(not isinstance(value, nn.Parameter) for value in module._parameters.values())
+        hooked["tensor"] += any(type(value) is Tensor for value in module._parameters.values())
         return plain(module, *args, **kwargs)
 
     monkeypatch.setattr(nn.Module, "_call_impl", watched)

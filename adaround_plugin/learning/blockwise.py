@@ -69,7 +69,9 @@ class BlockWise:
         blocks = self.blocks
         is_list = isinstance(blocks, Sequence) and not isinstance(blocks, str) and len(blocks) > 0
         if blocks is not None and not (is_list and all(isinstance(name, str) for name in blocks)):
-            raise InvalidOptionError("BlockWise.blocks", f"{blocks!r} has no names", "Pass None or a list of names.")
+            raise InvalidOptionError(
+                "BlockWise.blocks", f"{blocks!r} is not a list of names", "Pass None or a list of names."
+            )
 
     @property
     def is_baseline(self) -> bool:

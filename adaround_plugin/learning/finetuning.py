@@ -48,7 +48,7 @@ _FEW_BITS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune:
-    """Learn scales and biases of the whole network by the error of its output, when all is rounded.
+    """Learn scales and biases of the whole network by the error of its output, after all weights are rounded.
 
     Learned are scales of weights and biases as the method leaves them free, and step sizes of the activations that
     AdaRound's observers watch. What is no better than its start on held-out samples is not taken.

@@ -220,16 +220,16 @@ class PendingLayers:
         weighed = self._columns.forget(node)
         if run.is_trial:
             return
-        notes = [] if layer.moments.count else ["no learning sample reached it"]
+        notes = [] if layer.moments.count else ["no learning sample reached this layer"]
         if self._after is not None and layer.moments.count:
             rounding, further = self._after(node, layer, rounding)
             notes += further
         if self._recipe.column_weighting == "fisher" and not weighed:
-            notes.append("columns weighed alike: no derivative by what it computes could be followed")
+            notes.append("columns weighed alike: the network's output has no finite derivative by this layer's output")
         if search and not layer.can_search_scale:
             notes.append("scale kept: it runs along the input channels")
         if self._recipe.correct_bias and node.bias == "fixed":
-            notes.append("no bias that could be corrected")
+            notes.append("bias kept: the call's bias cannot be written")
         run.report.layer(node, rounding, notes, moments.count, run.layer_seconds[node.name])
 
 

@@ -55,8 +55,7 @@ METHODS: Mapping[str, Preset] = {
     "nearest": Preset(LayerWise(solver=Nearest())),
     # all roundings of a block together
     "blocks": Preset(BlockWise()),
-    # blocks with more damping, then the whole network, integers of 2 bits too: what the measurements in
-    # docs/benchmarks.md found best at 2 bits and at 4-bit activations, and what takes longest
+    # blocks with more damping, then the whole network, integers of 2 bits too (docs/benchmarks.md)
     "best": Preset(BlockWise(layers=LayerWise(column_weighting="fisher", damping=0.1)), Finetune(integers="auto")),
     # Nagel et al. 2020 to the letter
     "paper": Preset(Paper()),
@@ -77,5 +76,5 @@ def get_preset(method: str | Method | Preset) -> Preset:
         return method
     if isinstance(method, type) or not isinstance(method, Method):
         known = "LayerWise(...), BlockWise(...) or Paper(...)"
-        raise InvalidOptionError("method", f"{method!r} is no method", f"Pass one of {list(METHODS)}, or {known}.")
+        raise InvalidOptionError("method", f"{method!r} is not a method", f"Pass one of {list(METHODS)}, or {known}.")
     return Preset(method)

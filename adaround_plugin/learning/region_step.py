@@ -141,12 +141,12 @@ class RegionStep:
         why = "used outside the block, has a computed bias, or feeds only integer values"
         notes = [f"not learned on samples ({why}): {', '.join(left)}"] if left else []
         if not region.resampled:
-            notes.append("minibatches are the caller's batches: samples cannot be told apart at its entry or exits")
+            notes.append("minibatches are your batches: a value at its inputs or outputs has no sample axis")
         if not region.has_samples:
-            notes.append("nothing held out: the leading axis at its exits is not one of samples")
+            notes.append("nothing held out: the first axis of its outputs is not the sample axis")
         if region.is_unweighed:
-            notes.append("entries weighed alike: no derivative by its output could be followed")
+            notes.append("entries weighed alike: the network's output has no finite derivative by the block's output")
         if region.without_counterpart and not self.propagate_error:
             lacking = ", ".join(region.without_counterpart)
-            notes.append(f"quantized input taken for {lacking}, which the float stream lacks")
+            notes.append(f"{lacking} taken from the quantized network: the float network has no such value")
         return notes

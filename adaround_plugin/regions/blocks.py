@@ -207,7 +207,8 @@ def _block(nodes: Sequence[WeightedNode], exits: tuple[Exit, ...]) -> Block:
     if not exits:
         return Block(name, tuple(nodes), (), "the quantized graph has no counterpart of its end")
     if len(nodes) > _MOST:
-        return Block(name, tuple(nodes), (), f"{len(nodes)} layers without a cut between them: name smaller blocks")
+        note = f"{len(nodes)} layers with no single node between them, decided one by one: pass smaller blocks"
+        return Block(name, tuple(nodes), (), note)
     return Block(name, tuple(nodes), exits)
 
 

@@ -59,7 +59,7 @@ def bind_batches(
     bound = [_bind(device, signature, flatten, batch, inputs, i) for i, batch in enumerate(iterator)]
     if not bound:
         raise InvalidBatchError(
-            argument, "is empty (an iterator that was already consumed is)", "Pass a list or a DataLoader."
+            argument, "has no batches (perhaps an iterator that was already used up)", "Pass a list or a DataLoader."
         )
     _log.debug("%d calibration batches", len(bound))
     return bound

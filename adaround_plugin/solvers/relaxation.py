@@ -32,7 +32,7 @@ def check_soft_rounding(argument: str, value: Any) -> None:
     """Raise `InvalidOptionError` unless `value` is a class of soft roundings."""
     if not isinstance(value, type) or not hasattr(value, "spans_grid"):
         raise InvalidOptionError(
-            argument, f"{value!r} is no soft rounding", "Pass a class of adaround_plugin.paper.variants."
+            argument, f"{value!r} is not a soft rounding", "Pass a class of adaround_plugin.paper.variants."
         )
 
 

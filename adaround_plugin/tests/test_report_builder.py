@@ -98,8 +98,8 @@ def test_a_layer_that_keeps_nearest_says_on_which_samples_it_is_better(builder, 
 
 
 def test_a_layer_that_no_sample_reached_was_not_judged(builder):
-    decide(builder, nearest(), "no learning sample reached it", columns=0)
-    assert only(builder).note == "no learning sample reached it"
+    decide(builder, nearest(), "no learning sample reached this layer", columns=0)
+    assert only(builder).note == "no learning sample reached this layer"
 
 
 def test_what_is_learned_again_no_longer_keeps_nearest(builder):

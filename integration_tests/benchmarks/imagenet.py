@@ -1,4 +1,4 @@
-"""AdaRound's experiment on ImageNet and Pascal VOC, for whoever has the data: one network, table beside the paper's.
+"""AdaRound's experiment on ImageNet and Pascal VOC, if you have the data: one network, its table beside the paper's.
 
 Every layer is quantized, first and last included, per tensor as in the paper. Every score is of the model that
 `convert_to_reference_fx` made, on the whole validation set unless `--subset` is given. Each result is appended to a

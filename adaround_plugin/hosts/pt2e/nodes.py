@@ -100,7 +100,7 @@ class PT2EFinder(Finder):
         elif kind in _RECURRENT:
             reason = "recurrent layers are not supported: the host's own rounding is kept"
         elif kind in _PRODUCTS:
-            reason = "a product with a parameter that is no aten.linear or aten.conv: left as the quantizer has it"
+            reason = "a product with a parameter, but not aten.linear or aten.conv: not learned"
         else:
             return
         yield Skipped(parameters[0].removesuffix(".weight"), f"aten.{kind}", reason)
