@@ -17,8 +17,11 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 from adaround_plugin import BlockWise, InvalidOptionError, LayerWise, adaround, get_report
 from adaround_plugin.hosts.open import learned_weights, open_host
 from adaround_plugin.learning.passes import Pass
-from adaround_plugin.learning.report_builder import ReportBuilder
-from adaround_plugin.regions.blocks import find_blocks, layer_exits
+from adaround_plugin.learning.report_builder import Progress, ReportBuilder
+from adaround_plugin.regions.blocks import find_blocks, layer_exits, output_exits
+from adaround_plugin.regions.calibration import Sampling
+from adaround_plugin.regions.minibatches import squared_error
+from adaround_plugin.regions.region import Drawing, Region
 from adaround_plugin.report import BlockReport, Report
 from adaround_plugin.rounding.schemes import up_or_down
 from integration_tests.models import RECIPE
@@ -209,6 +212,23 @@ def test_every_option_is_better_than_nearest_and_has_an_effect(options, activati
     )
     # without quantized activations there is no quantization that could be dropped
     assert same == ("drop" in options and activation_bits is None)
+
+
+def test_the_more_quantization_is_dropped_the_closer_the_float_weights_come_to_the_float_network():
+    host = open_host(prepared("fx", 4, count=48))
+    arguments = [[batch] for batch in samples()]
+    report = ReportBuilder(Progress(1, shown=False))
+    run = Pass(host, arguments, Sampling.of(arguments, 0.0, 1, 0), report=report)
+
+    def error(drop: float) -> float:
+        region = Region(run.place(), run.nodes, output_exits(run.streams), Drawing(48, drop))
+        batch = region.draw(torch.Generator().manual_seed(0))
+        outputs = batch.run([node.weight for node in region.nodes], [None] * len(region.nodes), None)
+        return float(squared_error(batch, outputs).detach())
+
+    # nothing is left of quantization but what is dropped
+    assert error(0.999) < 0.1 * error(0.5)
+    assert error(0.5) < 0.9 * error(0.0)
 
 
 def test_the_same_seed_gives_the_same_and_another_seed_another_network():

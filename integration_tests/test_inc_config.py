@@ -19,6 +19,7 @@ from adaround_plugin import METHODS, LayerWise
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.inc import AdaRoundConfig
 from adaround_plugin.inc.parameters import LAYER_PARAMETERS, PARAMETERS, method_of
+from adaround_plugin.learning.methods import Preset
 from integration_tests.inc_models import network
 
 LAYERS = [("0.0", "Conv2d"), ("1", "ConvTranspose2d"), ("3", "Linear"), ("5", "Linear")]
@@ -101,8 +102,9 @@ def test_every_option_of_a_layer_is_a_parameter_of_the_same_name() -> None:
 @pytest.mark.parametrize("method", ["default", "blocks"])
 def test_an_option_changes_that_of_the_methods_layers_alone(method: str, option: str) -> None:
     chosen, finetune = method_of(AdaRoundConfig(method=method, **{option: OPTIONS[option]}))
-    named = METHODS[method].method
-    assert chosen == named.with_layers(replace(named.layers, **{option: OPTIONS[option]}))
+    named = METHODS[method]
+    layers = replace(named.method.layers, **{option: OPTIONS[option]})
+    assert chosen == replace(named, method=named.method.with_layers(layers))
     assert chosen != named
     assert finetune is None
 
@@ -113,16 +115,13 @@ def test_without_options_method_and_finetuning_are_passed_on(method: str, finetu
     assert method_of(AdaRoundConfig(method=method, finetune=finetune)) == (method, finetune)
 
 
-def test_finetuning_beside_options_is_that_of_the_name_unless_it_is_given() -> None:
-    best = METHODS["best"].finetune
-    assert best is not None
-    for method, finetune, expected in (
-        ("best", None, best),
-        ("best", False, False),
-        ("default", None, None),
-        ("default", True, True),
-    ):
-        assert method_of(AdaRoundConfig(method=method, finetune=finetune, holdout=0.25))[1] == expected
+@pytest.mark.parametrize("method", ["default", "best"])
+@pytest.mark.parametrize("finetune", [None, True, False])
+def test_finetuning_beside_options_stays_what_it_is_without(method: str, finetune: bool | None) -> None:
+    chosen, passed = method_of(AdaRoundConfig(method=method, finetune=finetune, holdout=0.25))
+    assert isinstance(chosen, Preset)
+    assert chosen.finetune == METHODS[method].finetune
+    assert passed is finetune
 
 
 def test_a_method_that_has_no_place_for_options_says_so_before_anything_runs() -> None:

@@ -138,14 +138,14 @@ def test_a_batch_that_does_not_fit_the_signature_is_named_with_the_remedy(model,
 
 @pytest.mark.parametrize("batches", [[], (), iter([]), DataLoader(TensorDataset(torch.zeros(0, 1)))])
 def test_no_batches_are_refused(batches):
-    with pytest.raises(InvalidBatchError, match=r"data: is empty.*Pass a list or a DataLoader"):
+    with pytest.raises(InvalidBatchError, match=r"^data: .*Pass a list or a DataLoader"):
         bind(One(), batches)
 
 
 def test_a_consumed_iterator_is_refused():
     batches = iter([X])
     bind(One(), batches)
-    with pytest.raises(InvalidBatchError, match="already consumed"):
+    with pytest.raises(InvalidBatchError, match=r"^data: .*iterator"):
         bind(One(), batches)
 
 

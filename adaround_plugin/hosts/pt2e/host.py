@@ -108,8 +108,12 @@ class PreparedPT2E:
             annotation = node.meta.get("quantization_annotation")
             if annotation is not None:
                 inputs = annotation.input_qspec_map.items()
-                annotation.input_qspec_map = {edge(source): moved(spec) for source, spec in inputs}
-                annotation.output_qspec = moved(annotation.output_qspec)
+                # the annotation itself is the original's, too
+                node.meta["quantization_annotation"] = replace(
+                    annotation,
+                    input_qspec_map={edge(source): moved(spec) for source, spec in inputs},
+                    output_qspec=moved(annotation.output_qspec),
+                )
         return result
 
     def is_type(self, node: WeightedNode, kind: type[nn.Module]) -> bool:
