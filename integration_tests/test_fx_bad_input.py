@@ -197,23 +197,23 @@ def test_infinite_activations_in_the_streams_name_the_layer(data):
 
 @pytest.mark.parametrize("given", [[], (), iter(()), torch.utils.data.DataLoader([])])
 def test_no_batches(prepared, given):
-    refused(InvalidBatchError, "data.*empty", prepared, given)
+    refused(InvalidBatchError, "^data: .*no batches", prepared, given)
 
 
 def test_a_consumed_iterator(prepared, data):
     iterator = iter(data)
     list(iterator)
-    refused(InvalidBatchError, "data.*consumed.*list or a DataLoader", prepared, iterator)
+    refused(InvalidBatchError, "^data: .*iterator", prepared, iterator)
 
 
 @pytest.mark.parametrize("given", [images(4, *SHAPE), {"x": images(4, *SHAPE)}])
 def test_a_batch_in_place_of_batches(prepared, given):
-    refused(InvalidBatchError, r"data.*\[batch\]", prepared, given)
+    refused(InvalidBatchError, r"^data: .*\[batch\]", prepared, given)
 
 
 @pytest.mark.parametrize("given", [3, None, object()])
 def test_no_iterable(prepared, given):
-    refused(InvalidBatchError, "data.*not iterable", prepared, given)
+    refused(InvalidBatchError, "^data: .*iterable", prepared, given)
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ def test_infinite_activations_in_the_streams_name_the_layer(data):
 
 @pytest.mark.parametrize("given", [[], iter(()), torch.utils.data.DataLoader([])])
 def test_no_batches(prepared, given):
-    refused(InvalidBatchError, "data.*empty", prepared, given)
+    refused(InvalidBatchError, "data.*no batches", prepared, given)
 
 
 @pytest.mark.parametrize("given", [images(6, *SHAPE), {"x": images(6, *SHAPE)}])
