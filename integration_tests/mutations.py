@@ -239,14 +239,21 @@ FAULTS: Final = (
         "learning/columns.py",
         "x_quantized = quantized_stream.value(input_of(site.quantized_node), values[1])",
         "x_quantized = x_float",
-        (f"{_WHOLE}test_fx_streams.py",),
+        (f"{_WHOLE}test_columns.py",),
     ),
     Fault(
         "held-out samples are learned from",
         "learning/columns.py",
         "parts = [(into.learning, ~held)]",
         "parts = [(into.learning, torch.ones_like(held))]",
-        (f"{_WHOLE}test_fx_streams.py",),
+        (f"{_WHOLE}test_columns.py",),
+    ),
+    Fault(
+        "massive activations weigh as much as they are large",
+        "learning/columns.py",
+        "torch.where(floor > 0, 1 / (power + floor), 0.0)",
+        "torch.where(floor > 0, power + floor, 0.0)",
+        (f"{_WHOLE}test_columns.py",),
     ),
     Fault(
         "columns are weighed alike in spite of their importance",
@@ -310,7 +317,7 @@ FAULTS: Final = (
         "regions/region.py",
         "entries if propagate_error else floats",
         "floats",
-        (f"{_WHOLE}test_blockwise.py::test_every_option_is_better_than_nearest_and_has_an_effect",),
+        (f"{_WHOLE}test_region.py",),
     ),
     Fault(
         "minibatches do not follow the seed",
@@ -324,7 +331,7 @@ FAULTS: Final = (
         "regions/forward.py",
         "return torch.where(chosen, exact, quantized)",
         "return quantized",
-        (f"{_WHOLE}test_blockwise.py::test_every_option_is_better_than_nearest_and_has_an_effect",),
+        (f"{_WHOLE}test_region.py",),
     ),
     Fault(
         "the paper's loss is taken before the activation function",

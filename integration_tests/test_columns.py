@@ -1,0 +1,81 @@
+"""What enters a layer's moments: columns of both streams, learning and held-out samples apart, each by its weight."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adaround_plugin.hosts.open import open_host
+from adaround_plugin.learning.columns import Columns, LayerMoments
+from adaround_plugin.learning.passes import Pass
+from adaround_plugin.learning.report_builder import Progress, ReportBuilder
+from adaround_plugin.regions.calibration import Sampling
+from adaround_plugin.rounding.moments import Moments
+from integration_tests.models import batches, learn, learned, prepared_model
+
+TOKENS = 5
+
+
+@functools.cache
+def streams() -> tuple[Pass, Tensor, Tensor]:
+    """A pass with all weights at nearest, and the inputs of the second layer: float, and behind the first one's weight.
+
+    Each is `(samples, tokens, columns)`.
+    """
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    data = batches(TOKENS, 6)
+    prepared = prepared_model(net, data, weight_bits=2, activation_bits=None)
+    host, arguments = open_host(prepared), [[batch] for batch in data]
+    run = Pass(host, arguments, Sampling.of(arguments, 0.25, 10_000, 0), report=ReportBuilder(Progress(0, False)))
+    first = learned(learn(prepared, data, "nearest", correct_bias=False), "0")
+    assert first.bias is not None
+    every = torch.cat(data)
+    with torch.no_grad():
+        exact = net[1](net[0](every))
+        quantized = net[1](nn.functional.linear(every, first.dequantize(), first.bias))
+    return run, exact, quantized
+
+
+def gathered(weighting: str) -> LayerMoments:
+    """The moments of the second layer."""
+    run, _, _ = streams()
+    node = run.host.nodes[1]
+    columns, moments = Columns(run, weighting), LayerMoments(node)
+    with torch.no_grad():
+        run.look_ahead(lambda batch, values: columns.gather(node, batch, values, moments))
+    return moments
+
+
+def weights(exact: Tensor, weighting: str) -> Tensor:
+    """`(samples, tokens)`: one over the norm, which is floored at a hundredth of its mean in the sample."""
+    if weighting == "none":
+        return torch.ones(exact.shape[:2])
+    power = exact.square().sum(2)
+    return 1 / (power + 0.01 * power.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("weighting", ["none", "inverse_norm"])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_moments_are_those_of_both_streams_on_their_samples(weighting: str, held_out: bool) -> None:
+    run, exact, quantized = streams()
+    node, sampling = run.host.nodes[1], run.sampling
+    held = torch.cat([sampling.held_out(batch, size) for batch, size in enumerate(sampling.size)])
+    assert 0 < int(held.sum()) < len(held)
+    assert not torch.allclose(exact, quantized, atol=0.1)
+    chosen = held == held_out
+    x_float, x = (values[chosen].flatten(0, 1).double() for values in (exact, quantized))
+    share = weights(exact, weighting)[chosen].flatten().double()
+    share /= share.sum()
+    deviation = (x_float - x) @ node.weight.double().T
+    mean = share @ x
+    moments = gathered(weighting)
+    found: Moments = (moments.holdout if held_out else moments.learning).finish()
+    assert found.count == int(chosen.sum()) * TOKENS
+    torch.testing.assert_close(found.mean[0], mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.deviation[0], share @ deviation, rtol=1e-4, atol=1e-5)
+    spread = (x - mean).T @ (share[:, None] * (x - mean))
+    torch.testing.assert_close(found.hessian[0], spread, rtol=1e-4, atol=1e-5)

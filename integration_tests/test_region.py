@@ -1,0 +1,66 @@
+"""What a region is learned from: the stream at its entry, and entries left unquantized at random."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adaround_plugin.hosts.open import open_host
+from adaround_plugin.learning.passes import Pass
+from adaround_plugin.learning.report_builder import Progress, ReportBuilder
+from adaround_plugin.regions.blocks import layer_exits
+from adaround_plugin.regions.calibration import Sampling
+from adaround_plugin.regions.minibatches import Minibatch
+from adaround_plugin.regions.region import Drawing, Region
+from integration_tests.models import batches, prepared_model
+
+
+def region_of(
+    net: nn.Module, layer: int, data: list[Tensor], drawing: Drawing, propagate_error: bool = True, bits: int | None = 8
+) -> Region:
+    """The region of one layer, both streams run up to it with the weights before it at nearest."""
+    host = open_host(prepared_model(net, data, weight_bits=2, activation_bits=bits))
+    arguments = [[batch] for batch in data]
+    run = Pass(host, arguments, Sampling.of(arguments, 0.0, 10_000, 0), report=ReportBuilder(Progress(0, False)))
+    node = host.nodes[layer]
+    with torch.no_grad():
+        run.forward(run.plan([node]))
+        exits = layer_exits(host, [node], activation=False)[node.name]
+        return Region(run.place(), [node], exits, drawing, propagate_error=propagate_error)
+
+
+@pytest.mark.parametrize("propagate_error", [True, False])
+def test_errors_of_earlier_layers_are_at_the_entry_if_they_are_propagated(propagate_error: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    region = region_of(net, 1, batches(6), Drawing(), propagate_error, bits=None)
+    (batch,) = region.all(held_out=False)
+    with torch.no_grad():
+        (output,) = batch.run([region.nodes[0].weight], [None], None)
+    # on the float weight only the entry can make a difference
+    assert torch.allclose(output, batch.target[0], atol=1e-5) == (not propagate_error)
+
+
+def test_a_share_of_the_activations_is_left_unquantized_in_a_step() -> None:
+    net = nn.Sequential(nn.Linear(6, 6))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.eye(6))
+        net[0].bias.zero_()
+    region = region_of(net, 0, batches(6, sizes=(64, 64)), Drawing(batch_size=128, drop=0.25), bits=2)
+    weight = region.nodes[0].weight
+
+    def outputs(batch: Minibatch) -> tuple[Tensor, Tensor]:
+        """What is computed of a batch, and of the batch without quantization."""
+        with torch.no_grad():
+            return batch.run([weight], [None], None)[0], batch.target[0]
+
+    (whole,) = region.all(held_out=False)
+    quantized, exact = outputs(whole)
+    assert len(quantized.unique()) <= 4
+    some, target = outputs(region.draw(torch.Generator().manual_seed(0)))
+    # the samples of a step are in an order of their own
+    row = (target[:, None] == exact[None]).all(2).long().argmax(1)
+    left = (some - target).abs() < 1e-6
+    assert torch.equal(some[~left], quantized[row][~left])
+    assert 0.15 < float(left.float().mean()) < 0.35
