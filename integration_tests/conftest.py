@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from adaround_plugin.learning.passes import Pass
 
 # transformers, of which the documentation has examples, imports torchvision where it finds one
 from integration_tests.benchmarks import torchvision_cpu  # noqa: F401
+from integration_tests.models import keep_passes
 
 # torch.ao's own advice, given in its own code, about flows the user is free to use
 _TORCH_ADVICE = (
@@ -42,15 +42,7 @@ def _one_thread_and_seed() -> None:
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
     """The passes that `adaround` makes, without those of trials."""
-    kept: list[Pass] = []
-
-    class Kept(Pass):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            kept.append(self)
-
-    monkeypatch.setattr("adaround_plugin.api.Pass", Kept)
-    return kept
+    return keep_passes(monkeypatch)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_flatten
 from adaround_plugin import METHODS, adaround, get_adaround_qconfig_mapping, get_weight_only_backend_config
 from adaround_plugin.graph.streams import Stream
 from adaround_plugin.learning.methods import Method
+from adaround_plugin.learning.passes import Pass
 
 # one recipe: the trials of "auto" are tested on their own
 RECIPE: dict[str, Any] = {"propagate_error": True, "correct_bias": True, "column_weighting": "none", "damping": 0.01}
@@ -81,6 +83,19 @@ def prepared_model(
         for batch in data:
             call(prepared, copy.deepcopy(batch))
     return prepared
+
+
+def keep_passes(patch: pytest.MonkeyPatch) -> list[Pass]:
+    """A list that fills with the passes that `adaround` makes, without those of trials."""
+    kept: list[Pass] = []
+
+    class Kept(Pass):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            kept.append(self)
+
+    patch.setattr("adaround_plugin.api.Pass", Kept)
+    return kept
 
 
 # what `learn` passes on to `adaround` itself

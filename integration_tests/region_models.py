@@ -18,7 +18,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from adaround_plugin import adaround, get_weight_only_backend_config
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
 from adaround_plugin.learning.passes import Pass
-from integration_tests.models import own_mapping, run_stream
+from integration_tests.models import keep_passes, own_mapping, run_stream
 from integration_tests.pt2e_models import x86
 
 # host and bits of activations; None leaves these in float
@@ -167,15 +167,8 @@ def learn_in(
     prepared: fx.GraphModule, data: Sequence[Tensor], *args: Any, **options: Any
 ) -> tuple[fx.GraphModule, Pass]:
     """`adaround` without a progress bar, and the pass that it made."""
-    kept: list[Pass] = []
-
-    class Kept(Pass):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            kept.append(self)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("adaround_plugin.api.Pass", Kept)
+        kept = keep_passes(patch)
         learned = adaround(prepared, data, *args, progress=False, **options)
     (run,) = kept
     return learned, run
