@@ -12,7 +12,6 @@ from adaround_plugin.learning.methods import Preset
 from adaround_plugin.report import Report
 from integration_tests.benchmarks import glyphs, integers, networks
 from integration_tests.benchmarks.accuracy import Case, accuracy, preset_of
-from integration_tests.benchmarks.resnet18 import set_statistics
 from integration_tests.models import RECIPE
 
 
@@ -50,14 +49,6 @@ def test_glyphs_are_the_same_every_time_and_leave_the_global_generator_alone() -
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
     assert torch.equal(state, torch.get_rng_state())
-
-
-def test_batch_norm_statistics_are_set_and_the_network_left_in_eval_mode() -> None:
-    network = networks.resnet18()
-    before = network.bn1.running_mean.clone()
-    set_statistics(network, [torch.randn(2, 3, 32, 32)])
-    assert not network.training
-    assert not torch.equal(before, network.bn1.running_mean)
 
 
 class _Holder(nn.Module):

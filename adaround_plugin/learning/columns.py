@@ -12,7 +12,7 @@ from adaround_plugin.graph.streams import BothValues
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.regions.importance import column_importance
-from adaround_plugin.rounding.moments import Moments
+from adaround_plugin.rounding.moments import HeldOut, Moments
 
 __all__ = ["Columns", "LayerMoments"]
 
@@ -30,12 +30,26 @@ class LayerMoments:
     def __init__(self, node: WeightedNode) -> None:
         groups, rows, columns = node.op.rows(node.weight).shape
         self.learning = Moments(groups, rows, columns, node.weight.device)
-        self.holdout = Moments(groups, rows, columns, node.weight.device)
+        self.holdout = HeldOut()
 
     @staticmethod
     def bytes(node: WeightedNode) -> int:
-        """Memory that they take."""
-        return 2 * Moments.bytes(*node.op.rows(node.weight).shape)
+        """Memory that the moments take."""
+        return Moments.bytes(*node.op.rows(node.weight).shape)
+
+    def finish(self, node: WeightedNode) -> None:
+        """Be ready to learn from.
+
+        Raises:
+            NonFiniteError: an input of the layer holds NaN or infinity.
+        """
+        self.learning.finish()
+        self.holdout.finish()
+        seen = [self.learning.mean, self.learning.deviation, *self.holdout.sums()]
+        if not all(bool(torch.isfinite(one).all()) for one in seen):
+            raise NonFiniteError(
+                f"layer {node.name!r}", "its input holds NaN or infinity", "Check the model and the calibration data."
+            )
 
     @property
     def count(self) -> int:
@@ -91,28 +105,38 @@ class Columns:
         node.check_input(x_float, batch)
         patches = node.op.patches(x_quantized.float(), shape)
         index, position = sampling.columns(batch, patches, len(node.sites))
+        held = sampling.held_out(batch, patches.samples, index.device)[index]
+        # those to learn from first, so that either are a run
+        parts = [(~held).nonzero().squeeze(1)]
+        if not self._run.is_trial:
+            parts.append(held.nonzero().squeeze(1))
+        order = torch.cat(parts)
+        index, position = index[order], position[order]
         quantized = patches.columns(index, position)
-        exact = node.op.patches(x_float, shape).columns(index, position)
-        deviation = (exact - quantized) @ node.op.rows(node.weight).transpose(1, 2)
+        exact = self._float_columns(node, site, batch, x_float, index, position)
+        weight = None
         if site.float_node in self._importance:
-            weight = self._importance[site.float_node][batch] + _EVEN_WEIGHT
+            weight = self._importance[site.float_node][batch][:, order] + _EVEN_WEIGHT
         elif self._weighting == "inverse_norm":
             weight = _inverse_norm(exact, index, patches.samples)
-        else:
-            weight = torch.ones(exact.shape[:2], device=exact.device)
-        if not (torch.isfinite(deviation).all() and torch.isfinite(quantized.sum())):
-            raise NonFiniteError(
-                f"layer {node.name!r}", "its input holds NaN or infinity", "Check the model and the calibration data."
-            )
-        held = sampling.held_out(batch, patches.samples, index.device)[index]
-        parts = [(into.learning, ~held)]
-        if not self._run.is_trial:
-            parts.append((into.holdout, held))
-        for moments, chosen in parts:
-            if chosen.all():
-                moments.add(quantized, deviation, weight)
-            else:
-                moments.add(quantized[:, chosen], deviation[:, chosen], weight[:, chosen])
+        deviation = (exact - quantized) @ node.op.rows(node.weight).transpose(1, 2)
+        start = 0
+        for moments, part in zip((into.learning, into.holdout), parts, strict=False):
+            run = slice(start, start + len(part))
+            moments.add(quantized[:, run], deviation[:, run], None if weight is None else weight[:, run])
+            start += len(part)
+
+    def _float_columns(
+        self, node: WeightedNode, site: CallSite, batch: int, x: Tensor, index: Tensor, position: Tensor
+    ) -> Tensor:
+        """The columns of the float stream, which passes beside each other gather once."""
+        kept, key = self._run.float_columns, (site.float_node, batch)
+        if kept is not None and key in kept:
+            return kept[key]
+        found = node.op.patches(x, node.weight.shape).columns(index, position)
+        if kept is not None:
+            kept[key] = found
+        return found
 
     def forget(self, node: WeightedNode) -> bool:
         """Free what was kept for a layer; whether its columns were weighed by their importance."""

@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adaround_plugin.learning.scale_search import refit_group_scale, refit_scale, search_grid
+from adaround_plugin.learning.scale_search import SearchedRows, refit_group_scale, refit_scale, search_grid
 from adaround_plugin.rounding.grid import Grid
 from adaround_plugin.rounding.hessian import Hessian
 from adaround_plugin.rounding.linear_op import LinearOp
-from adaround_plugin.rounding.moments import Moments
+from adaround_plugin.rounding.moments import HeldOut, Moments
 from adaround_plugin.rounding.problem import RoundingProblem, Solver
 from adaround_plugin.rounding.result import LayerRounding
 from adaround_plugin.rounding.schemes import up_or_down as floor_and_next
@@ -61,14 +61,14 @@ class Layer:
         weight: the float weight.
         grid: the grid to start from.
         moments: of the learning samples, finished.
-        holdout: of the held-out samples, finished; its count may be 0.
+        holdout: the columns of the held-out samples, finished; its count may be 0.
     """
 
     op: LinearOp
     weight: Tensor
     grid: Grid
     moments: Moments
-    holdout: Moments
+    holdout: HeldOut
 
     def nearest(self) -> LayerRounding:
         """Round to nearest on the starting grid, bias untouched: the baseline."""
@@ -168,7 +168,7 @@ class Layer:
         if up_or_down:
             lower, upper = map(rows, floor_and_next(grid, self.weight))
         else:
-            lower, upper = torch.full_like(zero_point, grid.quant_min), torch.full_like(zero_point, grid.quant_max)
+            lower, upper = (zero_point.new_tensor(end).expand(target.shape) for end in (grid.quant_min, grid.quant_max))
         return RoundingProblem(
             target=target / scale + zero_point,
             hessian=hessian,
@@ -190,20 +190,11 @@ class Layer:
 
     def _search(self, hessian: Hessian, target: Tensor, up_or_down: bool, steps: int) -> Grid:
         """Choose the scale under the hessian: of each row, or of each group of its columns by the group's own share."""
-        size = self.grid.group_size
-        if size is None:
-            return search_grid(
-                self.grid, self._channel(), lambda at: self._problem(at, hessian, target, up_or_down), steps
-            )
-        share = hessian.blocks(size)
-        rows, groups = self.weight.shape[0], share.matrix.shape[0]
-        channel = torch.arange(rows * groups, device=self.weight.device).reshape(rows, groups).T
-        return search_grid(
-            self.grid,
-            channel,
-            lambda at: self._problem(at, hessian, target, up_or_down).blocks(share, size),
-            steps,
-        )
+        weight = self.op.rows(self.weight) if up_or_down else None
+        rows = SearchedRows(target, hessian, self._channel(), weight)
+        if self.grid.group_size is not None:
+            rows = rows.in_runs(self.grid.group_size)
+        return search_grid(self.grid, rows, steps)
 
     def _refit(self, grid: Grid, hessian: Hessian, target: Tensor, integers: Tensor) -> Grid:
         """The best scale for the integers as they are."""
@@ -223,21 +214,17 @@ class Layer:
     def _errors(self, grid: Grid, integers: Tensor, correction: Tensor | None) -> tuple[float, float | None]:
         """Output error over output variance on the learning and on the held-out samples."""
         change, rows = self._change(grid, integers), self.op.rows(self.weight).double()
+        # the bias is learned on the learning samples; held-out ones must live with it
+        offset = None if correction is None else correction.double().reshape(change.shape[:2])
         found: list[float | None] = []
-        for moments in (self.moments, self.holdout):
-            if not moments.count:
+        for seen in (self.moments, self.holdout):
+            if not seen.count:
                 found.append(None)
                 continue
-            error = moments.error(change, correct_bias=False)
-            if correction is not None:
-                # the bias is learned on the learning samples; held-out ones must live with it
-                offset = correction.double().reshape(error.shape)
-                error = (error - 2 * offset * moments.bias(change) + offset.square()).clamp_min(0)
-            variance = ((rows @ moments.hessian) * rows).sum()
-            square = variance + (rows @ moments.mean.unsqueeze(2)).square().sum()
+            error, (variance, square) = seen.error(change, offset).sum(), seen.power_of(rows)
             # an output that does not vary is measured against its mean square
             power = variance if variance > 1e-9 * square else square
-            found.append(float(error.sum() / power) if power > 0 else float(error.sum()))
+            found.append(float(error / power) if power > 0 else float(error))
         return found[0] or 0.0, found[1]
 
     @staticmethod

@@ -48,8 +48,8 @@ class LayerWise:
         levels: the integers that a weight may take: `"all"` of its grid, or `"up_or_down"`, floor and ceil alone, as in
             the paper.
         holdout: share of the samples kept out of learning; a layer that is worse there than nearest keeps nearest.
-        max_columns: at most about this many columns of a layer's design matrix enter its moments, or four for each
-            weight of an output channel where that is more.
+        max_columns: at most about this many columns of a layer's design matrix enter its moments (a quarter of that for
+            a convolution of four groups or more), or four for each weight of an output channel where that is more.
 
     Raises:
         InvalidOptionError: an option is out of range.
@@ -99,17 +99,17 @@ class LayerWise:
         A baseline imitates nothing: only what is asked for by name is done.
 
         The first is the best measured on most convolutional networks, the second on a transformer with massive
-        activations; propagated errors and corrected biases may overfit what few samples show, and the last two do
-        without (docs/benchmarks.md). Fewer samples want more damping.
+        activations; propagated errors and corrected biases may overfit what few samples show, and the last two, which
+        are for these, do without (docs/benchmarks.md). Fewer samples want more damping.
         """
-        damping = 0.01 if samples >= _MANY_SAMPLES else 0.1
+        many = samples >= _MANY_SAMPLES
+        damping = 0.01 if many else 0.1
         candidates = [Recipe(False, False, "none", damping)]
         if not is_baseline:
             candidates = [
                 Recipe(True, True, "none", damping),
                 Recipe(True, True, "inverse_norm", damping),
-                Recipe(False, True, "inverse_norm", damping),
-                *candidates,
+                *([] if many else [Recipe(False, True, "inverse_norm", damping), *candidates]),
             ]
         given = {name: getattr(self, name) for name in asdict(candidates[0]) if getattr(self, name) != "auto"}
         return list(dict.fromkeys(replace(candidate, **given) for candidate in candidates))
@@ -147,13 +147,14 @@ class PendingLayers:
         after: called with each layer right after it is decided, to learn its rounding on.
 
     Attributes:
+        recipe: by which they are decided.
         pending: what is left, in graph order.
     """
 
     def __init__(self, run: Pass, settings: LayerWise, after: AfterLayer | None = None) -> None:
         self._run, self._settings, self._after = run, settings, after
-        self._recipe, self._solver = settings.recipe, get_solver(settings.solver)
-        self._columns = Columns(run, self._recipe.column_weighting)
+        self.recipe, self._solver = settings.recipe, get_solver(settings.solver)
+        self._columns = Columns(run, self.recipe.column_weighting)
         self.pending = run.nodes
 
     def decide_all(self) -> None:
@@ -201,8 +202,9 @@ class PendingLayers:
         """Learn one layer's rounding and put it into the quantized stream."""
         run, settings = self._run, self._settings
         with run.clock("moments", node):
-            layer = Layer(node.op, node.weight, node.grid, moments.learning.finish(), moments.holdout.finish())
-        recipe = replace(self._recipe, correct_bias=self._recipe.correct_bias and node.bias != "fixed")
+            moments.finish(node)
+        layer = Layer(node.op, node.weight, node.grid, moments.learning, moments.holdout)
+        recipe = replace(self.recipe, correct_bias=self.recipe.correct_bias and node.bias != "fixed")
         search = settings.searches_scale(node)
         with run.clock("solve", node):
             rounding = (
@@ -224,11 +226,11 @@ class PendingLayers:
         if self._after is not None and layer.moments.count:
             rounding, further = self._after(node, layer, rounding)
             notes += further
-        if self._recipe.column_weighting == "fisher" and not weighed:
+        if self.recipe.column_weighting == "fisher" and not weighed:
             notes.append("columns weighed alike: the network's output has no finite derivative by this layer's output")
         if search and not layer.can_search_scale:
             notes.append("scale kept: it runs along the input channels")
-        if self._recipe.correct_bias and node.bias == "fixed":
+        if self.recipe.correct_bias and node.bias == "fixed":
             notes.append("bias kept: the call's bias cannot be written")
         run.report.layer(node, rounding, notes, moments.count, run.layer_seconds[node.name])
 

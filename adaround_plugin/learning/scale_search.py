@@ -6,7 +6,8 @@ the candidate whose rounding by GPTQ has the smallest output error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,48 +15,104 @@ from torch import Tensor
 
 from adaround_plugin.rounding.grid import Grid
 from adaround_plugin.rounding.hessian import Hessian
-from adaround_plugin.rounding.problem import RoundingProblem
 from adaround_plugin.rounding.ranges import SMALLEST_SCALE
+from adaround_plugin.rounding.schemes import floor_coordinates
 from adaround_plugin.solvers.gptq import feed_errors_back
 
-__all__ = ["refit_group_scale", "refit_scale", "search_grid"]
+__all__ = ["SearchedRows", "refit_group_scale", "refit_scale", "search_grid"]
 
 # candidates are rounded together, as many as make this many coordinates
 _ELEMENTS = 2**23
 
 
-def _candidates(grid: Grid, steps: int) -> Iterator[Grid]:
-    """Grids around `grid`: 0.6 to 1.2 times its scale, and for affine schemes of few bits its zero point +-1."""
-    shifts = [0] if grid.symmetric or grid.bits > 4 else [0, -1, 1]
-    for shift in shifts:
-        zero_point = (grid.zero_point + shift).clamp(grid.quant_min, grid.quant_max)
-        for i in range(steps):
-            yield grid.at(grid.scale * (0.6 + 0.6 * i / (steps - 1)), zero_point)
+@dataclass(frozen=True)
+class SearchedRows:
+    """What a search needs of a layer: rows that have one scale each.
+
+    Attributes:
+        target: `(G, R, D)` float64, in weight units.
+        hessian: the quadratic form, `D` columns in each of `G` groups.
+        channel: `(G, R)` int64, the channel of the grid that each row belongs to.
+        weight: `(G, R, D)`, where its floor and ceil alone may be taken; else None, and all integers may be.
+    """
+
+    target: Tensor
+    hessian: Hessian
+    channel: Tensor
+    weight: Tensor | None = None
+
+    def in_runs(self, size: int) -> SearchedRows:
+        """The runs of `size` columns as groups of their own, without coupling between them, each with its own scales.
+
+        A smaller last run is filled up with columns that are exact.
+        """
+        shape = self.target.shape
+
+        def split(values: Tensor) -> Tensor:
+            runs = F.pad(values, (0, -shape[2] % size)).reshape(*shape[:2], -1, size)
+            return runs.transpose(1, 2).reshape(-1, shape[1], size)
+
+        count = -(-shape[2] // size)
+        channel = torch.arange(shape[1] * count, device=self.target.device).reshape(shape[1], count).T
+        weight = None if self.weight is None else split(self.weight)
+        return SearchedRows(split(self.target), self.hessian.blocks(size), channel, weight)
+
+    def errors(self, grids: Sequence[Grid]) -> Tensor:
+        """`(K, channels)`: for each grid the output error of GPTQ's one pass, by channel."""
+        groups, rows, columns = self.target.shape
+        scale, zero_point = (
+            torch.stack([values.reshape(-1)[self.channel] for values in of_grids], 1).reshape(groups, -1, 1)
+            for of_grids in ([grid.scale for grid in grids], [grid.zero_point for grid in grids])
+        )
+
+        def at(values: Tensor) -> Tensor:
+            coordinates = values.unsqueeze(1) / scale.reshape(groups, -1, rows, 1)
+            return coordinates.reshape(groups, -1, columns).add_(zero_point)
+
+        target = at(self.target.float())
+        lower, upper = (target.new_tensor(end).expand(target.shape) for end in (grids[0].quant_min, grids[0].quant_max))
+        if self.weight is not None:
+            below = floor_coordinates(at(self.weight.double()), zero_point)
+            lower, upper = (torch.clamp(below + i, grids[0].quant_min, grids[0].quant_max) for i in (0, 1))
+        _, loss = feed_errors_back(self.hessian, target, lower, upper, target.new_ones(()).expand(target.shape))
+        loss = loss.double() * scale.squeeze(2).square()
+        found = loss.new_zeros(len(grids), grids[0].scale.numel())
+        of_grid = loss.reshape(groups, len(grids), rows).transpose(0, 1).reshape(len(grids), -1)
+        return found.index_add_(1, self.channel.reshape(-1), of_grid)
 
 
-def search_grid(grid: Grid, channel: Tensor, problem_at: Callable[[Grid], RoundingProblem], steps: int = 13) -> Grid:
+def search_grid(grid: Grid, rows: SearchedRows, steps: int = 13) -> Grid:
     """Choose scale and zero point, channel by channel, by the output error of GPTQ's one pass.
+
+    `steps` scales from 0.6 to 1.2 times the grid's are in question. Every other one is tried first, with the zero point
+    and, for affine schemes of few bits, one more and one less; then, with the best zero point, those beside the best.
 
     Args:
         grid: the grid to search around.
-        channel: `(G, R)` int64, the channel of `grid` that each output row belongs to.
-        problem_at: the rounding problem on another grid.
-        steps: number of scales to try, at least 2.
+        rows: of the layer.
+        steps: number of scales, at least 3 and odd.
     """
-    best, best_error = grid, torch.full_like(grid.scale, float("inf")).reshape(-1)
-    candidates = list(_candidates(grid, steps))
-    first = problem_at(grid).target
-    together = max(1, _ELEMENTS // first.numel())
-    for start in range(0, len(candidates), together):
-        chunk = candidates[start : start + together]
-        _, losses = feed_errors_back(RoundingProblem.stack([problem_at(candidate) for candidate in chunk]))
-        for candidate, loss in zip(chunk, losses.chunk(len(chunk), dim=1), strict=True):
-            loss = loss * candidate.scale.reshape(-1)[channel].square()
-            error = torch.zeros_like(best_error).index_add_(0, channel.reshape(-1), loss.reshape(-1))
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best = grid.choose(better, candidate, best)
-    return best
+    shifts = [0] if grid.symmetric or grid.bits > 4 else [0, -1, 1]
+    zero_points = [(grid.zero_point + shift).clamp(grid.quant_min, grid.quant_max) for shift in shifts]
+    fractions = [0.6 + 0.6 * i / (steps - 1) for i in range(steps)]
+    coarse = [grid.at(grid.scale * fraction, zero_point) for zero_point in zero_points for fraction in fractions[::2]]
+    best, best_error, index = _best(grid, rows, coarse)
+    at = torch.tensor(fractions[::2], device=index.device)[index % len(fractions[::2])]
+    beside = [grid.at(grid.scale * grid.per_channel(at + move * 0.6 / (steps - 1)), best.zero_point) for move in (-1, 1)]
+    finer, error, _ = _best(grid, rows, beside)
+    return grid.choose(error < best_error, finer, best)
+
+
+def _best(grid: Grid, rows: SearchedRows, candidates: Sequence[Grid]) -> tuple[Grid, Tensor, Tensor]:
+    """Of some grids the best for each channel, its error, and its number."""
+    together = max(1, _ELEMENTS // rows.target.numel())
+    parts = [candidates[start : start + together] for start in range(0, len(candidates), together)]
+    errors, index = torch.cat([rows.errors(part) for part in parts]).min(0)
+    scale, zero_point = (
+        torch.stack([values.reshape(-1) for values in of_grids]).gather(0, index.unsqueeze(0)).squeeze(0)
+        for of_grids in ([one.scale for one in candidates], [one.zero_point for one in candidates])
+    )
+    return grid.at(grid.per_channel(scale), grid.per_channel(zero_point)), errors, index
 
 
 def refit_scale(grid: Grid, channel: Tensor, hessian: Hessian, target: Tensor, integers: Tensor) -> Grid:
@@ -69,7 +126,7 @@ def refit_scale(grid: Grid, channel: Tensor, hessian: Hessian, target: Tensor, i
     """
     zero_point = grid.zero_point.reshape(-1)[channel].unsqueeze(-1)
     v = (integers - zero_point).double()
-    pulled = v @ hessian.matrix
+    pulled = hessian.times(v)
     channels = grid.scale.numel()
 
     def per_channel(values: Tensor) -> Tensor:
@@ -98,13 +155,13 @@ def refit_group_scale(grid: Grid, hessian: Hessian, target: Tensor, integers: Te
     assert size is not None
     rows, columns = integers.shape[1:]
     v = (integers[0] - grid.expand(grid.zero_point, integers.shape[1:])).double()
-    count = -(-columns // size)
+    count, full = -(-columns // size), hessian.matrix[0]
     matrix = v.new_zeros(rows, count, count)
     for g in range(count):
         run = slice(g * size, min(columns, (g + 1) * size))
-        coupled = F.pad((v[:, run] @ hessian.matrix[0, run]) * v, (0, -columns % size))
+        coupled = F.pad((v[:, run] @ full[run]) * v, (0, -columns % size))
         matrix[:, g] = coupled.reshape(rows, count, size).sum(2)
-    pull = F.pad((target[0] @ hessian.matrix[0]) * v, (0, -columns % size)).reshape(rows, count, size).sum(2)
+    pull = F.pad((target[0] @ full) * v, (0, -columns % size)).reshape(rows, count, size).sum(2)
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     # groups whose integers are all the zero point have no say; a little ridge keeps the rest definite
     silent = diagonal == 0

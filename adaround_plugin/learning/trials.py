@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from adaround_plugin.hosts.base import Host
-from adaround_plugin.learning.layerwise import LayerWise
+from adaround_plugin.learning.layerwise import LayerWise, PendingLayers
 from adaround_plugin.learning.methods import Method
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import ReportBuilder
@@ -17,7 +17,7 @@ __all__ = ["choose_recipe"]
 
 # recipes are tried on about this many samples, with at most so many columns a layer
 _TRIAL_SAMPLES = 128
-_TRIAL_COLUMNS = 4096
+_TRIAL_COLUMNS = 2048
 # so few samples need it
 _TRIAL_DAMPING = 0.1
 
@@ -53,11 +53,20 @@ def choose_recipe(
     report.progress.say("choosing a recipe")
     part = arguments[:: max(1, min(total // _TRIAL_SAMPLES, len(arguments)))]
     sampling = Sampling.of(part, layers.holdout, _TRIAL_COLUMNS, seed)
-    errors = []
+    runs: list[Pass] = []
+    pending = []
     for recipe in recipes:
         tried = replace(recipe, damping=_TRIAL_DAMPING) if layers.damping == "auto" else recipe
-        run = Pass(host, part, sampling, excluded=excluded, seed=seed, report=report, is_trial=True)
-        replace(layers, solver=GPTQ()).with_recipe(tried).learn(run)
-        errors.append(run.finish())
-        report.trial(tried, errors[-1])
+        beside = runs[0] if runs else None
+        options: dict[str, Any] = {"excluded": excluded, "seed": seed, "report": report}
+        runs.append(Pass(host, part, sampling, **options, is_trial=True, beside=beside))
+        pending.append(PendingLayers(runs[-1], replace(layers, solver=GPTQ()).with_recipe(tried)))
+    # side by side, so that what they have in common is there for all of them
+    while pending[0].pending:
+        for one in pending:
+            one.decide_next()
+        runs[0].forget_float_columns()
+    errors = [run.finish() for run in runs]
+    for one, error in zip(pending, errors, strict=True):
+        report.trial(one.recipe, error)
     return layers.with_recipe(recipes[errors.index(min(errors))])

@@ -135,7 +135,8 @@ class Sampling:
     Attributes:
         first, size: number of the first sample of each batch, and how many it has.
         every: one of each run of `every` samples is held out; 0 holds out none.
-        max_columns: at most about this many columns per layer, or four per weight of a row where that is more.
+        max_columns: at most about this many columns per layer, a quarter of that for a convolution of four groups or
+            more, or four per weight of a row where that is more.
         seed: shifts the output positions that are used where not all are.
     """
 
@@ -178,9 +179,10 @@ class Sampling:
         The leading axis is numbered through all batches; entry `i` gives `floor((i + 1) r) - floor(i r)` of its
         positions, spaced evenly from an offset that runs through the golden ratio's multiples.
         """
-        length, positions, device = patches.samples, patches.positions, patches.view.device
+        length, positions, device = patches.samples, patches.positions, patches.x.device
         per_sample = length / self.size[batch]
-        most = max(self.max_columns, 4 * patches.row_length)
+        # the short rows of many groups ask for fewer
+        most = max(self.max_columns // min(patches.groups, 4), 4 * patches.row_length)
         rate = min(1.0, most / (sites * positions * per_sample * self.total))
         entry = self.first[batch] * per_sample + torch.arange(length, dtype=torch.float64, device=device)
         share = rate * positions

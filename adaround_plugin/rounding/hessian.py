@@ -14,22 +14,24 @@ __all__ = ["Hessian"]
 
 
 class Hessian:
-    """A symmetric positive definite matrix per group.
+    """A symmetric positive definite matrix per group, `moment + ridge I`.
 
     Args:
-        matrix: `(G, D, D)` float64.
+        moment: `(G, D, D)` float64; it is not copied, and must not change any more.
+        ridge: `(G,)` float64, what is added to the diagonal; None for nothing.
 
     Raises:
         NonFiniteError: the matrix holds NaN or infinity.
         InvalidOptionError: the matrix is not square, or not positive definite.
     """
 
-    def __init__(self, matrix: Tensor) -> None:
-        if matrix.dim() != 3 or matrix.shape[1] != matrix.shape[2]:
-            raise InvalidOptionError("hessian", f"has shape {tuple(matrix.shape)}", "Pass shape (groups, D, D).")
-        if not torch.isfinite(matrix).all():
+    def __init__(self, moment: Tensor, ridge: Tensor | None = None) -> None:
+        if moment.dim() != 3 or moment.shape[1] != moment.shape[2]:
+            raise InvalidOptionError("hessian", f"has shape {tuple(moment.shape)}", "Pass shape (groups, D, D).")
+        if not torch.isfinite(moment.sum()):
             raise NonFiniteError("hessian", "holds NaN or infinity", "Check the calibration data.")
-        self.matrix = matrix
+        self._moment = moment
+        self._ridge = moment.new_zeros(len(moment)) if ridge is None else ridge
 
     @classmethod
     def damped(cls, moment: Tensor, damping: float, power: Tensor | None = None) -> Hessian:
@@ -43,17 +45,35 @@ class Hessian:
         """
         mean = moment.diagonal(dim1=1, dim2=2).mean(1)
         noise = torch.zeros_like(mean) if power is None else 1e-12 * power
-        ridge = torch.where(mean > noise, damping * mean, torch.ones_like(mean))
-        matrix = moment.clone()
-        matrix.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(1))
-        return cls(matrix)
+        return cls(moment, torch.where(mean > noise, damping * mean, torch.ones_like(mean)))
+
+    @property
+    def shape(self) -> torch.Size:
+        """`(G, D, D)`."""
+        return self._moment.shape
+
+    @property
+    def matrix(self) -> Tensor:
+        """The matrix itself, `(G, D, D)` float64, made anew."""
+        matrix = self._moment.clone()
+        matrix.diagonal(dim1=1, dim2=2).add_(self._ridge.unsqueeze(1))
+        return matrix
+
+    @property
+    def diagonal(self) -> Tensor:
+        """`(G, D)` float64."""
+        return self._moment.diagonal(dim1=1, dim2=2) + self._ridge.unsqueeze(1)
+
+    def of(self, groups: slice) -> Hessian:
+        """That of some groups."""
+        return Hessian(self._moment[groups], self._ridge[groups])
 
     def blocks(self, size: int) -> Hessian:
         """The diagonal blocks of `size` columns, each a group of its own: `(G * n, size, size)`.
 
         A smaller last block is filled up with the identity.
         """
-        groups, columns, _ = self.matrix.shape
+        groups, columns, _ = self.shape
         missing = -columns % size
         filled = F.pad(self.matrix, (0, missing, 0, missing))
         filled.diagonal(dim1=1, dim2=2)[:, columns:] = 1
@@ -64,15 +84,15 @@ class Hessian:
     @cached_property
     def order(self) -> Tensor:
         """`(G, D)`: the columns by falling diagonal, the order in which sequential rounding visits them."""
-        return self.matrix.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+        return self.diagonal.argsort(dim=1, descending=True, stable=True)
 
     @cached_property
     def cholesky(self) -> Tensor:
         """Lower factor `L` of `P H P^T = L L^T`, `P` putting the columns in *reverse* visiting order."""
         index = self.order.flip(1)
-        columns = self.matrix.shape[1]
-        permuted = self.matrix.gather(1, index.unsqueeze(2).expand(-1, -1, columns))
-        permuted = permuted.gather(2, index.unsqueeze(1).expand(-1, columns, -1))
+        group = torch.arange(len(index), device=index.device)[:, None, None]
+        permuted = self._moment[group, index.unsqueeze(2), index.unsqueeze(1)]
+        permuted.diagonal(dim1=1, dim2=2).add_(self._ridge.unsqueeze(1))
         lower, info = torch.linalg.cholesky_ex(permuted)
         if info.any():
             raise InvalidOptionError("damping", "too small: a layer's hessian is not definite", "Raise it.")
@@ -82,7 +102,9 @@ class Hessian:
     @cached_property
     def coupling(self) -> Tensor:
         """`M_jk = H_jk / H_jj` without its diagonal, float32 `(G, D, D)`: what coordinate descent needs."""
-        scaled = (self.matrix / self.matrix.diagonal(dim1=1, dim2=2).unsqueeze(2)).float().contiguous()
+        # not scaled before it is narrow: a wide copy is twice the memory
+        scaled = self._moment.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        scaled.mul_((1 / self.diagonal).float().unsqueeze(2))
         scaled.diagonal(dim1=1, dim2=2).zero_()
         return scaled
 
@@ -93,9 +115,10 @@ class Hessian:
         With `L` as above, reversed, `M_jk = L_kj / L_jj` for `k` visited before `j`, and `curvature_j = L_jj^2`.
         """
         diagonal = self.cholesky.diagonal(dim1=1, dim2=2)
-        scaled = (self.cholesky / diagonal.unsqueeze(1)).transpose(1, 2).flip(1, 2).float()
+        scaled = self.cholesky.float().transpose(1, 2).flip(1, 2)
+        scaled.mul_((1 / diagonal).float().flip(1).unsqueeze(2))
         scaled.diagonal(dim1=1, dim2=2).zero_()
-        return scaled.contiguous(), diagonal.square().flip(1).float()
+        return scaled.contiguous(), diagonal.square().flip(1).float().contiguous()
 
     def solve(self, rows: Tensor) -> Tensor:
         """`rows H^-1` for `(G, R, D)` float64 rows."""
@@ -104,6 +127,10 @@ class Hessian:
         solved = torch.cholesky_solve(permuted, self.cholesky)
         return torch.zeros_like(solved).scatter_(1, index, solved).transpose(1, 2)
 
+    def times(self, rows: Tensor) -> Tensor:
+        """`rows H` for `(G, R, D)` float64 rows."""
+        return rows @ self._moment + self._ridge[:, None, None] * rows
+
     def quadratic(self, rows: Tensor) -> Tensor:
         """`r H r^T` for each of `(G, R, D)` float64 rows: `(G, R)`."""
-        return ((rows @ self.matrix) * rows).sum(-1)
+        return (self.times(rows) * rows).sum(-1)

@@ -8,7 +8,9 @@ positions, gathered straight from a strided view of the padded input: no unfolde
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any, Literal
 
@@ -99,38 +101,21 @@ class LinearOp:
         """
         if self.kind == "linear":
             x = x.reshape(1, 1, -1) if x.dim() == 1 else x.reshape(x.shape[0], -1, x.shape[-1])
-            # (N, positions, 1 group, in)
-            return Patches(x.unsqueeze(2), 1)
+            return Patches(x.transpose(1, 2), (1,), (1,), (1,), 1)
         kernel = tuple(weight_shape[2:])
-        spatial = len(kernel)
-        if x.dim() == spatial + 1:
+        if x.dim() == len(kernel) + 1:
             x = x.unsqueeze(0)
+        if self.kind == "conv" and self.padding_mode == "zeros":
+            return Patches(x.contiguous(), kernel, self.stride, self.dilation, self.groups, self.padding)
         x, stride = self._padded(x, kernel)
-        size = [(x.shape[2 + i] - self.dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(spatial)]
-        steps = x.stride()
-        x = x.as_strided(
-            (x.shape[0], *size, self.groups, x.shape[1] // self.groups, *kernel),
-            (
-                steps[0],
-                *(steps[2 + i] * stride[i] for i in range(spatial)),
-                steps[1] * (x.shape[1] // self.groups),
-                steps[1],
-                *(steps[2 + i] * self.dilation[i] for i in range(spatial)),
-            ),
-            x.storage_offset(),
-        )
         # a transposed convolution is the correlation of its zero-stuffed input with the mirrored kernel
-        flip = tuple(range(-spatial, 0)) if self.kind == "conv_transpose" else ()
-        return Patches(x, spatial, flip)
+        return Patches(x, kernel, stride, self.dilation, self.groups, mirrored=self.kind == "conv_transpose")
 
     def _padded(self, x: Tensor, kernel: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
         """Pad `x` so that the operator is a plain correlation; returns it with the correlation's stride."""
         if self.kind == "conv":
-            if not any(map(any, self.padding)):
-                return x.contiguous(), self.stride
             flat = [side for before_after in reversed(self.padding) for side in before_after]
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            return F.pad(x, flat, mode=mode).contiguous(), self.stride
+            return F.pad(x, flat, mode=self.padding_mode).contiguous(), self.stride
         # transposed: input i lands at i * stride + dilation * (kernel - 1) - padding
         spatial = len(kernel)
         before = [self.dilation[i] * (kernel[i] - 1) - self.padding[i][0] for i in range(spatial)]
@@ -147,26 +132,52 @@ class LinearOp:
 
 @dataclass(frozen=True)
 class Patches:
-    """Patches of an input as a strided view: `(N, *positions, groups, *patch)`."""
+    """Patches of an input under a kernel that moves over it.
 
-    view: Tensor
-    position_dims: int
-    flip: tuple[int, ...] = ()
+    Attributes:
+        x: `(N, C, *spatial)`.
+        kernel, stride, dilation: one entry per spatial dimension.
+        groups: of channels, each with patches of its own.
+        padding: zeros `(before, after)` per spatial dimension that are not in `x`.
+        mirrored: whether the kernel is taken from its end.
+    """
+
+    x: Tensor
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding: tuple[tuple[int, int], ...] = ()
+    mirrored: bool = False
 
     @property
     def samples(self) -> int:
         """Length of the input's leading axis."""
-        return self.view.shape[0]
+        return self.x.shape[0]
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        """Output positions per spatial dimension."""
+        return tuple(
+            (size + sum(around) - dilation * (kernel - 1) - 1) // stride + 1
+            for size, around, dilation, kernel, stride in zip(
+                self.x.shape[2:], self._around, self.dilation, self.kernel, self.stride, strict=True
+            )
+        )
+
+    @property
+    def _around(self) -> tuple[tuple[int, int], ...]:
+        return self.padding or ((0, 0),) * len(self.kernel)
 
     @property
     def positions(self) -> int:
         """Output positions per entry of the leading axis."""
-        return prod(self.view.shape[1 : 1 + self.position_dims])
+        return prod(self._sizes)
 
     @property
     def row_length(self) -> int:
         """Entries of one column in one group: weights of an output channel."""
-        return prod(self.view.shape[2 + self.position_dims :])
+        return self.x.shape[1] // self.groups * prod(self.kernel)
 
     def columns(self, sample: Tensor, position: Tensor) -> Tensor:
         """Materialize chosen columns.
@@ -178,8 +189,40 @@ class Patches:
         Returns:
             `(groups, n, columns)`: for each group the patches as rows, in the order of `LinearOp.rows`.
         """
-        index = torch.unravel_index(position, self.view.shape[1 : 1 + self.position_dims])
-        picked = self.view[(sample, *index)]  # (n, groups, *patch)
-        if self.flip:
-            picked = picked.flip(self.flip)
-        return picked.reshape(picked.shape[0], picked.shape[1], self.row_length).transpose(0, 1)
+        index = torch.unravel_index(position, self._sizes)
+        gather = _compiled_gather() if self.x.device.type == "cpu" and self.x.dtype == torch.float32 else None
+        if gather is not None:
+            corner = [
+                one * stride - before
+                for one, stride, (before, _) in zip(index, self.stride, self._around, strict=True)
+            ]
+            return gather(
+                self.x, sample, torch.stack(corner, 1), self.kernel, self.dilation, self.groups, self.mirrored
+            )
+        picked = self._view()[(sample, *index)]  # (n, groups, *patch)
+        if self.mirrored:
+            picked = picked.flip(tuple(range(-len(self.kernel), 0)))
+        return picked.reshape(len(picked), self.groups, self.row_length).transpose(0, 1)
+
+    def _view(self) -> Tensor:
+        """All patches, `(N, *positions, groups, channels of a group, *kernel)`: a strided view of the padded input."""
+        flat = [side for around in reversed(self._around) for side in around]
+        x = F.pad(self.x, flat) if any(flat) else self.x
+        steps, channels = x.stride(), x.shape[1] // self.groups
+        moves = tuple(step * stride for step, stride in zip(steps[2:], self.stride, strict=True))
+        inner = tuple(step * dilation for step, dilation in zip(steps[2:], self.dilation, strict=True))
+        return x.as_strided(
+            (len(x), *self._sizes, self.groups, channels, *self.kernel),
+            (steps[0], *moves, steps[1] * channels, steps[1], *inner),
+            x.storage_offset(),
+        )
+
+
+@cache
+def _compiled_gather() -> Callable[..., Tensor] | None:
+    """The kernel for the CPU, if numba is there; without it, gathering takes several times as long."""
+    try:
+        from adaround_plugin.rounding import gather_numba
+    except ImportError:
+        return None
+    return gather_numba.gather

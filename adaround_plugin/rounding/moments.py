@@ -12,12 +12,17 @@ moments are weighted means over columns; they add over batches, call sites and m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["Moments"]
+__all__ = ["HeldOut", "Moments"]
 
 _GRAM_BLOCK = 512
+# columns that come in small batches are gathered, so that the (D, D) sums are touched rarely: as many as these are
+# wide, several times, but no more numbers than this
+_PENDING_TIMES, _PENDING_NUMBERS = 4, 2**24
 
 
 class Moments:
@@ -40,75 +45,78 @@ class Moments:
         self.total, self.mean, self.deviation = zeros(), zeros(columns), zeros(rows)
         self.hessian, self.cross, self.power = zeros(columns, columns), zeros(rows, columns), zeros(rows)
         self.count = 0
-        # small batches are gathered first, so that the (D, D) sums are touched rarely
-        self._chunk = max(1024, columns)
-        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._pending_count = 0
+        most = _PENDING_NUMBERS // (groups * (columns + rows))
+        self._chunk = max(1024, columns // 2, min(_PENDING_TIMES * columns, most))
+        self._pending = _Columns()
 
     @staticmethod
     def bytes(groups: int, rows: int, columns: int) -> int:
         """Memory that moments of this size take."""
         return 8 * groups * columns * (columns + rows)
 
-    def add(self, x: Tensor, deviation: Tensor, weight: Tensor) -> None:
+    def add(self, x: Tensor, deviation: Tensor, weight: Tensor | None = None) -> None:
         """Take in `n` columns.
 
         Args:
             x: `(G, n, D)`, columns of the quantized stream.
             deviation: `(G, n, R)`, `(x - x^) W^T`.
-            weight: `(G, n)`, non-negative column weights.
+            weight: `(G, n)`, non-negative column weights; None for 1.
         """
-        if x.shape[1] == 0:
-            return
-        self._pending.append((x, deviation, weight))
-        self._pending_count += x.shape[1]
-        if self._pending_count >= self._chunk:
-            self.finish()
+        self._pending.add(x, deviation, weight)
+        if self._pending.count >= self._chunk:
+            self._fold()
 
     def finish(self) -> Moments:
         """Fold pending columns in; the attributes are valid until the next `add`."""
-        if not self._pending:
-            return self
-        parts = zip(*self._pending, strict=True)
-        x, deviation, weight = (torch.cat(part, dim=1) if len(part) > 1 else part[0] for part in parts)
-        self._pending, self._pending_count = [], 0
-        self.count += x.shape[1]
-        total = weight.double().sum(1)  # (G,)
-        safe = total.clamp_min(torch.finfo(torch.float64).tiny)
-        share = (weight.double() / safe[:, None]).unsqueeze(1)  # (G, 1, n)
-        mean_x = (share.to(x.dtype) @ x).squeeze(1)
-        mean_d = (share.to(x.dtype) @ deviation).squeeze(1)
-        x, deviation = x - mean_x.unsqueeze(1), deviation - mean_d.unsqueeze(1)
-        # centred a second time: the first mean carries float32's rounding error
-        rest_x = (share.to(x.dtype) @ x).squeeze(1)
-        rest_d = (share.to(x.dtype) @ deviation).squeeze(1)
-        root = weight.sqrt().unsqueeze(-1)
-        x = x.sub_(rest_x.unsqueeze(1)).mul_(root)
-        deviation = deviation.sub_(rest_d.unsqueeze(1)).mul_(root)
-        self._merge(
-            total,
-            mean_x.double() + rest_x.double(),
-            mean_d.double() + rest_d.double(),
-            _gram(x),
-            (deviation.transpose(1, 2) @ x).double(),
-            deviation.double().square().sum(1),
-        )
+        self._fold()
+        for start, stop in _blocks(self.hessian.shape[2]):
+            self.hessian[:, :start, start:stop] = self.hessian[:, start:stop, :start].transpose(1, 2)
         return self
 
+    def _fold(self) -> None:
+        """Pool with the columns that are pending."""
+        if not self._pending.count:
+            return
+        x, deviation, weight = self._pending.taken()
+        self.count += x.shape[1]
+        total, mean_x = _mean(x, weight)
+        _, mean_d = _mean(deviation, weight)
+        x, deviation = x - mean_x.unsqueeze(1), deviation - mean_d.unsqueeze(1)
+        # what is left is not quite centred: the means carry float32's rounding error
+        _, rest_x = _mean(x, weight)
+        _, rest_d = _mean(deviation, weight)
+        if weight is not None:
+            root = weight.sqrt().unsqueeze(-1)
+            x.mul_(root)
+            deviation.mul_(root)
+        self._merge(total, x, deviation, (mean_x, mean_d), (rest_x.double(), rest_d.double()))
+
     def _merge(
-        self, total: Tensor, mean_x: Tensor, mean_d: Tensor, hessian: Tensor, cross: Tensor, power: Tensor
+        self,
+        total: Tensor,
+        x: Tensor,
+        deviation: Tensor,
+        centre: tuple[Tensor, Tensor],
+        rest: tuple[Tensor, Tensor],
     ) -> None:
-        """Pool with a chunk given by its mean and its *sums* of centred products."""
+        """Pool with a chunk of columns that are centred but for a little rest, each times the root of its weight."""
         pooled = (self.total + total).clamp_min(torch.finfo(torch.float64).tiny)
         old, new = self.total / pooled, total / pooled  # (G,) shares of the pool
+        mean_x, mean_d = (one.double() + left for one, left in zip(centre, rest, strict=True))
         dx, dd = mean_x - self.mean, mean_d - self.deviation
-        between = (old * new)[:, None]
         # pooled mean of products = weighted mean of each + old * new * (difference of means)(...)^T
-        self.hessian.mul_(old[:, None, None]).add_(hessian.div_(pooled[:, None, None]))
-        self.hessian.baddbmm_((between * dx).unsqueeze(2), dx.unsqueeze(1))
-        self.cross.mul_(old[:, None, None]).add_(cross.div_(pooled[:, None, None]))
-        self.cross.baddbmm_((between * dd).unsqueeze(2), dx.unsqueeze(1))
-        self.power.mul_(old[:, None]).add_(power / pooled[:, None]).add_(between * dd.square())
+        between = (old * new)[:, None]
+        left = torch.stack([between * dx, -new[:, None] * rest[0]], 2)
+        right = torch.stack([dx, rest[0]], 1)
+        for start, stop in _blocks(x.shape[2]):
+            product = x[:, :, start:stop].transpose(1, 2) @ x[:, :, :stop]
+            part = self.hessian[:, start:stop, :stop]
+            part.mul_(old[:, None, None]).add_(product / pooled[:, None, None])
+            part.baddbmm_(left[:, start:stop], right[:, :, :stop])
+        self.cross.mul_(old[:, None, None]).add_((deviation.transpose(1, 2) @ x) / pooled[:, None, None])
+        self.cross.baddbmm_(torch.stack([between * dd, -new[:, None] * rest[1]], 2), right)
+        square = deviation.square().sum(1, dtype=torch.float64) / pooled[:, None]
+        self.power.mul_(old[:, None]).add_(square + between * dd.square() - new[:, None] * rest[1].square())
         self.mean += new[:, None] * dx
         self.deviation += new[:, None] * dd
         self.total += total
@@ -122,36 +130,120 @@ class Moments:
             self.power + self.deviation.square(),
         )
 
-    def error(self, change: Tensor, correct_bias: bool) -> Tensor:
-        """`E (d + (w - w^) x^ - b)^2` per row, with the best `b` if `correct_bias`, else with `b = 0`.
+    def error(self, change: Tensor, offset: Tensor | None = None) -> Tensor:
+        """`E (d + (w - w^) x^ - b)^2` per row.
 
         Args:
-            change: `(G, R, D)`, `w - w^`.
+            change: `(G, R, D)` float64, `w - w^`.
+            offset: `(G, R)` float64, the `b` that is added to the bias; None for nothing.
 
         Returns:
             `(G, R)` float64, never negative.
         """
-        hessian, cross, power = (self.hessian, self.cross, self.power) if correct_bias else self.uncentred()
-        change = change.double()
-        # the product in float32 is exact enough, since the sum has no large terms that cancel
-        quadratic = ((change.float() @ hessian.float()).double() * change).sum(-1)
-        return (power + 2 * (change * cross).sum(-1) + quadratic).clamp_min(0)
+        mean = self.bias(change) if offset is None else self.bias(change) - offset
+        return self.least_error(change) + mean.square()
+
+    def least_error(self, change: Tensor) -> Tensor:
+        """`error` with the best offset of each row, which is `bias`: `(G, R)` float64."""
+        return (self.power + 2 * (change * self.cross).sum(-1) + self._quadratic(change)).clamp_min(0)
+
+    def power_of(self, rows: Tensor) -> tuple[float, float]:
+        """Variance and mean square of `w x^`, summed over `(G, R, D)` float64 rows `w`."""
+        variance = float(self._quadratic(rows).sum())
+        return variance, variance + float((rows @ self.mean.unsqueeze(2)).square().sum())
 
     def bias(self, change: Tensor) -> Tensor:
         """The bias correction `E[d] + (w - w^) mu^` that absorbs the mean error, `(G, R)` float64."""
         return self.deviation + (change.double() @ self.mean.unsqueeze(2)).squeeze(2)
 
+    def _quadratic(self, rows: Tensor) -> Tensor:
+        # the product in float32 is exact enough, since the sum has no large terms that cancel
+        return ((rows.float() @ self.hessian.float()).double() * rows).sum(-1)
 
-def _gram(x: Tensor) -> Tensor:
-    """`x^T x` of `(G, n, D)` in float64: blocks on and below the diagonal are computed, the rest is mirrored."""
-    columns = x.shape[2]
-    block = max(_GRAM_BLOCK, -(-columns // 8))
-    if columns <= block:
-        return (x.transpose(1, 2) @ x).double()
-    product = x.new_empty(x.shape[0], columns, columns, dtype=torch.float64)
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        rows = x[:, :, start:stop].transpose(1, 2) @ x[:, :, :stop]
-        product[:, start:stop, :stop] = rows
-        product[:, :start, start:stop] = rows[:, :, :start].transpose(1, 2)
-    return product
+
+class HeldOut:
+    """Columns that are not learned from, kept as they are: few enough to judge a rounding by each of them.
+
+    Attributes:
+        count: the number of columns.
+    """
+
+    def __init__(self) -> None:
+        self._pending = _Columns()
+        self.count = 0
+
+    def add(self, x: Tensor, deviation: Tensor, weight: Tensor | None = None) -> None:
+        """Take in columns; arguments as for `Moments.add`, which are copied."""
+        self._pending.add(x.clone(), deviation.clone(), weight)
+
+    def finish(self) -> HeldOut:
+        """Be ready to judge."""
+        if self._pending.count:
+            self.count = self._pending.count
+            self._x, self._deviation, self._weight = self._pending.taken()
+        return self
+
+    def sums(self) -> list[Tensor]:
+        """Sums of all columns and of all deviations, by which NaN is noticed; nothing without columns."""
+        return [self._x.sum(), self._deviation.sum()] if self.count else []
+
+    def error(self, change: Tensor, offset: Tensor | None = None) -> Tensor:
+        """As `Moments.error`, of these columns."""
+        error = self._deviation + self._x @ change.float().transpose(1, 2)
+        if offset is not None:
+            error -= offset.float().unsqueeze(1)
+        return _mean(error.square_(), self._weight)[1].double()
+
+    def power_of(self, rows: Tensor) -> tuple[float, float]:
+        """As `Moments.power_of`, of these columns."""
+        output = self._x @ rows.float().transpose(1, 2)
+        mean = _mean(output, self._weight)[1]
+        variance = float(_mean((output - mean.unsqueeze(1)).square_(), self._weight)[1].sum())
+        return variance, variance + float(mean.square().sum())
+
+
+class _Columns:
+    """Columns as they come in."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self.count = 0
+
+    def add(self, x: Tensor, deviation: Tensor, weight: Tensor | None) -> None:
+        """Take in columns; arguments as for `Moments.add`."""
+        if x.shape[1]:
+            self._parts.append((x, deviation, weight))
+            self.count += x.shape[1]
+
+    def taken(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """All of them, which are forgotten."""
+        x, deviation, weight = zip(*self._parts, strict=True)
+        self._parts, self.count = [], 0
+        known = None
+        if any(one is not None for one in weight):
+            pairs = zip(x, weight, strict=True)
+            known = _joined([values.new_ones(values.shape[:2]) if one is None else one for values, one in pairs])
+        return _joined(x), _joined(deviation), known
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """One after the other along the columns."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+
+
+def _mean(values: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sum of weights, `(G,)` float64, and the weighted mean of `(G, n, D)` values, `(G, D)`."""
+    groups, count, _ = values.shape
+    if weight is None:
+        total = torch.full((groups,), count, dtype=torch.float64, device=values.device)
+        share = values.new_full((groups, 1, count), 1 / count)
+    else:
+        total = weight.double().sum(1)
+        share = (weight.double() / total.clamp_min(torch.finfo(torch.float64).tiny)[:, None]).unsqueeze(1).to(values)
+    return total, (share @ values).squeeze(1)
+
+
+def _blocks(columns: int) -> list[tuple[int, int]]:
+    """Runs of columns: a symmetric product is made run by run, each with those before it."""
+    size = max(_GRAM_BLOCK, -(-columns // 8))
+    return [(start, min(start + size, columns)) for start in range(0, columns, size)]

@@ -11,12 +11,11 @@ varies along the row (groups of columns with a scale each). Nothing here knows o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from adaround_plugin.errors import InvalidOptionError, NonFiniteError
@@ -48,13 +47,13 @@ class RoundingProblem:
     def __post_init__(self) -> None:
         object.__setattr__(self, "step", self.step.to(self.target.device).expand(self.target.shape))
         groups, _, columns = self.target.shape
-        if self.hessian.matrix.shape[:2] != (groups, columns):
+        if self.hessian.shape[:2] != (groups, columns):
             raise InvalidOptionError(
                 "hessian",
-                f"{tuple(self.hessian.matrix.shape)} does not fit a target of shape {tuple(self.target.shape)}",
+                f"{tuple(self.hessian.shape)} does not fit a target of shape {tuple(self.target.shape)}",
                 f"Pass shape {(groups, columns, columns)}.",
             )
-        if not torch.isfinite(self.target).all():
+        if not torch.isfinite(self.target.sum()):
             raise NonFiniteError("target", "holds NaN or infinity", "Check the weights and the calibration data.")
 
     def loss(self, q: Tensor) -> Tensor:
@@ -78,39 +77,7 @@ class RoundingProblem:
 
     def part(self, groups: slice, rows: slice) -> RoundingProblem:
         """The problem of some rows of some groups."""
-        return self.map(lambda values: values[groups, rows], Hessian(self.hessian.matrix[groups]))
-
-    def blocks(self, hessian: Hessian, size: int) -> RoundingProblem:
-        """The runs of `size` columns as problems of their own: no coupling between them, losses in steps of the grid.
-
-        Args:
-            hessian: `self.hessian.blocks(size)`, which many problems may share.
-            size: number of columns in a run, in which the step must not vary; a smaller last run is filled up with
-                columns that are already exact.
-        """
-        groups, rows, columns = self.target.shape
-
-        def split(values: Tensor) -> Tensor:
-            runs = F.pad(values, (0, -columns % size)).reshape(groups, rows, -1, size)
-            return runs.transpose(1, 2).reshape(-1, rows, size)
-
-        return replace(self.map(split, hessian), step=torch.ones((), dtype=torch.float64))
-
-    @staticmethod
-    def stack(problems: Sequence[RoundingProblem]) -> RoundingProblem:
-        """The rows of problems that share one hessian, as one problem."""
-
-        def stacked(of: Callable[[RoundingProblem], Tensor]) -> Tensor:
-            return torch.cat([of(problem) for problem in problems], 1)
-
-        return RoundingProblem(
-            target=stacked(lambda problem: problem.target),
-            hessian=problems[0].hessian,
-            lower=stacked(lambda problem: problem.lower),
-            upper=stacked(lambda problem: problem.upper),
-            nearest=stacked(lambda problem: problem.nearest),
-            step=stacked(lambda problem: problem.step),
-        )
+        return self.map(lambda values: values[groups, rows], self.hessian.of(groups))
 
     def best_of(self, *candidates: Tensor) -> Rounding:
         """Keep, row by row, the candidate with the smallest loss; the first wins ties, and nearest comes first."""

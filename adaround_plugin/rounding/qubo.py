@@ -91,7 +91,7 @@ class Qubo:
         width = free.to(problem.target.dtype) * problem.step
         offset = (problem.lower - problem.target) * problem.step
         # (o + b w) H (o + b w)^T = b (w H w) b^T + 2 (o H w) b^T + o H o^T
-        linear = 2 * (offset @ problem.hessian.matrix) * width
+        linear = 2 * problem.hessian.times(offset) * width
         return cls(problem.hessian, width, linear, problem.loss(problem.lower), problem.lower, free)
 
     @property

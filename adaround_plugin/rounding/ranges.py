@@ -16,12 +16,16 @@ __all__ = ["SMALLEST_SCALE", "min_max_grid", "min_mse_grid", "min_mse_qparams"]
 
 # well above subnormal scales, which no host reproduces exactly
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny * 2**24
+# weights are rounded to candidate grids in parts of about so many numbers, which a cache holds
+_PART = 2**18
+# entries of a channel whose squares are added in float32; sums of these are added in float64
+_RUN = 4096
 # candidate scales of activations, as shares of the one that clips nothing: down to 1/152 in steps of one percent
 _SHARES = 0.99 ** torch.arange(501, dtype=torch.float64)
 
 
 def _grid(spec: GridSpec, low: Tensor, high: Tensor) -> Grid:
-    """The grid that covers `[low, high]` of each channel without clipping; all-zero channels get scale 1."""
+    """The grid that covers `[low, high]` without clipping, for each entry of both; all-zero channels get scale 1."""
     low, high = low.clamp_max(0.0), high.clamp_min(0.0)
     if spec.symmetric:
         sides = [high / spec.quant_max] if spec.quant_max > 0 else []
@@ -33,13 +37,13 @@ def _grid(spec: GridSpec, low: Tensor, high: Tensor) -> Grid:
         zero_point = spec.quant_min - (low / scale.clamp_min(SMALLEST_SCALE)).round()
         zero_point = zero_point.clamp(spec.quant_min, spec.quant_max)
     scale = torch.where(scale > SMALLEST_SCALE, scale, torch.ones_like(scale))
-    return spec.at(spec.per_channel(scale), spec.per_channel(zero_point))
+    return spec.at(scale, zero_point)
 
 
 def min_max_grid(weight: Tensor, spec: GridSpec) -> Grid:
     """The smallest scale that clips nothing."""
     low, high = torch.aminmax(spec.channels(weight.detach().float()), dim=1)
-    return _grid(spec, low, high)
+    return _grid(spec, spec.per_channel(low), spec.per_channel(high))
 
 
 def min_mse_grid(weight: Tensor, spec: GridSpec, steps: int = 60) -> Grid:
@@ -49,21 +53,40 @@ def min_mse_grid(weight: Tensor, spec: GridSpec, steps: int = 60) -> Grid:
     """
     channels = spec.channels(weight.detach().float())
     low, high = torch.aminmax(channels, dim=1)
-    best, best_error, best_ratio = _grid(spec, low, high), torch.full_like(low, float("inf")), torch.ones_like(low)
-    step = 0.9 / steps
-    for centre, offsets in ((1.0, [-step * i for i in range(steps)]), (None, [step * i / 8 for i in range(-7, 8)])):
-        around = best_ratio.clone() if centre is None else torch.full_like(low, centre)
-        for offset in offsets:
-            ratio = around + offset
-            grid = _grid(spec, low * ratio, high * ratio)
-            scale, zero_point = grid.scale.reshape(-1, 1), grid.zero_point.reshape(-1, 1)
-            q = (channels / scale + zero_point).round_().clamp_(spec.quant_min, spec.quant_max)
-            error = q.sub_(zero_point).mul_(scale).sub_(channels).square_().sum(1)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_ratio = torch.where(better, ratio, best_ratio)
-            best = spec.choose(better, grid, best)
-    return best
+    ratio, step = torch.ones_like(low), 0.9 / steps
+    # of equal errors the first counts: the wider range, and what the first fan has found
+    for fan in ([-step * i for i in range(steps)], [step * i / 8 for i in (0, *range(-7, 0), *range(1, 8))]):
+        ratios = ratio + torch.tensor(fan, device=ratio.device)[:, None]
+        errors = _rounding_errors(channels, _grid(spec, low * ratios, high * ratios))
+        ratio = ratios.gather(0, errors.argmin(0, keepdim=True))[0]
+    return _grid(spec, spec.per_channel(low * ratio), spec.per_channel(high * ratio))
+
+
+def _rounding_errors(channels: Tensor, grids: Grid) -> Tensor:
+    """Squared errors of rounding each channel to the nearest points of several grids: `(grids, channels)`, float64.
+
+    Args:
+        channels: (channels, elements).
+        grids: scales and zero points are `(grids, channels)`.
+    """
+    count, elements = len(grids.scale), channels.shape[1]
+    scale, zero_point = grids.scale[..., None], grids.zero_point[..., None].float()
+    errors = torch.zeros(grids.scale.shape, dtype=torch.float64, device=channels.device)
+    # the same memory for all parts
+    buffers = channels.new_empty(2, min(count * channels.numel(), max(_PART, count * _RUN)))
+    for run in channels.split(_RUN, 1):
+        rows = max(1, _PART // (count * run.shape[1]))
+        for first in range(0, len(run), rows):
+            part = slice(first, first + rows)
+            x = run[part]
+            # in units of the scale: x, and its distance to the nearest integer of the range
+            coordinates, distance = (buffer[: count * x.numel()].view(count, *x.shape) for buffer in buffers)
+            torch.div(x, scale[:, part], out=coordinates)
+            if not grids.symmetric:
+                coordinates += zero_point[:, part]
+            torch.round(coordinates, out=distance).clamp_(grids.quant_min, grids.quant_max).sub_(coordinates)
+            errors[:, part] += distance.square_().sum(2)
+    return errors * grids.scale.double().square()
 
 
 def min_mse_qparams(histogram: Tensor, low: float, high: float, quant_min: int, quant_max: int) -> tuple[float, int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.rounding.grid import Grid
 
-__all__ = ["Scheme", "ceil", "floor", "get_scheme", "nearest", "stochastic", "up_or_down"]
+__all__ = ["Scheme", "ceil", "floor", "floor_coordinates", "get_scheme", "nearest", "stochastic", "up_or_down"]
 
 Scheme = Literal["nearest", "floor", "ceil", "stochastic"]
 
@@ -72,11 +72,24 @@ def get_scheme(scheme: str, seed: int = 0) -> Callable[[Grid, Tensor], Tensor]:
     return lambda grid, weight: stochastic(grid, weight, generator)
 
 
+def floor_coordinates(coordinates: Tensor, zero_point: Tensor) -> Tensor:
+    """The floor of grid coordinates, where a weight on the grid is taken for its integer in spite of float32.
+
+    Args:
+        coordinates: float64, `w / scale + zero_point`.
+        zero_point: that broadcasts to them.
+    """
+    return _whole(coordinates, zero_point).floor()
+
+
 def _coordinates(grid: Grid, weight: Tensor) -> Tensor:
     """Grid coordinates, a weight that lies on the grid at its integer in spite of float32's rounding: float64."""
-    coordinates = grid.coordinates(weight)
+    return _whole(grid.coordinates(weight), grid.expand(grid.zero_point, weight.shape))
+
+
+def _whole(coordinates: Tensor, zero_point: Tensor) -> Tensor:
     whole = coordinates.round()
-    size = (coordinates - grid.expand(grid.zero_point, weight.shape)).abs()
+    size = (coordinates - zero_point).abs()
     return torch.where((coordinates - whole).abs() <= _ROUNDOFF * size, whole, coordinates)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from adaround_plugin.rounding.problem import Rounding, RoundingProblem
 from adaround_plugin.solvers.coordinate_descent import Descent
-from adaround_plugin.solvers.gptq import feed_errors_back
+from adaround_plugin.solvers.gptq import round_in_order
 
 __all__ = ["Annealing"]
 
@@ -36,8 +36,8 @@ class Annealing:
         """Anneal from the unrounded target."""
         descent = Descent(problem)
         descent.start_from(problem.clamp(problem.target))
-        for i in range(self.sweeps):
-            descent.sweep(self.hot * (self.cold / self.hot) ** (i / max(1, self.sweeps - 1)))
-        start = problem.best_of(descent.hardened(), feed_errors_back(problem)[0])
+        last = max(1, self.sweeps - 1)
+        descent.anneal([self.hot * (self.cold / self.hot) ** (i / last) for i in range(self.sweeps)])
+        start = problem.best_of(descent.hardened(), round_in_order(problem))
         descent.start_from(start.integers)
         return problem.best_of(descent.descend(self.descent_sweeps))

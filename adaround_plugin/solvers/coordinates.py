@@ -8,18 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaround_plugin.rounding.problem import RoundingProblem
-
 __all__ = ["Coordinates", "Coupling"]
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """The rows of a problem laid out for sweeping: `(G, D, R)` float32, one contiguous vector for each coordinate.
+    """The rows of a problem laid out for sweeping: `(G, D, R)` float32, one vector for each coordinate.
 
     Attributes:
-        error: `(q - target) step` at the present point `q`, updated in place.
-        target, lower, upper, step: as in `RoundingProblem`.
+        error: `(q - target) step` at the present point `q`, updated in place; contiguous.
+        target: as in `RoundingProblem`; contiguous.
+        lower, upper, step: as there; they may repeat one value along an axis.
         is_plain: whether every step is 1, so that a kernel may leave it out.
     """
 
@@ -31,17 +30,28 @@ class Coordinates:
     is_plain: bool
 
     @classmethod
-    def of(cls, problem: RoundingProblem, lay: Callable[[Tensor], Tensor]) -> Coordinates:
+    def of(
+        cls, target: Tensor, lower: Tensor, upper: Tensor, step: Tensor, order: Tensor | None = None
+    ) -> Coordinates:
         """The coordinates of a problem, their present point the target.
 
         Args:
-            problem: whose tensors are `(G, R, D)`.
-            lay: brings the columns into the order in which they are visited, as `(G, D, R)`.
+            target, lower, upper, step: `(G, R, D)`, as in `RoundingProblem`.
+            order: `(G, D)`, in which columns are visited; None for their own.
         """
-        target, lower, upper, step = (
-            lay(values).float().contiguous() for values in (problem.target, problem.lower, problem.upper, problem.step)
-        )
-        return cls(torch.zeros_like(target), target, lower, upper, step, bool((problem.step == 1).all()))
+
+        def lay(values: Tensor) -> Tensor:
+            shape = values.transpose(1, 2).shape
+            # what one value stands for all along an axis is not written out
+            values = values[tuple(slice(0, 1 if stride == 0 else None) for stride in values.stride())]
+            values = values.transpose(1, 2).float()
+            if order is not None and values.shape[1] > 1:
+                values = values.expand(shape[0], -1, -1).gather(1, order.unsqueeze(2).expand(-1, -1, values.shape[2]))
+            return values.expand(shape)
+
+        target = lay(target).contiguous()
+        is_plain = bool((step[tuple(slice(0, 1 if n == 0 else None) for n in step.stride())] == 1).all())
+        return cls(torch.zeros_like(target), target, lay(lower), lay(upper), lay(step), is_plain)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Coordinates:
         """What `fn` makes of every tensor."""

@@ -13,20 +13,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adaround_plugin.rounding.hessian import Hessian
 from adaround_plugin.rounding.problem import Rounding, RoundingProblem
 from adaround_plugin.solvers.coordinates import Coordinates, Coupling
 from adaround_plugin.solvers.sweep import sweep
 
-__all__ = ["GPTQ", "feed_errors_back"]
+__all__ = ["GPTQ", "feed_errors_back", "round_in_order"]
 
 
-def feed_errors_back(problem: RoundingProblem) -> tuple[Tensor, Tensor]:
-    """One pass of error feedback: `(G, R, D)` int64 integers and their `(G, R)` float32 loss."""
-    order = problem.hessian.order.unsqueeze(2).expand(-1, -1, problem.target.shape[1])
-    at = Coordinates.of(problem, lambda values: values.transpose(1, 2).gather(1, order))
-    loss = sweep(at, Coupling(*problem.hessian.sequential))
+def feed_errors_back(
+    hessian: Hessian, target: Tensor, lower: Tensor, upper: Tensor, step: Tensor
+) -> tuple[Coordinates, Tensor]:
+    """One pass of error feedback.
+
+    Args:
+        hessian, target, lower, upper, step: as in `RoundingProblem`, of any number of rows.
+
+    Returns:
+        The coordinates at the integers found, in visiting order, and their `(G, R)` float32 loss.
+    """
+    at = Coordinates.of(target, lower, upper, step, hessian.order)
+    return at, sweep(at, Coupling(*hessian.sequential))
+
+
+def round_in_order(problem: RoundingProblem) -> Tensor:
+    """The integers of one pass of error feedback: `(G, R, D)` int64."""
+    hessian = problem.hessian
+    at, _ = feed_errors_back(hessian, problem.target, problem.lower, problem.upper, problem.step)
     q = at.rounded()
-    return torch.zeros_like(q).scatter_(1, order, q).transpose(1, 2).long(), loss
+    order = hessian.order.unsqueeze(2).expand(q.shape)
+    return torch.zeros_like(q).scatter_(1, order, q).transpose(1, 2).long()
 
 
 @dataclass(frozen=True)
@@ -35,5 +51,4 @@ class GPTQ:
 
     def solve(self, problem: RoundingProblem) -> Rounding:
         """Solve by one pass."""
-        q, _ = feed_errors_back(problem)
-        return problem.best_of(q)
+        return problem.best_of(round_in_order(problem))

@@ -1,43 +1,98 @@
-"""One Gauss-Seidel sweep over the columns of a rounding problem: the kernel that all the fast solvers share.
+"""Gauss-Seidel sweeps over the columns of a rounding problem: the kernel that all the fast solvers share.
 
 The conditional optimum of coordinate j, all others fixed, is `c_j = t_j - sum_{k != j} M_jk e_k / step_j` with the
 error `e = (q - t) step` and `M` a coupling with rows scaled to a unit diagonal: `H_jk / H_jj` for coordinate descent, a
-triangular factor for GPTQ. Columns go in blocks, so that all but the coupling inside a block is one matrix product, as
-in GPTQ (Frantar et al. 2022). The inside of a block is a loop of torch's operators, or one kernel on a CUDA device.
+triangular factor for GPTQ. On the CPU numba compiles that as it stands. Elsewhere columns go in blocks, so that all but
+the coupling inside a block is one matrix product, as in GPTQ (Frantar et al. 2022); the inside of a block is one kernel
+on a CUDA device. Where a kernel is missing it is a loop of torch's operators.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from adaround_plugin.solvers.coordinates import Coordinates, Coupling
 
-__all__ = ["sweep", "visit"]
+__all__ = ["settle", "sweep", "visit"]
 
 _log = logging.getLogger(__name__)
 # coordinates of a block; Triton's blocks are powers of two
 _BLOCK, _CUDA_BLOCK = 48, 64
 
 
-def sweep(at: Coordinates, coupling: Coupling, temperature: float = 0.0) -> Tensor:
-    """Visit every coordinate once and set it to its rounded conditional optimum, for all rows at the same time.
+def sweep(at: Coordinates, coupling: Coupling, temperatures: Sequence[float] = (0.0,)) -> Tensor:
+    """Visit every coordinate once for each temperature, and set it to its rounded conditional optimum, in all rows.
 
     Args:
         at: the present point; its error is updated in place.
         coupling: of the coordinates.
-        temperature: 0 rounds hard; above, rounding is softened to
+        temperatures: 0 rounds hard; above, rounding is softened to
             `floor(c) + sigmoid((2 (c - floor(c)) - 1) / temperature)`, mean-field annealing of the QUBO.
 
     Returns:
         `(G, R)` float32 loss of a triangular coupling, zero for a full one.
     """
-    columns = at.target.shape[1]
+    compiled = _compiled(at.error.device)
+    if compiled is not None:
+        loss: Tensor = compiled.sweep(at, coupling, temperatures)
+        return loss
     loss = torch.zeros_like(at.target[:, 0])
+    # kernels and views want every value written out
+    at = at.map(Tensor.contiguous)
+    for temperature in temperatures:
+        _sweep_in_blocks(at, coupling, temperature, loss)
+    return loss
+
+
+def settle(at: Coordinates, coupling: Coupling, sweeps: int) -> None:
+    """Visit every coordinate again and again, rounding hard, until none changes or `sweeps` are spent.
+
+    A row that a whole sweep leaves unchanged is at its fixed point and takes part no longer.
+
+    Args:
+        at: the present point, of integers; its error is updated in place.
+        coupling: of the coordinates, a full one.
+        sweeps: how many, at most.
+    """
+    compiled = _compiled(at.error.device)
+    if compiled is not None:
+        compiled.settle(at, coupling, sweeps)
+        return
+    rows = torch.arange(at.target.shape[2], device=at.target.device)
+    moving = at
+    for _ in range(sweeps):
+        before = moving.error.clone()
+        sweep(moving, coupling)
+        at.error[..., rows] = moving.error
+        changed = (moving.error != before).any(dim=1).any(dim=0)
+        if not changed.any():
+            break
+        rows = rows[changed]
+        moving = moving.map(lambda values, changed=changed: values[..., changed].contiguous())  # type: ignore[misc]
+
+
+@cache
+def _compiled(device: torch.device) -> ModuleType | None:
+    """The kernel of whole sweeps on this device, if there is one."""
+    if device.type != "cpu":
+        return None
+    try:
+        from adaround_plugin.solvers import sweep_numba
+    except ImportError as error:
+        _log.warning("numba does not run here (%s): sweeps on the CPU are many times slower.", error)
+        return None
+    return sweep_numba
+
+
+def _sweep_in_blocks(at: Coordinates, coupling: Coupling, temperature: float, loss: Tensor) -> None:
+    """One sweep, block after block; adds to `loss`."""
+    columns = at.target.shape[1]
     visit_block, size = _visitor(at.error.device)
     for start in range(0, columns, size):
         part = slice(start, min(start + size, columns))
@@ -45,7 +100,6 @@ def sweep(at: Coordinates, coupling: Coupling, temperature: float = 0.0) -> Tens
         reach = columns if coupling.curvature is None else start
         pull = torch.bmm(coupling.matrix[:, part, :reach], at.error[:, :reach])
         visit_block(pull, at.map(lambda values, part=part: values[:, part]), coupling.block(part), temperature, loss)  # type: ignore[misc]
-    return loss
 
 
 @cache
