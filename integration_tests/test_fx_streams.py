@@ -32,12 +32,16 @@ from adaround_plugin import (
 from adaround_plugin.graph.paths import Path
 from adaround_plugin.graph.streams import Stream
 from adaround_plugin.graph.transforms import functionalize, inline
+from adaround_plugin.hosts import weight_observers
 from adaround_plugin.hosts.base import open_streams
 from adaround_plugin.hosts.fx.clamps import insert_clamps
 from adaround_plugin.hosts.fx.host import PreparedFX
+from adaround_plugin.hosts.grids import same_grid
 from adaround_plugin.paper.weights import round_weights
 from adaround_plugin.report import Report
+from adaround_plugin.rounding.grid import Grid, GridSpec
 from adaround_plugin.rounding.problem import Rounding
+from adaround_plugin.rounding.ranges import min_mse_grid
 from adaround_plugin.rounding.result import LayerRounding
 from adaround_plugin.rounding.schemes import get_scheme
 from integration_tests.models import (
@@ -98,6 +102,23 @@ def test_streams_equal_the_hosts_models(name, activation_bits):
                 torch.testing.assert_close(exact, of_model)
             elif of_model is not None:
                 assert_equal_trees(exact, of_model)
+
+
+@pytest.mark.parametrize("activation_bits", [8, None])
+def test_each_weight_is_searched_once(activation_bits, monkeypatch):
+    searched: list[tuple[int, ...]] = []
+
+    def search(weight: Tensor, spec: GridSpec) -> Grid:
+        searched.append(tuple(weight.shape))
+        return min_mse_grid(weight, spec)
+
+    monkeypatch.setitem(weight_observers._GRID_OF, "mse", search)
+    _, prepared, _ = prepared_net("FunctionalWeights", activation_bits)
+    host = PreparedFX(prepared)
+    assert Counter(searched) == Counter(tuple(node.weight.shape) for node in host.nodes)
+    for node in host.nodes:
+        expected = min_mse_grid(node.weight, node.grid)
+        assert same_grid(node.grid, expected)
 
 
 @pytest.mark.parametrize("name", sorted(VIEWS))

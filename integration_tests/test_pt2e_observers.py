@@ -12,8 +12,11 @@ from torchao.quantization.pt2e import ObserverBase
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import get_default_x86_inductor_quantization_config
 
 from adaround_plugin.errors import AdaRoundError, InvalidModelError, InvalidOptionError
+from adaround_plugin.hosts import weight_observers
+from adaround_plugin.hosts.grids import same_grid
 from adaround_plugin.hosts.pt2e import AdaRoundObserver, get_adaround_weight_spec, get_adaround_x86_inductor_config
-from adaround_plugin.rounding.grid import GridSpec, integer_range
+from adaround_plugin.hosts.pt2e.host import PreparedPT2E
+from adaround_plugin.rounding.grid import Grid, GridSpec, integer_range
 from adaround_plugin.rounding.ranges import min_max_grid, min_mse_grid
 from integration_tests.models import batches
 from integration_tests.pt2e_models import EveryOperator, all_converted, convert, prepared_pt2e
@@ -173,3 +176,20 @@ def test_without_the_pass_the_host_rounds_to_nearest(axis, symmetric, per_channe
     assert torch.equal(found.zero_point, grid.zero_point.reshape(-1))
     assert torch.equal(found.integers, grid.nearest(model[0].weight.detach()))
     assert found.axis == spec.ch_axis
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_each_weight_is_searched_once(per_channel, monkeypatch):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(96, 5))
+    prepared = prepared_pt2e(model, batches(4, 6, 6, sizes=(6,)), EveryOperator(3, per_channel, False))
+    searched: list[tuple[int, ...]] = []
+
+    def search(weight: Tensor, spec: GridSpec) -> Grid:
+        searched.append(tuple(weight.shape))
+        return min_mse_grid(weight, spec)
+
+    monkeypatch.setitem(weight_observers._GRID_OF, "mse", search)
+    host = PreparedPT2E(prepared)
+    assert searched == [(6, 4, 3, 3), (5, 96)]
+    for node in host.nodes:
+        assert same_grid(node.grid, min_mse_grid(node.weight, node.grid))

@@ -65,15 +65,16 @@ def separate(module: fx.GraphModule) -> nn.Module:
     return copy.deepcopy(root, memo)
 
 
-def inline(module: fx.GraphModule, is_inlined: Callable[[nn.Module], bool]) -> fx.GraphModule:
+def inline(module: fx.GraphModule, is_inlined: Callable[[nn.Module], bool], *, shared: bool = False) -> fx.GraphModule:
     """A copy of the graph in which calls of submodules that are graphs of their own are written out.
 
-    Nodes remember where they came from (`origin`). The modules are `separate` from those of `module`.
+    Nodes remember where they came from (`origin`). The modules are `separate` from those of `module`, or the same ones
+    where they may be `shared` because nothing else uses them.
     """
     graph = fx.Graph()
     outputs = _copy_into(graph, module, "", is_inlined, None)
     graph.output(outputs)
-    return fx.GraphModule(separate(module), graph)
+    return fx.GraphModule(module if shared else separate(module), graph)
 
 
 def _copy_into(

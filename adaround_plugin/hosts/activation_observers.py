@@ -33,6 +33,8 @@ class AdaRoundActivationMixin:
     # in place of what has the least squared error
     learned_scale: float | None = None
     learned_zero_point: int | None = None
+    # the histogram and the range that were searched last, and the scale and zero point that were found
+    _searched: tuple[Tensor, tuple[float, float, int, int], tuple[float, int]] | None = None
 
     @staticmethod
     def _check(quant_min: int, quant_max: int, qscheme: torch.qscheme) -> None:
@@ -59,10 +61,18 @@ class AdaRoundActivationMixin:
         if self.learned_scale is not None and self.learned_zero_point is not None:
             scale, zero_point = self.learned_scale, self.learned_zero_point
         else:
-            scale, zero_point = min_mse_qparams(self.histogram, low, high, self.quant_min, self.quant_max)
+            scale, zero_point = self._search(low, high)
         device = self.min_val.device
         scales = torch.tensor([scale], dtype=torch.float32, device=device).clamp_min(float(self.eps))
         return scales, torch.tensor([zero_point], device=device)
+
+    def _search(self, low: float, high: float) -> tuple[float, int]:
+        """Scale and zero point with the least squared error; searched again only where other values were seen."""
+        histogram, range_ = self.histogram.cpu(), (low, high, self.quant_min, self.quant_max)
+        if self._searched is None or self._searched[1] != range_ or not torch.equal(self._searched[0], histogram):
+            # a copy, which observing does not change; copies of the observer know what was found
+            self._searched = histogram.clone(), range_, min_mse_qparams(histogram, *range_)
+        return self._searched[2]
 
     def bounds(self) -> tuple[float, float]:
         """The least and the greatest value on the grid."""

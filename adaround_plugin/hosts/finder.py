@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, fx, nn
 
 from adaround_plugin.errors import InvalidModelError
@@ -20,6 +21,7 @@ from adaround_plugin.graph.operators import function_op
 from adaround_plugin.graph.transforms import has_origin, origin
 from adaround_plugin.hosts.base import Skipped, WeightedNode
 from adaround_plugin.hosts.grids import observed_grid, same_grid
+from adaround_plugin.hosts.weight_observers import AdaRoundWeightMixin
 from adaround_plugin.rounding.grid import Grid
 from adaround_plugin.rounding.linear_op import LinearOp
 from adaround_plugin.rounding.result import LayerRounding
@@ -39,7 +41,7 @@ class Use:
         kind: name of the operator's type.
         op: what the operator does to its weight.
         weight: the parameter itself; what it is tied to has the same.
-        observer: has seen the weight.
+        observer: chose the scale.
         site: where the call is in both graphs.
     """
 
@@ -88,6 +90,10 @@ class Finder(ABC):
             observer: the one that the call reads it through, if any.
             counterpart: the call in the converted graph, if it is there.
         """
+
+    @abstractmethod
+    def qparams(self, use: Use) -> tuple[Any, Any]:
+        """Scale and zero point of a weight in the converted graph: tensors or numbers."""
 
     @abstractmethod
     def settable(self, uses: Sequence[Use]) -> tuple[Bias, Setter]:
@@ -150,13 +156,9 @@ class Finder(ABC):
         kinds: dict[str, str] = {}
         for use in uses:
             kinds.setdefault(use.name, use.kind)
-        # one search for the calls that have an observer in common
-        grids = {id(first.observer): _grid(first)}
-        grid, keeps_scale = grids[id(first.observer)]
+        grid = self._grid(first)
         for other in uses[1:]:
-            if other.op == first.op and id(other.observer) not in grids:
-                grids[id(other.observer)] = _grid(other)
-            if other.op != first.op or not same_grid(grids[id(other.observer)][0], grid):
+            if other.op != first.op or not same_grid(self._grid(other), grid):
                 reason = f"its weight is tied to {first.name!r}, which has another operator or another grid"
                 if len(kinds) == 1:
                     reason = "its calls have different operators or grids"
@@ -172,14 +174,14 @@ class Finder(ABC):
             grid=grid,
             sites=tuple(use.site for use in uses),
             bias=bias,
-            keeps_scale=keeps_scale,
+            keeps_scale=not isinstance(first.observer, AdaRoundWeightMixin),
             set_quantized=set_quantized,
         )
 
-
-def _grid(use: Use) -> tuple[Grid, bool]:
-    """The grid that the observer of a use asks for, and whether its scale is the user's choice."""
-    return observed_grid(use.name, use.observer, use.weight.detach(), use.op)
+    def _grid(self, use: Use) -> Grid:
+        """The grid of a use, whose scale was searched by the host's conversion, and is not searched again."""
+        scale, zero_point = (torch.as_tensor(value, device=use.weight.device) for value in self.qparams(use))
+        return observed_grid(use.name, use.observer, scale, zero_point, use.op)
 
 
 def parameter_node(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaround_plugin.errors import InvalidModelError
 from adaround_plugin.hosts.weight_observers import AdaRoundWeightMixin, FrozenMixin
-from adaround_plugin.rounding.grid import Grid
+from adaround_plugin.rounding.grid import Grid, GridSpec
 from adaround_plugin.rounding.linear_op import LinearOp
 
 __all__ = ["observed_grid", "same_grid"]
@@ -18,36 +18,32 @@ _PER_CHANNEL = (torch.per_channel_symmetric, torch.per_channel_affine)
 _SYMMETRIC = (torch.per_channel_symmetric, torch.per_tensor_symmetric)
 
 
-def observed_grid(name: str, observer: Any, weight: Tensor, op: LinearOp) -> tuple[Grid, bool]:
-    """The grid of an observer that has seen `weight`, and whether its scale is the user's choice (not ours to search).
+def observed_grid(name: str, observer: Any, scale: Tensor, zero_point: Tensor, op: LinearOp) -> Grid:
+    """The grid of an observer that chose this scale and zero point, in whatever shape the host keeps them.
 
     Raises:
         InvalidModelError: an `AdaRoundObserver` runs along the input channels of a transposed convolution.
     """
     if isinstance(observer, FrozenMixin):
-        return observer.chosen(), True
-    ch_axis = observer.ch_axis if observer.qscheme in _PER_CHANNEL else None
+        return observer.chosen()
     if isinstance(observer, AdaRoundWeightMixin):
-        if ch_axis is not None and ch_axis != op.output_axis and op.kind == "conv_transpose":
+        spec = observer.spec
+        if spec.ch_axis is not None and spec.ch_axis != op.output_axis and op.kind == "conv_transpose":
             raise InvalidModelError(
                 f"layer {name!r}",
-                f"its AdaRoundObserver runs along axis {ch_axis}, the input channels of a transposed convolution",
+                f"its AdaRoundObserver runs along axis {spec.ch_axis}, the input channels of a transposed convolution",
                 f"Use ch_axis={op.output_axis} or a per-tensor scheme "
                 "(get_adaround_qconfig_mapping does, given model= beside layer_bits).",
             )
-        return observer.grid(weight), False
-    scale, zero_point = observer.calculate_qparams()
-    shape = () if ch_axis is None else (-1,)
-    grid = Grid(
-        quant_min=int(observer.quant_min),
-        quant_max=int(observer.quant_max),
-        ch_axis=ch_axis,
-        symmetric=observer.qscheme in _SYMMETRIC,
-        dtype=observer.dtype,
-        scale=scale.float().reshape(shape),
-        zero_point=zero_point.long().reshape(shape),
-    )
-    return grid, True
+    else:
+        spec = GridSpec(
+            quant_min=int(observer.quant_min),
+            quant_max=int(observer.quant_max),
+            ch_axis=observer.ch_axis if observer.qscheme in _PER_CHANNEL else None,
+            symmetric=observer.qscheme in _SYMMETRIC,
+            dtype=observer.dtype,
+        )
+    return spec.at(spec.per_channel(scale.reshape(-1)), spec.per_channel(zero_point.reshape(-1)))
 
 
 def same_grid(one: Grid, other: Grid) -> bool:

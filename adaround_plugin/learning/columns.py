@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, fx
 
@@ -12,6 +14,7 @@ from adaround_plugin.graph.streams import BothValues
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.regions.importance import column_importance
+from adaround_plugin.rounding.linear_op import Patches
 from adaround_plugin.rounding.moments import HeldOut, Moments
 
 __all__ = ["Columns", "LayerMoments"]
@@ -57,6 +60,22 @@ class LayerMoments:
         return self.learning.count + self.holdout.count
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """Which columns of a batch are taken.
+
+    Attributes:
+        index, position: `(n,)`, as of `Sampling.columns`, those to learn from first.
+        order: `(n,)`, their numbers there.
+        learning: how many are to learn from.
+    """
+
+    index: Tensor
+    position: Tensor
+    order: Tensor
+    learning: int
+
+
 class Columns:
     """Gathers columns in a pass.
 
@@ -69,6 +88,7 @@ class Columns:
         self._run, self._weighting = run, weighting
         # by call site, for each batch the importance of its columns
         self._importance: dict[fx.Node, list[Tensor]] = {}
+        self._known: dict[tuple[int | str, ...], _Chosen] = {}
         if weighting == "fisher":
             self._weigh()
 
@@ -104,27 +124,39 @@ class Columns:
         x_quantized = quantized_stream.value(input_of(site.quantized_node), values[1])
         node.check_input(x_float, batch)
         patches = node.op.patches(x_quantized.float(), shape)
-        index, position = sampling.columns(batch, patches, len(node.sites))
-        held = sampling.held_out(batch, patches.samples, index.device)[index]
-        # those to learn from first, so that either are a run
-        parts = [(~held).nonzero().squeeze(1)]
-        if not self._run.is_trial:
-            parts.append(held.nonzero().squeeze(1))
-        order = torch.cat(parts)
-        index, position = index[order], position[order]
+        chosen = self._chosen(batch, patches, len(node.sites))
+        index, position = chosen.index, chosen.position
         quantized = patches.columns(index, position)
         exact = self._float_columns(node, site, batch, x_float, index, position)
         weight = None
         if site.float_node in self._importance:
-            weight = self._importance[site.float_node][batch][:, order] + _EVEN_WEIGHT
+            weight = self._importance[site.float_node][batch][:, chosen.order] + _EVEN_WEIGHT
         elif self._weighting == "inverse_norm":
             weight = _inverse_norm(exact, index, patches.samples)
         deviation = (exact - quantized) @ node.op.rows(node.weight).transpose(1, 2)
-        start = 0
-        for moments, part in zip((into.learning, into.holdout), parts, strict=False):
-            run = slice(start, start + len(part))
+        for moments, run in ((into.learning, slice(chosen.learning)), (into.holdout, slice(chosen.learning, None))):
             moments.add(quantized[:, run], deviation[:, run], None if weight is None else weight[:, run])
-            start += len(part)
+
+    def _chosen(self, batch: int, patches: Patches, sites: int) -> _Chosen:
+        """The columns to take: layers of one geometry have them in common."""
+        key = (
+            batch,
+            patches.samples,
+            patches.positions,
+            patches.row_length,
+            patches.groups,
+            sites,
+            str(patches.x.device),
+        )
+        if key not in self._known:
+            sampling = self._run.sampling
+            index, position = sampling.columns(batch, patches, sites)
+            held = sampling.held_out(batch, patches.samples, index.device)[index]
+            # those to learn from first, so that either are a run; trials judge nothing
+            learning = (~held).nonzero().squeeze(1)
+            order = learning if self._run.is_trial else torch.cat([learning, held.nonzero().squeeze(1)])
+            self._known[key] = _Chosen(index[order], position[order], order, len(learning))
+        return self._known[key]
 
     def _float_columns(
         self, node: WeightedNode, site: CallSite, batch: int, x: Tensor, index: Tensor, position: Tensor

@@ -20,6 +20,7 @@ from adaround_plugin.rounding.problem import RoundingProblem, Solver
 from adaround_plugin.rounding.result import LayerRounding
 from adaround_plugin.rounding.schemes import up_or_down as floor_and_next
 from adaround_plugin.solvers import Nearest
+from adaround_plugin.solvers.gptq import round_in_order
 
 __all__ = ["Layer", "Recipe"]
 
@@ -105,7 +106,7 @@ class Layer:
         *,
         search_scale: bool,
         up_or_down: bool = False,
-        judge: bool = True,
+        is_trial: bool = False,
     ) -> LayerRounding:
         """Learn the rounding; nearest is kept where it is better on held-out samples.
 
@@ -114,22 +115,23 @@ class Layer:
             solver: solves the rounding problem.
             search_scale: choose the scale under the hessian, else keep the grid's.
             up_or_down: restrict to floor and ceil of the weight on its grid, as the paper does.
-            judge: compare with nearest. Without, for trials, whatever was learned is kept, its errors are NaN, and
-                fewer scales are tried.
+            is_trial: learn quickly what a recipe leads to: by one pass of GPTQ, of fewer scales, not compared with
+                nearest; errors are NaN.
         """
         hessian, target = self._form(recipe)
         grid = self.grid
         if search_scale and self.can_search_scale:
-            grid = self._search(hessian, target, up_or_down, steps=13 if judge else 7)
-        rounding = solver.solve(self._problem(grid, hessian, target, up_or_down))
-        if search_scale and self.can_search_scale and not up_or_down and not isinstance(solver, Nearest):
-            grid = self._refit(grid, hessian, target, rounding.integers)
+            grid = self._search(hessian, target, up_or_down, is_trial)
+        problem = self._problem(grid, hessian, target, up_or_down)
+        found = round_in_order(problem)[0] if is_trial else solver.solve(problem).integers
+        if search_scale and self.can_search_scale and not (up_or_down or is_trial or isinstance(solver, Nearest)):
+            grid = self._refit(grid, hessian, target, found)
         # solvers work column by column; the model wants rows
-        integers = self.op.unrows(rounding.integers, self.weight.shape).contiguous()
+        integers = self.op.unrows(found, self.weight.shape).contiguous()
         correction = None
         if recipe.correct_bias:
             correction = self.op.outputs(self.moments.bias(self._change(grid, integers))).float()
-        if not judge:
+        if is_trial:
             return LayerRounding(grid, integers, correction, learned=True)
         return self._judged(grid, integers, correction)
 
@@ -188,13 +190,13 @@ class Layer:
         """Whether one scale serves a whole row."""
         return self.grid.group_size is None and self.grid.ch_axis in (None, self.op.output_axis)
 
-    def _search(self, hessian: Hessian, target: Tensor, up_or_down: bool, steps: int) -> Grid:
+    def _search(self, hessian: Hessian, target: Tensor, up_or_down: bool, is_trial: bool) -> Grid:
         """Choose the scale under the hessian: of each row, or of each group of its columns by the group's own share."""
         weight = self.op.rows(self.weight) if up_or_down else None
         rows = SearchedRows(target, hessian, self._channel(), weight)
         if self.grid.group_size is not None:
             rows = rows.in_runs(self.grid.group_size)
-        return search_grid(self.grid, rows, steps)
+        return search_grid(self.grid, rows, 7, refine=False) if is_trial else search_grid(self.grid, rows)
 
     def _refit(self, grid: Grid, hessian: Hessian, target: Tensor, integers: Tensor) -> Grid:
         """The best scale for the integers as they are."""

@@ -20,8 +20,8 @@ __all__ = ["LayerWise", "PendingLayers"]
 
 # the moments of layers that are ready together are gathered together, as many as fit in this many bytes
 _MOMENT_BYTES = 2 * 2**30
-# from this many samples on, little damping does
-_MANY_SAMPLES = 512
+# from this many samples on, little damping does; below this many, even biases may overfit
+_MANY_SAMPLES, _FEW_SAMPLES = 512, 128
 
 Auto = Literal["auto"]
 
@@ -99,17 +99,18 @@ class LayerWise:
         A baseline imitates nothing: only what is asked for by name is done.
 
         The first is the best measured on most convolutional networks, the second on a transformer with massive
-        activations; propagated errors and corrected biases may overfit what few samples show, and the last two, which
-        are for these, do without (docs/benchmarks.md). Fewer samples want more damping.
+        activations; propagated errors may overfit what few samples show, and corrected biases what very few do: the
+        last two do without (docs/benchmarks.md). Fewer samples want more damping.
         """
-        many = samples >= _MANY_SAMPLES
+        many, few = samples >= _MANY_SAMPLES, samples < _FEW_SAMPLES
         damping = 0.01 if many else 0.1
         candidates = [Recipe(False, False, "none", damping)]
         if not is_baseline:
             candidates = [
                 Recipe(True, True, "none", damping),
                 Recipe(True, True, "inverse_norm", damping),
-                *([] if many else [Recipe(False, True, "inverse_norm", damping), *candidates]),
+                *([] if many else [Recipe(False, True, "inverse_norm", damping)]),
+                *(candidates if few else []),
             ]
         given = {name: getattr(self, name) for name in asdict(candidates[0]) if getattr(self, name) != "auto"}
         return list(dict.fromkeys(replace(candidate, **given) for candidate in candidates))
@@ -213,7 +214,7 @@ class PendingLayers:
                     self._solver,
                     search_scale=search,
                     up_or_down=settings.levels == "up_or_down",
-                    judge=not run.is_trial,
+                    is_trial=run.is_trial,
                 )
                 if layer.moments.count
                 else layer.nearest()

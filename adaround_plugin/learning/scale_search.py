@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from adaround_plugin.rounding.grid import Grid
 from adaround_plugin.rounding.hessian import Hessian
 from adaround_plugin.rounding.ranges import SMALLEST_SCALE
 from adaround_plugin.rounding.schemes import floor_coordinates
+from adaround_plugin.solvers.coordinates import Coordinates
 from adaround_plugin.solvers.gptq import feed_errors_back
 
 __all__ = ["SearchedRows", "refit_group_scale", "refit_scale", "search_grid"]
@@ -57,31 +59,40 @@ class SearchedRows:
         weight = None if self.weight is None else split(self.weight)
         return SearchedRows(split(self.target), self.hessian.blocks(size), channel, weight)
 
+    @cached_property
+    def _laid(self) -> Coordinates:
+        """The rows as they are visited, in weight units."""
+        weight = self.target if self.weight is None else self.weight
+        one = self.target.new_ones(()).expand(self.target.shape)
+        return Coordinates.of(self.target, weight, weight, one, self.hessian.order)
+
     def errors(self, grids: Sequence[Grid]) -> Tensor:
         """`(K, channels)`: for each grid the output error of GPTQ's one pass, by channel."""
         groups, rows, columns = self.target.shape
+        laid, low, high = self._laid, grids[0].quant_min, grids[0].quant_max
         scale, zero_point = (
-            torch.stack([values.reshape(-1)[self.channel] for values in of_grids], 1).reshape(groups, -1, 1)
+            torch.stack([values.reshape(-1)[self.channel] for values in of_grids], 1).unsqueeze(1)
             for of_grids in ([grid.scale for grid in grids], [grid.zero_point for grid in grids])
-        )
+        )  # (G, 1, K, R)
 
         def at(values: Tensor) -> Tensor:
-            coordinates = values.unsqueeze(1) / scale.reshape(groups, -1, rows, 1)
-            return coordinates.reshape(groups, -1, columns).add_(zero_point)
+            return (values.unsqueeze(2) / scale + zero_point).reshape(groups, columns, -1)
 
-        target = at(self.target.float())
-        lower, upper = (target.new_tensor(end).expand(target.shape) for end in (grids[0].quant_min, grids[0].quant_max))
+        target = at(laid.target)
+        lower, upper = (target.new_tensor(end).expand(target.shape) for end in (low, high))
         if self.weight is not None:
-            below = floor_coordinates(at(self.weight.double()), zero_point)
-            lower, upper = (torch.clamp(below + i, grids[0].quant_min, grids[0].quant_max) for i in (0, 1))
-        _, loss = feed_errors_back(self.hessian, target, lower, upper, target.new_ones(()).expand(target.shape))
-        loss = loss.double() * scale.squeeze(2).square()
+            shifts = zero_point.expand(-1, columns, -1, -1).reshape(target.shape)
+            below = floor_coordinates(at(laid.lower.double()), shifts).float()
+            lower, upper = below.clamp(low, high), (below + 1).clamp(low, high)
+        one = target.new_ones(()).expand(target.shape)
+        start = Coordinates(torch.zeros_like(target), target, lower, upper, one, is_plain=True)
+        loss = feed_errors_back(self.hessian, start)
+        loss = loss.double().reshape(groups, len(grids), rows) * scale.squeeze(1).square()
         found = loss.new_zeros(len(grids), grids[0].scale.numel())
-        of_grid = loss.reshape(groups, len(grids), rows).transpose(0, 1).reshape(len(grids), -1)
-        return found.index_add_(1, self.channel.reshape(-1), of_grid)
+        return found.index_add_(1, self.channel.reshape(-1), loss.transpose(0, 1).reshape(len(grids), -1))
 
 
-def search_grid(grid: Grid, rows: SearchedRows, steps: int = 13) -> Grid:
+def search_grid(grid: Grid, rows: SearchedRows, steps: int = 13, *, refine: bool = True) -> Grid:
     """Choose scale and zero point, channel by channel, by the output error of GPTQ's one pass.
 
     `steps` scales from 0.6 to 1.2 times the grid's are in question. Every other one is tried first, with the zero point
@@ -91,14 +102,18 @@ def search_grid(grid: Grid, rows: SearchedRows, steps: int = 13) -> Grid:
         grid: the grid to search around.
         rows: of the layer.
         steps: number of scales, at least 3 and odd.
+        refine: try those beside the best.
     """
     shifts = [0] if grid.symmetric or grid.bits > 4 else [0, -1, 1]
     zero_points = [(grid.zero_point + shift).clamp(grid.quant_min, grid.quant_max) for shift in shifts]
     fractions = [0.6 + 0.6 * i / (steps - 1) for i in range(steps)]
     coarse = [grid.at(grid.scale * fraction, zero_point) for zero_point in zero_points for fraction in fractions[::2]]
     best, best_error, index = _best(grid, rows, coarse)
+    if not refine:
+        return best
     at = torch.tensor(fractions[::2], device=index.device)[index % len(fractions[::2])]
-    beside = [grid.at(grid.scale * grid.per_channel(at + move * 0.6 / (steps - 1)), best.zero_point) for move in (-1, 1)]
+    moved = [(at + move * 0.6 / (steps - 1)).clamp(0.6, 1.2) for move in (-1, 1)]
+    beside = [grid.at(grid.scale * grid.per_channel(one), best.zero_point) for one in moved]
     finer, error, _ = _best(grid, rows, beside)
     return grid.choose(error < best_error, finer, best)
 
@@ -126,7 +141,7 @@ def refit_scale(grid: Grid, channel: Tensor, hessian: Hessian, target: Tensor, i
     """
     zero_point = grid.zero_point.reshape(-1)[channel].unsqueeze(-1)
     v = (integers - zero_point).double()
-    pulled = hessian.times(v)
+    pulled = hessian.roughly_times(v)
     channels = grid.scale.numel()
 
     def per_channel(values: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ from adaround_plugin.learning.methods import Method
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import ReportBuilder
 from adaround_plugin.regions.calibration import Sampling
-from adaround_plugin.solvers import GPTQ
 
 __all__ = ["choose_recipe"]
 
-# recipes are tried on about this many samples, with at most so many columns a layer
-_TRIAL_SAMPLES = 128
+# recipes are tried on an eighth of the samples, but on about this many if there are, and with at most so many columns a
+# layer: trials are to take a fifth of the time
+_TRIAL_SHARE, _LEAST_SAMPLES = 8, 32
 _TRIAL_COLUMNS = 2048
 # so few samples need it
 _TRIAL_DAMPING = 0.1
@@ -51,7 +51,8 @@ def choose_recipe(
     if len(recipes) == 1 or len(excluded) == len(host.nodes):
         return layers.with_recipe(recipes[0])
     report.progress.say("choosing a recipe")
-    part = arguments[:: max(1, min(total // _TRIAL_SAMPLES, len(arguments)))]
+    wanted = max(_LEAST_SAMPLES, total // _TRIAL_SHARE)
+    part = arguments[:: max(1, min(total // wanted, len(arguments)))]
     sampling = Sampling.of(part, layers.holdout, _TRIAL_COLUMNS, seed)
     runs: list[Pass] = []
     pending = []
@@ -60,7 +61,7 @@ def choose_recipe(
         beside = runs[0] if runs else None
         options: dict[str, Any] = {"excluded": excluded, "seed": seed, "report": report}
         runs.append(Pass(host, part, sampling, **options, is_trial=True, beside=beside))
-        pending.append(PendingLayers(runs[-1], replace(layers, solver=GPTQ()).with_recipe(tried)))
+        pending.append(PendingLayers(runs[-1], layers.with_recipe(tried)))
     # side by side, so that what they have in common is there for all of them
     while pending[0].pending:
         for one in pending:

@@ -131,6 +131,11 @@ class Hessian:
         """`rows H` for `(G, R, D)` float64 rows."""
         return rows @ self._moment + self._ridge[:, None, None] * rows
 
+    def roughly_times(self, rows: Tensor) -> Tensor:
+        """`rows H` in float32, by the coupling that is there for sweeps: `(G, R, D)`."""
+        scaled = rows.float() * self.diagonal.float().unsqueeze(1)
+        return torch.baddbmm(scaled, scaled, self.coupling)
+
     def quadratic(self, rows: Tensor) -> Tensor:
         """`r H r^T` for each of `(G, R, D)` float64 rows: `(G, R)`."""
         return (self.times(rows) * rows).sum(-1)

@@ -179,6 +179,11 @@ class Patches:
         """Entries of one column in one group: weights of an output channel."""
         return self.x.shape[1] // self.groups * prod(self.kernel)
 
+    @property
+    def _takes_values_alone(self) -> bool:
+        """Whether a column is what stands at one position, as the tokens of a linear layer."""
+        return self.kernel == (1,) and self.stride == (1,) and self.groups == 1 and not any(map(any, self._around))
+
     def columns(self, sample: Tensor, position: Tensor) -> Tensor:
         """Materialize chosen columns.
 
@@ -189,12 +194,15 @@ class Patches:
         Returns:
             `(groups, n, columns)`: for each group the patches as rows, in the order of `LinearOp.rows`.
         """
+        if self._takes_values_alone and len(sample) == self.samples * self.positions:
+            # all of them, perhaps in another order
+            x = self.x.transpose(1, 2).reshape(1, len(sample), -1)
+            return x if self.samples == 1 else x[:, sample * self.positions + position]
         index = torch.unravel_index(position, self._sizes)
         gather = _compiled_gather() if self.x.device.type == "cpu" and self.x.dtype == torch.float32 else None
         if gather is not None:
             corner = [
-                one * stride - before
-                for one, stride, (before, _) in zip(index, self.stride, self._around, strict=True)
+                one * stride - before for one, stride, (before, _) in zip(index, self.stride, self._around, strict=True)
             ]
             return gather(
                 self.x, sample, torch.stack(corner, 1), self.kernel, self.dilation, self.groups, self.mirrored

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -60,6 +61,10 @@ class RoundingProblem:
         """`e H e^T` with `e = (q - t) step` for each row: `(G, R)` float64."""
         return self.hessian.quadratic((q - self.target) * self.step)
 
+    @cached_property
+    def _nearest_loss(self) -> Tensor:
+        return self.loss(self.nearest)
+
     def map(self, fn: Callable[[Tensor], Tensor], hessian: Hessian) -> RoundingProblem:
         """The problem with `fn` applied to every tensor of one entry for each weight, and with this hessian."""
         return RoundingProblem(
@@ -81,7 +86,7 @@ class RoundingProblem:
 
     def best_of(self, *candidates: Tensor) -> Rounding:
         """Keep, row by row, the candidate with the smallest loss; the first wins ties, and nearest comes first."""
-        best, loss = self.nearest, self.loss(self.nearest)
+        best, loss = self.nearest, self._nearest_loss
         for candidate in candidates:
             candidate_loss = self.loss(candidate)
             better = candidate_loss < loss

@@ -69,12 +69,12 @@ def _rounding_errors(channels: Tensor, grids: Grid) -> Tensor:
         channels: (channels, elements).
         grids: scales and zero points are `(grids, channels)`.
     """
-    count, elements = len(grids.scale), channels.shape[1]
+    count = len(grids.scale)
     scale, zero_point = grids.scale[..., None], grids.zero_point[..., None].float()
     errors = torch.zeros(grids.scale.shape, dtype=torch.float64, device=channels.device)
     # the same memory for all parts
     buffers = channels.new_empty(2, min(count * channels.numel(), max(_PART, count * _RUN)))
-    for run in channels.split(_RUN, 1):
+    for run in torch.split(channels, _RUN, 1):
         rows = max(1, _PART // (count * run.shape[1]))
         for first in range(0, len(run), rows):
             part = slice(first, first + rows)
@@ -120,20 +120,19 @@ def _squared_errors(histogram: Tensor, middles: Tensor, scales: Tensor, steps: i
     """
     powers = torch.stack([histogram * middles**power for power in range(3)])
     sums = F.pad(powers.cumsum(1), (1, 0))
-    cells = torch.arange(-steps, steps + 1)
-    lattice = scales[:, None] * cells
+    lattice = scales[:, None] * torch.arange(-steps, steps + 1)
     edges = torch.searchsorted(middles, scales[:, None] * (torch.arange(-steps, steps + 2) - 0.5))
+    # sums of the values left of each edge: (scales, 2 steps + 2)
+    left = [total[edges] for total in sums]
 
-    def error(start: Tensor, stop: Tensor, value: Tensor) -> Tensor:
-        s_0, s_1, s_2 = sums[:, stop] - sums[:, start]
-        total: Tensor = s_2 - 2 * value * s_1 + value.square() * s_0
-        return total
+    def errors(start: list[Tensor], stop: list[Tensor], value: Tensor) -> Tensor:
+        s_0, s_1, s_2 = (high - low for low, high in zip(start, stop, strict=True))
+        return s_2 - 2 * value * s_1 + value.square() * s_0
 
-    inside = F.pad(error(edges[:, :-1], edges[:, 1:], lattice).cumsum(1), (1, 0))
-    # where the cells of the lowest and of the highest level stand, for each zero point
-    lowest = torch.arange(steps, -1, -1)
-    highest = lowest + steps
-    start, stop = edges[:, lowest + 1], edges[:, highest]
-    below = error(torch.zeros_like(start), start, lattice[:, lowest])
-    above = error(stop, torch.full_like(stop, len(middles)), lattice[:, highest])
-    return below + inside[:, highest] - inside[:, lowest + 1] + above
+    cells = errors([one[:, :-1] for one in left], [one[:, 1:] for one in left], lattice)
+    inside = F.pad(cells.cumsum(1), (1, 0))
+    # for each zero point z the lowest level is cell `steps - z`, and the highest `2 steps - z`: columns run backwards
+    start, stop = ([one[:, first : first + steps + 1] for one in left] for first in (1, steps))
+    below = errors([torch.zeros_like(one) for one in start], start, lattice[:, : steps + 1])
+    above = errors(stop, [total[-1] for total in sums], lattice[:, steps:])
+    return (below + inside[:, steps : 2 * steps + 1] - inside[:, 1 : steps + 2] + above).flip(1)

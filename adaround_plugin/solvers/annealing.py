@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from adaround_plugin.rounding.problem import Rounding, RoundingProblem
 from adaround_plugin.solvers.coordinate_descent import Descent
 from adaround_plugin.solvers.gptq import round_in_order
@@ -38,6 +40,7 @@ class Annealing:
         descent.start_from(problem.clamp(problem.target))
         last = max(1, self.sweeps - 1)
         descent.anneal([self.hot * (self.cold / self.hot) ** (i / last) for i in range(self.sweeps)])
-        start = problem.best_of(descent.hardened(), round_in_order(problem))
-        descent.start_from(start.integers)
+        annealed, (fed_back, loss) = descent.hardened(), round_in_order(problem)
+        better = (problem.loss(annealed) < loss).unsqueeze(-1)
+        descent.start_from(torch.where(better, annealed, fed_back))
         return problem.best_of(descent.descend(self.descent_sweeps))

@@ -30,9 +30,7 @@ class Coordinates:
     is_plain: bool
 
     @classmethod
-    def of(
-        cls, target: Tensor, lower: Tensor, upper: Tensor, step: Tensor, order: Tensor | None = None
-    ) -> Coordinates:
+    def of(cls, target: Tensor, lower: Tensor, upper: Tensor, step: Tensor, order: Tensor | None = None) -> Coordinates:
         """The coordinates of a problem, their present point the target.
 
         Args:
@@ -42,16 +40,14 @@ class Coordinates:
 
         def lay(values: Tensor) -> Tensor:
             shape = values.transpose(1, 2).shape
-            # what one value stands for all along an axis is not written out
-            values = values[tuple(slice(0, 1 if stride == 0 else None) for stride in values.stride())]
-            values = values.transpose(1, 2).float()
+            values = _written(values).transpose(1, 2).float()
             if order is not None and values.shape[1] > 1:
                 values = values.expand(shape[0], -1, -1).gather(1, order.unsqueeze(2).expand(-1, -1, values.shape[2]))
             return values.expand(shape)
 
-        target = lay(target).contiguous()
-        is_plain = bool((step[tuple(slice(0, 1 if n == 0 else None) for n in step.stride())] == 1).all())
-        return cls(torch.zeros_like(target), target, lay(lower), lay(upper), lay(step), is_plain)
+        target, step = lay(target).contiguous(), lay(step)
+        is_plain = bool((_written(step) == 1).all())
+        return cls(torch.zeros_like(target), target, lay(lower), lay(upper), step, is_plain)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Coordinates:
         """What `fn` makes of every tensor."""
@@ -85,3 +81,8 @@ class Coupling:
     def block(self, part: slice) -> Coupling:
         """The coupling inside a block of coordinates."""
         return Coupling(self.matrix[:, part, part], None if self.curvature is None else self.curvature[:, part])
+
+
+def _written(values: Tensor) -> Tensor:
+    """The values that are there in memory: one where one stands for all along an axis."""
+    return values[tuple(slice(0, 1 if stride == 0 else None) for stride in values.stride())]

@@ -21,28 +21,23 @@ from adaround_plugin.solvers.sweep import sweep
 __all__ = ["GPTQ", "feed_errors_back", "round_in_order"]
 
 
-def feed_errors_back(
-    hessian: Hessian, target: Tensor, lower: Tensor, upper: Tensor, step: Tensor
-) -> tuple[Coordinates, Tensor]:
-    """One pass of error feedback.
+def feed_errors_back(hessian: Hessian, at: Coordinates) -> Tensor:
+    """One pass of error feedback: `(G, R)` float32 loss of each row.
 
     Args:
-        hessian, target, lower, upper, step: as in `RoundingProblem`, of any number of rows.
-
-    Returns:
-        The coordinates at the integers found, in visiting order, and their `(G, R)` float32 loss.
+        hessian: the quadratic form.
+        at: of any number of rows, in visiting order; left at the integers found.
     """
-    at = Coordinates.of(target, lower, upper, step, hessian.order)
-    return at, sweep(at, Coupling(*hessian.sequential))
+    return sweep(at, Coupling(*hessian.sequential))
 
 
-def round_in_order(problem: RoundingProblem) -> Tensor:
-    """The integers of one pass of error feedback: `(G, R, D)` int64."""
-    hessian = problem.hessian
-    at, _ = feed_errors_back(hessian, problem.target, problem.lower, problem.upper, problem.step)
+def round_in_order(problem: RoundingProblem) -> tuple[Tensor, Tensor]:
+    """One pass of error feedback: `(G, R, D)` int64 integers and their `(G, R)` float32 loss."""
+    order = problem.hessian.order
+    at = Coordinates.of(problem.target, problem.lower, problem.upper, problem.step, order)
+    loss = feed_errors_back(problem.hessian, at)
     q = at.rounded()
-    order = hessian.order.unsqueeze(2).expand(q.shape)
-    return torch.zeros_like(q).scatter_(1, order, q).transpose(1, 2).long()
+    return torch.zeros_like(q).scatter_(1, order.unsqueeze(2).expand(q.shape), q).transpose(1, 2).long(), loss
 
 
 @dataclass(frozen=True)
@@ -51,4 +46,4 @@ class GPTQ:
 
     def solve(self, problem: RoundingProblem) -> Rounding:
         """Solve by one pass."""
-        return problem.best_of(round_in_order(problem))
+        return problem.best_of(round_in_order(problem)[0])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 
@@ -65,7 +66,7 @@ def settle(at: Coordinates, coupling: Coupling, sweeps: int) -> None:
         compiled.settle(at, coupling, sweeps)
         return
     rows = torch.arange(at.target.shape[2], device=at.target.device)
-    moving = at
+    moving = replace(at, error=at.error.clone())
     for _ in range(sweeps):
         before = moving.error.clone()
         sweep(moving, coupling)

@@ -22,8 +22,9 @@ __all__ = ["settle", "sweep"]
 
 Array = npt.NDArray[np.float32]
 
-# coordinates whose pull by all others is taken together, and rows that go through the sweeps together
-_BLOCK, _ROWS = 48, 64
+# coordinates whose pull by all others is taken together, and rows that go through the sweeps together, at most and at
+# least: few waste the processor's wide registers
+_BLOCK, _ROWS, _FEW_ROWS = 48, 128, 16
 
 
 def sweep(at: Coordinates, coupling: Coupling, temperatures: Sequence[float]) -> Tensor:
@@ -41,12 +42,14 @@ def _run(at: Coordinates, coupling: Coupling, temperatures: Sequence[float], set
     triangular = coupling.curvature is not None
     curvature = at.target.new_zeros(groups, 1) if coupling.curvature is None else coupling.curvature
     loss = torch.zeros_like(at.target[:, 0])
-    # even chunks of rows, one for each thread at least
-    chunks = max(-(-rows // _ROWS), min(torch.get_num_threads(), -(-rows // 16)) if groups == 1 else 1)
+    # of one group, every thread gets as many chunks of rows, even ones
+    threads = min(torch.get_num_threads(), -(-rows // _FEW_ROWS)) if groups == 1 else 1
+    chunks = threads * -(-rows // (_ROWS * threads))
     size = -(-rows // chunks)
     chunks = -(-rows // size)
     arrays = [
-        values.numpy() for values in (at.error, at.target, at.lower, at.upper, at.step, coupling.matrix, curvature, loss)
+        values.numpy()
+        for values in (at.error, at.target, at.lower, at.upper, at.step, coupling.matrix, curvature, loss)
     ]
     cooling = np.array(temperatures, dtype=np.float32)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.ao.quantization.observer import HistogramObserver
 
 from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.hosts import activation_observers
 from adaround_plugin.hosts.fx.observers import AdaRoundActivationObserver
 from adaround_plugin.rounding.ranges import min_mse_qparams
 
@@ -96,6 +98,49 @@ def test_a_state_dict_carries_what_was_seen():
     observer(values("signed"))
     other.load_state_dict(observer.state_dict())
     assert other.bounds() == observer.bounds()
+
+
+@pytest.fixture
+def searches(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The histograms that were searched, one after the other."""
+    found: list[Tensor] = []
+
+    def search(histogram: Tensor, *range_: Any) -> tuple[float, int]:
+        found.append(histogram)
+        return min_mse_qparams(histogram, *range_)
+
+    monkeypatch.setattr(activation_observers, "min_mse_qparams", search)
+    return found
+
+
+def test_what_was_seen_is_searched_once(searches):
+    observer = AdaRoundActivationObserver(bits=3)
+    observer(values("signed"))
+    first = observer.calculate_qparams()
+    assert observer.bounds() == copy.deepcopy(observer).bounds()
+    assert observer.calculate_qparams() == first
+    assert len(searches) == 1
+
+
+@pytest.mark.parametrize("change", ["observe", "load", "histogram", "range"])
+def test_other_values_are_searched_again(change, searches):
+    observer, other = AdaRoundActivationObserver(bits=3), AdaRoundActivationObserver(bits=3)
+    observer(values("signed"))
+    other(values("tail"))
+    observer.calculate_qparams()
+    if change == "observe":
+        observer(values("tail"))
+    elif change == "load":
+        observer.load_state_dict(other.state_dict())
+    elif change == "histogram":
+        observer.histogram[:100] += 50
+    else:
+        observer.quant_max = 15
+    found = observer.calculate_qparams()
+    range_ = float(observer.min_val), float(observer.max_val), 0, observer.quant_max
+    expected = min_mse_qparams(observer.histogram, *range_)
+    assert (float(found[0]), int(found[1])) == pytest.approx(expected, rel=1e-6)
+    assert len(searches) == 2
 
 
 @pytest.mark.parametrize(

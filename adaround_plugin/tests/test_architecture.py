@@ -17,11 +17,12 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "errors": "",
     "_version": "",
+    "compiled": "",
     "names": "",
     "report": "",
     "options": "",
-    "rounding": "",
-    "solvers": "rounding",
+    "rounding": "compiled",
+    "solvers": "rounding compiled",
     "graph": "rounding",
     "hosts": "graph rounding names",
     "regions": "hosts graph solvers rounding names",
@@ -38,6 +39,8 @@ FOR_ALL = {"errors", "options"}
 # parts of hosts: what is common to both, each host, and the one file that tells them apart
 HOSTS = {"": "", "fx": "", "pt2e": "", "open": "fx pt2e"}
 MATHEMATICS = {"rounding", "solvers"}
+# loops that numba compiles
+COMPILED = ("rounding/gather_numba.py", "solvers/sweep_numba.py")
 # where names stand that others keep to themselves: those of torch, of torchao, and of Neural Compressor
 COMPATIBILITY = {"graph/compat.py", "hosts/pt2e/compat.py", "inc/compat.py"}
 # the package's own names that look like another's
@@ -113,10 +116,11 @@ def test_hosts_know_nothing_of_each_other() -> None:
 
 
 def test_mathematics_needs_torch_alone() -> None:
-    """No host, no graph; Triton only where it runs."""
+    """No host, no graph; Triton and numba only where they run."""
+    kernels = {"solvers/sweep_triton.py": {"triton"}, **dict.fromkeys(COMPILED, {"numpy"})}
     for file in (file for file in SOURCES if room(file) in MATHEMATICS):
         outside = {name.split(".")[0] for name in imports(file)} - {"torch", PACKAGE, *sys.stdlib_module_names}
-        assert outside <= ({"triton"} if file == "solvers/sweep_triton.py" else set()), file
+        assert outside <= kernels.get(file, set()), file
         assert not [name for name in imports(file) if name.startswith(("torch.ao", "torch.fx", "torch.nn.mod"))], file
 
 

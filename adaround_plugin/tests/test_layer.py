@@ -14,7 +14,7 @@ from adaround_plugin.graph.operators import module_op
 from adaround_plugin.learning.layer import Layer, Recipe
 from adaround_plugin.rounding.grid import GridSpec, integer_range
 from adaround_plugin.rounding.linear_op import LinearOp
-from adaround_plugin.rounding.moments import Moments
+from adaround_plugin.rounding.moments import HeldOut, Moments
 from adaround_plugin.rounding.ranges import min_mse_grid
 from adaround_plugin.rounding.result import LayerRounding
 from adaround_plugin.solvers import GPTQ, Annealing, CoordinateDescent, Nearest
@@ -56,9 +56,13 @@ def columns(op: LinearOp, weight: Tensor, x: Tensor) -> Tensor:
 def moments_of(op: LinearOp, weight: Tensor, exact: Tensor, quantized: Tensor) -> Moments:
     groups, rows, size = op.rows(weight).shape
     moments = Moments(groups, rows, size, torch.device("cpu"))
-    a, b = columns(op, weight, exact), columns(op, weight, quantized)
-    moments.add(b, (a - b) @ op.rows(weight).transpose(1, 2), torch.ones(b.shape[:2]))
+    add_columns(moments, op, weight, exact, quantized)
     return moments.finish()
+
+
+def add_columns(to: Moments | HeldOut, op: LinearOp, weight: Tensor, exact: Tensor, quantized: Tensor) -> None:
+    a, b = columns(op, weight, exact), columns(op, weight, quantized)
+    to.add(b, (a - b) @ op.rows(weight).transpose(1, 2))
 
 
 def make(
@@ -71,7 +75,10 @@ def make(
     ch_axis = op.output_axis if axis == "output" else axis
     grid = min_mse_grid(weight, GridSpec(*integer_range(bits), ch_axis, symmetric, torch.qint8))
     exact, quantized = streams(module, 40, seed + 1)
-    held = moments_of(op, weight, *streams(module, holdout, seed + 2)) if holdout else Moments(1, 1, 1, weight.device)
+    held = HeldOut()
+    if holdout:
+        add_columns(held, op, weight, *streams(module, holdout, seed + 2))
+    held.finish()
     return Layer(op, weight, grid, moments_of(op, weight, exact, quantized), held), module, exact, quantized
 
 
@@ -271,12 +278,12 @@ def test_nearest_is_kept_where_held_out_samples_say_so(name):
     # held-out data that exercise nothing but what learning made worse: the change itself, more than its own weight
     worse = layer.op.rows(layer.weight.double() - learned.grid.dequantize(learned.integers).double())
     nearest = layer.op.rows(layer.weight - layer.grid.dequantize(layer.grid.nearest(layer.weight))).double()
-    groups, rows, size = worse.shape
+    groups = len(worse)
     gain = worse.transpose(1, 2) @ worse - nearest.transpose(1, 2) @ nearest
     direction = torch.linalg.eigh(gain)[1][..., -1]
     generator = torch.Generator().manual_seed(0)
     x = 10 * torch.randn(groups, 200, 1, generator=generator) * direction.unsqueeze(1).float()
-    holdout = Moments(groups, rows, size, torch.device("cpu"))
+    holdout = HeldOut()
     mean = layer.moments.mean.float().unsqueeze(1)
     holdout.add(x + mean, layer.moments.deviation.float().unsqueeze(1).expand(-1, 200, -1), torch.ones(groups, 200))
     found = replace(layer, holdout=holdout.finish()).learn(Recipe(), Annealing(), search_scale=True)
@@ -288,14 +295,15 @@ def test_nearest_is_kept_where_held_out_samples_say_so(name):
     assert found.bias_correction is None
 
 
-def test_without_judging_the_same_is_learned_and_kept():
+def test_a_trial_is_one_pass_that_is_not_judged():
     layer, *_ = make("grouped", 3, holdout=10)
-    judged, trial = (layer.learn(Recipe(), Annealing(), search_scale=False, judge=judge) for judge in (True, False))
+    trial = layer.learn(Recipe(), Annealing(), search_scale=False, is_trial=True)
     assert trial.learned
     assert isnan(trial.nearest_error)
     assert isnan(trial.learned_error)
-    assert torch.equal(trial.integers, judged.integers)
-    assert torch.equal(trial.bias_correction, judged.bias_correction)
+    fed_back = layer.rounded(trial.grid, trial.integers, trial.bias_correction)
+    learned = layer.learn(Recipe(), Annealing(), search_scale=False)
+    assert learned.learned_error <= fed_back.learned_error < learned.nearest_error
 
 
 def test_learning_again_gives_the_same():

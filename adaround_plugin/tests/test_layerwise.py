@@ -17,15 +17,21 @@ NEAREST: list[Any] = ["nearest", Nearest()]
 SOLVERS: list[Any] = ["annealing", Annealing(), "gptq", *NEAREST]
 
 
-@pytest.mark.parametrize(("samples", "damping"), [(1, 0.1), (511, 0.1), (512, 0.01), (4096, 0.01)])
-def test_open_options_leave_four_recipes_and_the_damping_to_the_samples(samples, damping):
+@pytest.mark.parametrize(
+    ("samples", "damping", "count"),
+    [(1, 0.1, 4), (127, 0.1, 4), (128, 0.1, 3), (511, 0.1, 3), (512, 0.01, 2), (4096, 0.01, 2)],
+)
+def test_open_options_leave_recipes_and_the_damping_to_the_samples(samples, damping, count):
     assert {name: getattr(LayerWise(), name) for name in OPEN} == OPEN
-    assert LayerWise().recipes(samples) == [
-        Recipe(True, True, "none", damping),
-        Recipe(True, True, "inverse_norm", damping),
-        Recipe(False, True, "inverse_norm", damping),
-        Recipe(False, False, "none", damping),
-    ]
+    assert (
+        LayerWise().recipes(samples)
+        == [
+            Recipe(True, True, "none", damping),
+            Recipe(True, True, "inverse_norm", damping),
+            Recipe(False, True, "inverse_norm", damping),
+            Recipe(False, False, "none", damping),
+        ][:count]
+    )
 
 
 @pytest.mark.parametrize("is_baseline", [False, True])

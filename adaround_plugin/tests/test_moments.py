@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adaround_plugin.rounding.moments import Moments
+from adaround_plugin.rounding.moments import HeldOut, Moments
 
 Columns = tuple[Tensor, Tensor, Tensor]
 
@@ -114,7 +114,7 @@ def test_large_means_keep_small_errors_accurate():
     error = deviation.double() + x.double() @ change.transpose(1, 2)
     share = (weight.double() / weight.double().sum(1, keepdim=True)).unsqueeze(-1)
     best = (share * (error - (share * error).sum(1, keepdim=True)).square()).sum(1)
-    torch.testing.assert_close(gathered((x, deviation, weight)).error(change, True), best, rtol=1e-4, atol=0)
+    torch.testing.assert_close(gathered((x, deviation, weight)).least_error(change), best, rtol=1e-4, atol=0)
 
 
 @given(seed=st.integers(0, 2**31), count=st.integers(1, 200), biased=st.booleans())
@@ -127,7 +127,8 @@ def test_error_is_the_mean_squared_error(seed, count, biased):
     bias = (share * residual).sum(1)
     moments = gathered(data)
     expected = (share * (residual - biased * bias.unsqueeze(1)).square()).sum(1)
-    torch.testing.assert_close(moments.error(change, biased), expected, rtol=1e-4, atol=1e-5)
+    found = moments.least_error(change) if biased else moments.error(change)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(moments.bias(change), bias, rtol=1e-4, atol=1e-5)
 
 
@@ -139,7 +140,7 @@ def test_no_other_bias_is_better(seed, nudge):
     x, deviation, weight = (part.double() for part in data)
     residual = deviation + x @ change.transpose(1, 2) - (moments.bias(change) + nudge).unsqueeze(1)
     share = (weight / weight.sum(1, keepdim=True)).unsqueeze(-1)
-    assert ((share * residual.square()).sum(1) > moments.error(change, correct_bias=True)).all()
+    assert ((share * residual.square()).sum(1) > moments.least_error(change)).all()
 
 
 def test_uncentred_moments_are_those_of_the_definition():
@@ -190,7 +191,7 @@ def test_the_hessian_is_symmetric_and_not_negative():
 def test_error_is_never_negative():
     x = torch.ones(1, 50, 2)
     moments = gathered((x, x.sum(-1, keepdim=True), torch.ones(1, 50)))
-    error = moments.error(-torch.ones(1, 1, 2), correct_bias=False)
+    error = moments.error(-torch.ones(1, 1, 2).double())
     assert 0 <= error.item() < 1e-10  # exactly 0 but for rounding, which could fall below it
 
 
@@ -216,3 +217,33 @@ def test_products_in_blocks_are_the_whole_product():
     expected = (centred * share.unsqueeze(2)).transpose(1, 2) @ centred
     torch.testing.assert_close(moments.hessian, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(moments.hessian, moments.hessian.transpose(1, 2))
+
+
+@given(seed=st.integers(0, 2**31), count=st.integers(1, 200), weighs=st.booleans(), shifted=st.booleans())
+def test_held_out_columns_tell_what_moments_of_them_would(seed, count, weighs, shifted):
+    x, deviation, weight = columns(seed, count)
+    data = (x, deviation, weight if weighs else None)
+    held = HeldOut()
+    for part in (slice(0, count // 3), slice(count // 3, None)):
+        held.add(*(None if values is None else values[:, part] for values in data))
+    assert held.finish().count == count
+    moments = gathered((x, deviation, weight if weighs else torch.ones_like(weight)))
+    generator = torch.Generator().manual_seed(seed)
+    change, rows = (torch.randn(2, 3, 4, generator=generator).double() for _ in range(2))
+    offset = torch.randn(2, 3, generator=generator).double() if shifted else None
+    torch.testing.assert_close(held.error(change, offset), moments.error(change, offset), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(held.power_of(rows), moments.power_of(rows), rtol=1e-3, atol=1e-5)
+
+
+def test_no_columns_held_out_are_none():
+    held = HeldOut()
+    held.add(*columns(0, 0))
+    assert held.finish().count == 0
+    assert held.sums() == []
+
+
+def test_columns_without_weights_weigh_one():
+    x, deviation, _ = columns(5, 300)
+    assert_same(gathered((x, deviation, None)), by_definition((x, deviation, torch.ones(2, 300))))
+    mixed = gathered((x[:, :100], deviation[:, :100], None), (x[:, 100:], deviation[:, 100:], torch.ones(2, 200)))
+    assert_same(mixed, by_definition((x, deviation, torch.ones(2, 300))))

@@ -13,7 +13,6 @@ from torch import Tensor
 from adaround_plugin.errors import InvalidOptionError, NonFiniteError
 from adaround_plugin.rounding.hessian import Hessian
 from adaround_plugin.rounding.problem import Rounding, RoundingProblem
-from adaround_plugin.solvers import GPTQ
 from adaround_plugin.tests.problems import CATALOGUE, correlated, definition, make
 
 FIELDS = ("target", "lower", "upper", "nearest", "step")
@@ -72,57 +71,6 @@ def test_a_part_has_the_loss_of_its_rows(problem, group, row, count):
     torch.testing.assert_close(found.loss(q[groups, rows]), problem.loss(q)[groups, rows], rtol=1e-9, atol=1e-12)
     for field in FIELDS:
         assert torch.equal(getattr(found, field), getattr(problem, field)[groups, rows])
-
-
-@given(st.integers(1, 14).flatmap(lambda size: st.tuples(st.just(size), problems(size))))
-def test_blocks_are_runs_of_columns_without_their_coupling(case):
-    size, problem = case
-    groups, rows, columns = problem.target.shape
-    count = -(-columns // size)
-    shared = problem.hessian.blocks(size)
-    found = problem.blocks(shared, size)
-    assert found.target.shape == (groups * count, rows, size)
-    assert found.hessian is shared
-    assert (found.step == 1).all()
-    q = drawn(problem)
-    for g in range(groups):
-        for i in range(count):
-            run = slice(i * size, min(columns, (i + 1) * size))
-            # the run alone, the others exact; in the units of the hessian all of it is one step larger
-            only = problem.target.clone()
-            only[g, :, run] = q[g, :, run].double()
-            step = problem.step[g, :, run.start]
-            inside = torch.zeros(1, rows, size, dtype=torch.int64)
-            inside[0, :, : run.stop - run.start] = q[g, :, run]
-            block = found.part(slice(g * count + i, g * count + i + 1), slice(None))
-            expected = definition(problem, only)[g] / step.square()
-            torch.testing.assert_close(block.loss(inside)[0], expected, rtol=1e-9, atol=1e-12)
-
-
-def test_columns_that_fill_a_smaller_last_run_are_exact_already():
-    problem = CATALOGUE["step_varies_in_groups"]
-    found = problem.blocks(problem.hessian.blocks(5), 5)
-    # 12 columns: the last run of each of the two groups has 2 of its own
-    for field in ("target", "lower", "upper", "nearest"):
-        values = getattr(found, field)
-        assert not values[2::3, :, 2:].any()
-        assert torch.equal(values[2::3, :, :2], getattr(problem, field)[..., 10:])
-    assert not GPTQ().solve(found).integers[2::3, :, 2:].any()
-
-
-@pytest.mark.parametrize("which", ["correlated", "step_varies"])
-def test_stacked_problems_are_solved_like_single_ones(which):
-    first = CATALOGUE[which]
-    columns = first.target.shape[2]
-    second = make(correlated(1, columns, 200, 0), 5, 77, low=-2, high=1)
-    second = replace(second, hessian=first.hessian, step=torch.linspace(0.5, 2, columns, dtype=torch.float64))
-    stacked = RoundingProblem.stack([first, second])
-    assert stacked.hessian is first.hessian
-    found, rows = GPTQ().solve(stacked), first.target.shape[1]
-    for part, problem in ((slice(rows), first), (slice(rows, None), second)):
-        alone = GPTQ().solve(problem)
-        assert torch.equal(found.integers[:, part], alone.integers)
-        torch.testing.assert_close(found.loss[:, part], alone.loss)
 
 
 def test_clamp_keeps_the_type_and_the_box():

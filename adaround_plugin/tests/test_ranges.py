@@ -90,6 +90,36 @@ def test_min_mse_is_close_to_a_fine_scan(bits, share, heavy_tails):
     assert (best <= torch.stack(scan).amin(0) * share).all()
 
 
+def one_by_one(weight: Tensor, of: GridSpec) -> Tensor:
+    """Least squared error per channel over the candidates, each tried by itself in float64."""
+    channels = of.channels(weight)
+    low, high = torch.aminmax(channels, dim=1)
+
+    def error(ratio: Tensor) -> Tensor:
+        ends = torch.stack([low * ratio, high * ratio], 1)
+        return weight_error(weight, min_max_grid(ends if of.ch_axis == 0 else ends.reshape(-1), of))
+
+    best, least = torch.ones_like(low), torch.full_like(low, float("inf")).double()
+    for fan in ([-0.015 * i for i in range(60)], [0.015 * i / 8 for i in range(-7, 8)]):
+        around = best
+        for offset in fan:
+            tried = error(around + offset)
+            best = torch.where(tried < least, around + offset, best)
+            least = torch.minimum(tried, least)
+    return least
+
+
+@pytest.mark.parametrize("axis", [0, None])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shape", [(3, 9), (40, 700), (2, 9000)])
+def test_min_mse_tries_all_candidates_however_large_the_weight_is(shape, symmetric, axis):
+    # more than one part, more than one run, and a channel that is alone in its part
+    weight = normal(*shape, shift=0.3)
+    of = spec(4, axis, symmetric)
+    found = weight_error(weight, min_mse_grid(weight, of))
+    torch.testing.assert_close(found, one_by_one(weight, of), rtol=1e-5, atol=0)
+
+
 def test_min_mse_shrinks_the_range_of_few_bits():
     weight = normal(4, 500)
     assert (min_mse_grid(weight, spec(2)).scale < 0.7 * min_max_grid(weight, spec(2)).scale).all()

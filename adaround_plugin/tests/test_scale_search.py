@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adaround_plugin.learning.scale_search import refit_group_scale, refit_scale, search_grid
+from adaround_plugin.learning.scale_search import SearchedRows, refit_group_scale, refit_scale, search_grid
 from adaround_plugin.rounding.grid import Grid, GridSpec, integer_range
 from adaround_plugin.rounding.hessian import Hessian
 from adaround_plugin.rounding.problem import RoundingProblem
 from adaround_plugin.rounding.ranges import min_mse_grid
 from adaround_plugin.solvers import GPTQ
-from adaround_plugin.solvers.gptq import feed_errors_back
+from adaround_plugin.solvers.gptq import round_in_order
 from adaround_plugin.tests.problems import correlated
 
 
@@ -80,7 +80,7 @@ def test_integers_that_represent_nothing_keep_their_scale():
 @given(cases)
 def test_the_searched_grid_is_no_worse_than_the_starting_one(case):
     grid, channel, target, hessian = layer(*case)
-    found = search_grid(grid, channel, lambda at: problem_on(at, target, hessian))
+    found = search_grid(grid, SearchedRows(target, hessian, channel))
 
     def loss(at: Grid) -> Tensor:
         q, _ = round_on(at, target, hessian)
@@ -95,7 +95,7 @@ def test_the_searched_grid_is_no_worse_than_the_starting_one(case):
 
 def round_on(grid: Grid, target: Tensor, hessian: Hessian) -> tuple[Tensor, Tensor]:
     """One pass of error feedback, without the guard that falls back to nearest."""
-    return feed_errors_back(problem_on(grid, target, hessian))
+    return round_in_order(problem_on(grid, target, hessian))
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (2, False), (3, True)])
@@ -103,7 +103,7 @@ def test_searching_pays_at_few_bits(bits, symmetric):
     before = after = 0.0
     for seed in range(8):
         grid, channel, target, hessian = layer(seed, bits, 0, symmetric)
-        found = search_grid(grid, channel, lambda at: problem_on(at, target, hessian))  # noqa: B023
+        found = search_grid(grid, SearchedRows(target, hessian, channel))
         for at in (grid, found):
             loss = float(loss_of(at, round_on(at, target, hessian)[0], target, hessian, channel).sum())
             before, after = (before + loss, after) if at is grid else (before, after + loss)
@@ -112,9 +112,9 @@ def test_searching_pays_at_few_bits(bits, symmetric):
 
 def test_the_search_is_the_same_when_candidates_do_not_fit_together(monkeypatch):
     grid, channel, target, hessian = layer(3, 3, 0, False)
-    whole = search_grid(grid, channel, lambda at: problem_on(at, target, hessian))
+    whole = search_grid(grid, SearchedRows(target, hessian, channel))
     monkeypatch.setattr("adaround_plugin.learning.scale_search._ELEMENTS", 2 * target.numel())
-    parts = search_grid(grid, channel, lambda at: problem_on(at, target, hessian))
+    parts = search_grid(grid, SearchedRows(target, hessian, channel))
     assert torch.equal(whole.scale, parts.scale)
     assert torch.equal(whole.zero_point, parts.zero_point)
 

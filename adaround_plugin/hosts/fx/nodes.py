@@ -33,10 +33,6 @@ class FXFinder(Finder):
 
     remedy = "Check the qconfig mapping and backend_config."
 
-    def __init__(self, graph: fx.GraphModule, converted: fx.GraphModule) -> None:
-        super().__init__(graph, converted)
-        self._observers: dict[str, Any] = {}
-
     def is_observer(self, module: nn.Module) -> bool:
         return is_observer(module)
 
@@ -72,12 +68,8 @@ class FXFinder(Finder):
                 "is called with output_size, which torch's reference conversion cannot run",
                 "Set output_padding in the module instead.",
             )
-        if name not in self._observers:
-            observer = outer.qconfig.weight().to(module.weight.device)  # type: ignore[operator,union-attr]
-            observer(module.weight.detach())
-            self._observers[name] = observer
-        site = CallSite(node, counterpart, module_call(outer))
-        yield Use(name, kind, op, module.weight, self._observers[name], site)
+        observer = outer.qconfig.weight().to(module.weight.device)  # type: ignore[operator,union-attr]
+        yield Use(name, kind, op, module.weight, observer, CallSite(node, counterpart, module_call(outer)))
 
     def describe(self, node: fx.Node, parameter: str | None) -> tuple[str, str]:
         name = origin(node) if parameter is None else parameter
@@ -90,6 +82,16 @@ class FXFinder(Finder):
         if any(user.op != "call_module" for read in reads for user in read.users):
             return "its parameter is also used without quantization"
         return None
+
+    def qparams(self, use: Use) -> tuple[Any, Any]:
+        counterpart = use.site.quantized_node
+        if counterpart.op == "call_module":
+            module = weighted_module(self.converted, str(counterpart.target))
+            return module.weight_scale, module.weight_zero_point
+        quantizer = _weight_quantizer(counterpart)
+        assert quantizer is not None
+        scale, zero_point = (attribute(self.converted, str(node.target)) for node in quantizer.all_input_nodes[1:])
+        return scale, zero_point
 
     def settable(self, uses: Sequence[Use]) -> tuple[Bias, Setter]:
         names = list(dict.fromkeys(use.name for use in uses))

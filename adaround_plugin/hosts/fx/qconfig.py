@@ -135,7 +135,7 @@ def get_weight_only_backend_config() -> BackendConfig:
     result = BackendConfig("adaround_weight_only")
     for config in get_native_backend_config().configs:
         if any(dtypes.weight_dtype == torch.qint8 and not dtypes.is_dynamic for dtypes in config.dtype_configs):
-            config = copy.deepcopy(config)
+            config = copy.copy(config)
             config.dtype_configs = [weight_only]
             result.set_backend_pattern_config(config)
     return result

@@ -67,7 +67,7 @@ class PreparedPT2E:
         )
         self.batch_size = _batch_size(prepared)
         graph = _without_guards(inline(prepared, lambda module: False))
-        converted = _without_guards(inline(_converted(self.copy()), lambda module: False))
+        converted = _without_guards(inline(_converted(self.copy()), lambda module: False, shared=True))
         self.nodes, self.skipped = PT2EFinder(graph, converted).find()
         self.quantized_graph = functionalize(strip(converted, is_torchao_observer))
         self.quantizers = activation_quantizers(graph, self.quantized_graph, _sources_of_derived(graph))

@@ -116,6 +116,13 @@ class PT2EFinder(Finder):
         value = attribute(self.graph, str(node.target))
         return str(node.target) if isinstance(value, nn.Parameter) and value.dim() > 1 else None
 
+    def qparams(self, use: Use) -> tuple[Any, Any]:
+        unpacked = argument(use.site.quantized_node, 1, "weight")
+        # the shape of the groups stands before the scale
+        first = 2 if operator_name(unpacked)[0] == "dequantize_affine" else 1
+        scale, zero_point = self._stream.value(unpacked.args[first : first + 2], {})
+        return scale, zero_point
+
     def settable(self, uses: Sequence[Use]) -> tuple[Bias, Setter]:
         """Feed a weight's calls in the converted graph from attributes of our own.
 
