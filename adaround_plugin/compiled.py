@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -19,6 +20,8 @@ __all__ = ["compiled", "on_all_cores"]
 _log = logging.getLogger(__name__)
 # a product and a sum may become one instruction and sums be taken in another order; NaN and infinity stay what they are
 _FAST_MATH = {"contract", "reassoc", "nsz"}
+# operations that are worth a thread
+_WORK_OF_A_THREAD = 5e6
 
 
 def compiled(*signatures: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -27,15 +30,16 @@ def compiled(*signatures: str) -> Callable[[Callable[..., Any]], Callable[..., A
     Args:
         signatures: numba's names of the types to compile it for, now; without any, those it is called with, then.
     """
-    settings = {"nogil": True, "fastmath": _FAST_MATH, "error_model": "numpy"}
+    settings: dict[str, Any] = {"nogil": True, "fastmath": _FAST_MATH, "error_model": "numpy"}
+    kinds = list(signatures) or None
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
-            found: Callable[..., Any] = numba.njit(list(signatures) or None, cache=True, **settings)(function)
+            found: Callable[..., Any] = numba.njit(kinds, cache=True, **settings)(function)
         except RuntimeError as error:
             # no folder that it could write to
             _log.info("Compiled loops are not kept on disk (%s).", error)
-            found = numba.njit(list(signatures) or None, **settings)(function)
+            found = numba.njit(kinds, **settings)(function)
         return found
 
     return decorate
@@ -55,10 +59,7 @@ def on_all_cores(run: Callable[[int, int], object], count: int, work: float) -> 
         return
     ends = [count * i // threads for i in range(threads + 1)]
     with ThreadPoolExecutor(threads - 1) as pool:
-        others = [pool.submit(run, *part) for part in zip(ends[1:-1], ends[2:], strict=True)]
+        others = [pool.submit(run, *part) for part in pairwise(ends[1:])]
         run(ends[0], ends[1])
         for other in others:
             other.result()
-
-
-_WORK_OF_A_THREAD = 5e6

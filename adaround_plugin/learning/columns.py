@@ -119,7 +119,7 @@ class Columns:
 
     def _gather(self, node: WeightedNode, site: CallSite, batch: int, values: BothValues, into: LayerMoments) -> None:
         exact_stream, quantized_stream = self._run.streams
-        sampling, shape = self._run.sampling, node.weight.shape
+        shape = node.weight.shape
         x_float = exact_stream.value(input_of(site.float_node), values[0])
         x_quantized = quantized_stream.value(input_of(site.quantized_node), values[1])
         node.check_input(x_float, batch)

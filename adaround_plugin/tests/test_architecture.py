@@ -117,7 +117,7 @@ def test_hosts_know_nothing_of_each_other() -> None:
 
 def test_mathematics_needs_torch_alone() -> None:
     """No host, no graph; Triton and numba only where they run."""
-    kernels = {"solvers/sweep_triton.py": {"triton"}, **dict.fromkeys(COMPILED, {"numpy"})}
+    kernels = {"solvers/sweep_triton.py": {"triton"}, **{file: {"numpy"} for file in COMPILED}}
     for file in (file for file in SOURCES if room(file) in MATHEMATICS):
         outside = {name.split(".")[0] for name in imports(file)} - {"torch", PACKAGE, *sys.stdlib_module_names}
         assert outside <= kernels.get(file, set()), file
