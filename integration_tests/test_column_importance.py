@@ -143,8 +143,8 @@ def _columns(sampling, batch, positions, node, length):
     rows = node.op.rows(node.weight)
 
     class Shape:
-        samples, row_length = length, rows.shape[2]
-        view = node.weight
+        samples, row_length, groups = length, rows.shape[2], rows.shape[0]
+        x = node.weight
 
     Shape.positions = positions
     return sampling.columns(batch, Shape, len(node.sites))

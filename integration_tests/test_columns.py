@@ -73,9 +73,19 @@ def test_moments_are_those_of_both_streams_on_their_samples(weighting: str, held
     deviation = (x_float - x) @ node.weight.double().T
     mean = share @ x
     moments = gathered(weighting)
-    found: Moments = (moments.holdout if held_out else moments.learning).finish()
+    found = moments.holdout if held_out else moments.learning
+    moments.finish(node)
     assert found.count == int(chosen.sum()) * TOKENS
-    torch.testing.assert_close(found.mean[0], mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.deviation[0], share @ deviation, rtol=1e-4, atol=1e-5)
-    spread = (x - mean).T @ (share[:, None] * (x - mean))
-    torch.testing.assert_close(found.hessian[0], spread, rtol=1e-4, atol=1e-5)
+    generator = torch.Generator().manual_seed(0)
+    change = torch.randn(node.weight.shape, generator=generator).double().unsqueeze(0)
+    residual = deviation + x @ change[0].T
+    torch.testing.assert_close(found.error(change)[0], share @ residual.square(), rtol=1e-3, atol=1e-5)
+    offset = torch.randn(1, len(node.weight), generator=generator).double()
+    torch.testing.assert_close(
+        found.error(change, offset)[0], share @ (residual - offset).square(), rtol=1e-3, atol=1e-5
+    )
+    if isinstance(found, Moments):
+        torch.testing.assert_close(found.mean[0], mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.deviation[0], share @ deviation, rtol=1e-4, atol=1e-5)
+        spread = (x - mean).T @ (share[:, None] * (x - mean))
+        torch.testing.assert_close(found.hessian[0], spread, rtol=1e-4, atol=1e-5)

@@ -96,30 +96,26 @@ def search_grid(grid: Grid, rows: SearchedRows, steps: int = 13, *, refine: bool
     """Choose scale and zero point, channel by channel, by the output error of GPTQ's one pass.
 
     `steps` scales from 0.6 to 1.2 times the grid's are in question. Every other one is tried first, with the zero point
-    and, for affine schemes of few bits, one more and one less; then, with the best zero point, those beside the best.
+    and, for affine schemes of few bits, one more and one less; then the others, with the best zero point.
 
     Args:
         grid: the grid to search around.
         rows: of the layer.
         steps: number of scales, at least 3 and odd.
-        refine: try those beside the best.
+        refine: try the others too.
     """
     shifts = [0] if grid.symmetric or grid.bits > 4 else [0, -1, 1]
     zero_points = [(grid.zero_point + shift).clamp(grid.quant_min, grid.quant_max) for shift in shifts]
-    fractions = [0.6 + 0.6 * i / (steps - 1) for i in range(steps)]
-    coarse = [grid.at(grid.scale * fraction, zero_point) for zero_point in zero_points for fraction in fractions[::2]]
-    best, best_error, index = _best(grid, rows, coarse)
+    scales = [grid.scale * (0.6 + 0.6 * i / (steps - 1)) for i in range(steps)]
+    best, best_error = _best(grid, rows, [grid.at(scale, zero) for zero in zero_points for scale in scales[::2]])
     if not refine:
         return best
-    at = torch.tensor(fractions[::2], device=index.device)[index % len(fractions[::2])]
-    moved = [(at + move * 0.6 / (steps - 1)).clamp(0.6, 1.2) for move in (-1, 1)]
-    beside = [grid.at(grid.scale * grid.per_channel(one), best.zero_point) for one in moved]
-    finer, error, _ = _best(grid, rows, beside)
+    finer, error = _best(grid, rows, [grid.at(scale, best.zero_point) for scale in scales[1::2]])
     return grid.choose(error < best_error, finer, best)
 
 
-def _best(grid: Grid, rows: SearchedRows, candidates: Sequence[Grid]) -> tuple[Grid, Tensor, Tensor]:
-    """Of some grids the best for each channel, its error, and its number."""
+def _best(grid: Grid, rows: SearchedRows, candidates: Sequence[Grid]) -> tuple[Grid, Tensor]:
+    """Of some grids the best for each channel, and its error."""
     together = max(1, _ELEMENTS // rows.target.numel())
     parts = [candidates[start : start + together] for start in range(0, len(candidates), together)]
     errors, index = torch.cat([rows.errors(part) for part in parts]).min(0)
@@ -127,7 +123,7 @@ def _best(grid: Grid, rows: SearchedRows, candidates: Sequence[Grid]) -> tuple[G
         torch.stack([values.reshape(-1) for values in of_grids]).gather(0, index.unsqueeze(0)).squeeze(0)
         for of_grids in ([one.scale for one in candidates], [one.zero_point for one in candidates])
     )
-    return grid.at(grid.per_channel(scale), grid.per_channel(zero_point)), errors, index
+    return grid.at(grid.per_channel(scale), grid.per_channel(zero_point)), errors
 
 
 def refit_scale(grid: Grid, channel: Tensor, hessian: Hessian, target: Tensor, integers: Tensor) -> Grid:
