@@ -68,29 +68,6 @@ class ResNet20(nn.Module):
         return logits
 
 
-class ResNet18(nn.Module):
-    """ResNet-18 with torchvision's topology and parameter names: (n, 3, 224, 224) to logits (n, classes)."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.relu = nn.ReLU()
-        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-        self.layer1 = _stage(64, 64, 2, 1)
-        self.layer2 = _stage(64, 128, 2, 2)
-        self.layer3 = _stage(128, 256, 2, 2)
-        self.layer4 = _stage(256, 512, 2, 2)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(512, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
-        return logits
-
-
 def conv_bn(
     inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1
 ) -> list[nn.Module]:
@@ -221,11 +198,6 @@ def mobilenet() -> MobileNet:
 def vit() -> VisionTransformer:
     """Build the untrained vision transformer of the glyphs."""
     return VisionTransformer(len(CLASSES), stem=16, width=64, heads=4, hidden=128, depth=4)
-
-
-def resnet18() -> ResNet18:
-    """Build an untrained ResNet-18 of 1,000 classes; it has no checkpoint."""
-    return ResNet18(1000)
 
 
 BUILDERS: Final[dict[str, Callable[[], nn.Module]]] = {
