@@ -228,3 +228,27 @@ def test_patches_make_no_copy_of_the_unfolded_input():
     patches = LinearOp("conv", (1, 1), ((0, 0), (0, 0)), (1, 1)).patches(x, torch.Size((3, 3, 5, 5)))
     assert patches.samples * patches.positions * patches.row_length > 10 * x.numel()
     assert patches.x.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+
+
+@pytest.mark.filterwarnings(EVEN_KERNEL)
+@settings(max_examples=120)
+@given(convolutions(transposed=False) | convolutions(transposed=True), st.integers(0, 2**31))
+def test_the_compiled_loop_gathers_what_indexing_does(case, seed):
+    module, x = case
+    op = module_op(module)
+    patches = op.patches(x, module.weight.shape)
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randint(patches.samples, (7,), generator=generator)
+    position = torch.randint(patches.positions, (7,), generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        found = patches.columns(sample, position)
+        patch.setattr("adaround_plugin.rounding.linear_op._compiled_gather", lambda: None)
+        expected = patches.columns(sample, position)
+    assert torch.equal(found, expected)
+
+
+def test_all_tokens_may_be_taken_in_another_order():
+    x = torch.randn(3, 4, 5)
+    patches = LinearOp("linear").patches(x, torch.Size((2, 5)))
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(patches.columns(order // 4, order % 4)[0], x.reshape(12, 5)[order])
