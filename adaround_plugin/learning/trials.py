@@ -14,9 +14,10 @@ from adaround_plugin.regions.calibration import Sampling
 
 __all__ = ["choose_recipe"]
 
-# recipes are tried on an eighth of the samples, but on about this many if there are, and with at most so many columns a
-# layer: trials are to take a fifth of the time
-_TRIAL_SHARE, _LEAST_SAMPLES = 8, 32
+# recipes are tried on an eighth of the samples, but on about this many if there are: fewer overfit more than the run
+# that follows, and speak against propagated errors
+_TRIAL_SHARE, _LEAST_SAMPLES = 8, 128
+# columns of a layer: at most this many where they come from many samples, else twice as many
 _TRIAL_COLUMNS = 2048
 # so few samples need it
 _TRIAL_DAMPING = 0.1
@@ -53,7 +54,8 @@ def choose_recipe(
     report.progress.say("choosing a recipe")
     wanted = max(_LEAST_SAMPLES, total // _TRIAL_SHARE)
     part = arguments[:: max(1, min(total // wanted, len(arguments)))]
-    sampling = Sampling.of(part, layers.holdout, _TRIAL_COLUMNS, seed)
+    columns = _TRIAL_COLUMNS if total >= _TRIAL_SHARE * _LEAST_SAMPLES else 2 * _TRIAL_COLUMNS
+    sampling = Sampling.of(part, layers.holdout, columns, seed)
     runs: list[Pass] = []
     pending = []
     for recipe in recipes:
