@@ -3,7 +3,7 @@
 Convolutions (1-d to 3-d, transposed, grouped, dilated, every padding mode) and linear layers are linear in their
 weight: for one output position, `y = W x` with `x` the patch of the input under the kernel. `LinearOp` gives
 `W` as `(groups, rows, columns)` and the patches, a *column* of the design matrix each, at any subset of the output
-positions, gathered straight from a strided view of the padded input: no unfolded copy of the whole input is made.
+positions, gathered straight from the input: no unfolded copy of the whole input is made.
 """
 
 from __future__ import annotations
