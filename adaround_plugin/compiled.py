@@ -18,8 +18,8 @@ import torch
 __all__ = ["compiled", "on_all_cores"]
 
 _log = logging.getLogger(__name__)
-# sums are taken in their order and products rounded, as written: the same whichever loop of a chunk of rows runs
-_FAST_MATH = {"nsz"}
+# a product and the sum that it enters are one instruction, rounded once; sums are taken in their order
+_FAST_MATH = {"contract", "nsz"}
 # operations that are worth a thread
 _WORK_OF_A_THREAD = 5e6
 
