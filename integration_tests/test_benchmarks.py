@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from adaround_plugin import METHODS, LayerWise, adaround, get_report
 from adaround_plugin.learning.methods import Preset
-from adaround_plugin.report import Report
+from adaround_plugin.report import LayerReport, Report
 from integration_tests.benchmarks import glyphs, integers, networks
 from integration_tests.benchmarks.accuracy import Case, accuracy, preset_of
 from integration_tests.models import RECIPE
@@ -90,7 +90,10 @@ def test_comparison_names_the_tensor_that_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def learned(changed: int | None, error: float) -> tuple[fx.GraphModule, Report]:
-        return _holder(changed), Report("LayerWise", "Annealing", "recipe", [], [], output_error=error)
+        layer = LayerReport(
+            "layer", "linear", (), (2, 2), 4, 1.0, error, 1.0, 2 * error, True, 0.0, 0.0, "kept", 9, 0.0
+        )
+        return _holder(changed), Report("LayerWise", "Annealing", "recipe", [layer], [], output_error=error)
 
     before, after = str(tmp_path / "before.json"), str(tmp_path / "after.json")
     monkeypatch.setattr(integers, "CASES", {"one": lambda: learned(None, 0.1), "two": lambda: learned(None, 0.2)})
@@ -101,7 +104,8 @@ def test_comparison_names_the_tensor_that_differs(
     assert integers.main([after, "--against", before]) == 1
     printed = capsys.readouterr().out
     assert "one: the same (" in printed
-    assert "two: 1 of 2 tensors differ (output error 0.2, now 0.3): weight" in printed
+    assert "two: output error 0.2, now 0.3; losses of 1 layers times 1.500 (1.500 to 1.500); " in printed
+    assert "; 1 of 2 tensors differ: weight" in printed
     assert integers.main([after, "--against", before, "--cases", "on"]) == 0
     monkeypatch.setitem(integers.CASES, "three", lambda: learned(None, 0.1))
     assert integers.main([after, "--against", before, "--cases", "three"]) == 1

@@ -149,3 +149,67 @@ def test_a_group_without_any_step_keeps_its_scale():
     fitted = refit_group_scale(grid, hessian, weight.double()[None], grid.nearest(weight)[None])
     assert fitted.scale[0] == grid.scale[0]
     assert fitted.scale[1] != grid.scale[1]
+
+
+@pytest.mark.parametrize("size", [4, 5, 16])
+@pytest.mark.parametrize("up_or_down", [False, True])
+def test_runs_of_columns_are_judged_each_by_its_own_share_of_the_hessian(size, up_or_down):
+    weight, target = normal(0), (normal(0) + 0.1 * normal(1)).double()[None]
+    hessian = Hessian.damped(correlated(1, 16, 60, 0), 0.01)
+    grid = min_mse_grid(weight, GridSpec(-4, 3, 0, True, torch.int8, group_size=size))
+    channel = torch.arange(5)[None]
+    rows = SearchedRows(target, hessian, channel, weight[None] if up_or_down else None).in_runs(size)
+    found = rows.errors([grid, grid.at(0.8 * grid.scale, grid.zero_point)]).reshape(2, 5, -1)
+    for which, factor in enumerate((1.0, 0.8)):
+        for g in range(found.shape[2]):
+            run = slice(g * size, (g + 1) * size)
+            scale = factor * grid.scale.reshape(5, -1)[None, :, g, None].double()
+            # the share as a matrix of its own, which is damped already
+            share = Hessian.damped(hessian.matrix[:, run, run], 1e-12)
+            loss = judged(target[:, :, run], weight[None, :, run] if up_or_down else None, share, scale, -4, 3)
+            torch.testing.assert_close(found[which, :, g], loss[0], rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("axis", "symmetric"), [(0, True), (0, False), (None, False)])
+def test_only_floor_and_ceil_are_judged_where_they_alone_may_be_taken(seed, bits, axis, symmetric):
+    grid, channel, target, hessian = layer(seed, bits, axis, symmetric)
+    weight = normal(seed)[None]
+    found = SearchedRows(target, hessian, channel, weight).errors([grid])[0]
+    scale, zero_point = (values.reshape(-1)[channel].unsqueeze(-1) for values in (grid.scale, grid.zero_point))
+    loss = judged(target, weight, hessian, scale.double(), grid.quant_min, grid.quant_max, zero_point)
+    expected = torch.zeros_like(found).index_add_(0, channel[0], loss[0])
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-6)
+
+
+def judged(
+    target: Tensor,
+    weight: Tensor | None,
+    hessian: Hessian,
+    scale: Tensor,
+    low: int,
+    high: int,
+    zero_point: Tensor | int = 0,
+) -> Tensor:
+    """`(G, R)`: what one pass of error feedback loses in weight units, in float64 by its definition.
+
+    Column after column is rounded where the loss would be smallest if those to come could take any value.
+    """
+    shift = torch.as_tensor(zero_point).expand_as(target).long()
+    lower, upper = torch.full_like(shift, low), torch.full_like(shift, high)
+    if weight is not None:
+        below = (weight.double() / scale).floor().long() + shift
+        lower, upper = below.clamp(low, high), (below + 1).clamp(low, high)
+    error = torch.zeros_like(target)
+    for g, matrix in enumerate(hessian.matrix):
+        order = hessian.order[g]
+        for place, j in enumerate(order):
+            seen, ahead = order[: place + 1], order[place + 1 :]
+            coupled = matrix[ahead][:, seen]
+            left = matrix[seen][:, seen] - coupled.T @ torch.linalg.solve(matrix[ahead][:, ahead], coupled)
+            wanted = target[g, :, j] - error[g][:, seen[:-1]] @ left[-1, :-1] / left[-1, -1]
+            integers = (wanted / scale[g, :, 0]).round().long() + shift[g, :, j]
+            integers = integers.clamp(lower[g, :, j], upper[g, :, j])
+            error[g, :, j] = (integers - shift[g, :, j]) * scale[g, :, 0] - target[g, :, j]
+    return hessian.quadratic(error)

@@ -1,8 +1,9 @@
-"""Digests of what learned models hold, to show that a change of the code changes no integer.
+"""Digests of what learned models hold, to show that a change of the code changes no integer, and by how much losses.
 
 Models are learned on fixed data by fixed seeds: the demo's and the three glyph networks at 4, 3 and 2 bits by the
 default method, and a few images by the other methods and hosts. A digest is taken of every tensor of the model that
-the host converted, and of the numbers in its graph. Float sums depend on the processor and on the version of torch: run
+the host converted, and of the numbers in its graph. The loss of a layer is the error of its output on held-out samples;
+where the code before has no such losses in its file, run this module there. Float sums depend on the processor and on the version of torch: run
 both sides on one machine.
 
     python -m integration_tests.benchmarks.integers before.json
@@ -21,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any, Final
 
 import torch
@@ -151,12 +153,25 @@ def _versions() -> dict[str, str]:
 def _entry(learned: Learned) -> dict[str, Any]:
     """What is written of a case."""
     model, report = learned
+    losses = {
+        layer.name: layer.learned_error if layer.learned_holdout is None else layer.learned_holdout
+        for layer in report.layers
+    }
     return {
         "digests": digests(model),
+        "losses": losses,
         "output_error": report.output_error,
         "recipe": report.recipe,
         "trials": {trial.recipe: trial.output_error for trial in report.trials},
     }
+
+
+def _ratios(ours: Mapping[str, float], theirs: Mapping[str, float]) -> str:
+    """How the losses of layers compare; of layers that lose anything on both sides."""
+    ratios = [ours[name] / theirs[name] for name in ours.keys() & theirs.keys() if min(ours[name], theirs[name]) > 0]
+    if not ratios:
+        return "losses of layers unknown"
+    return f"losses of {len(ratios)} layers times {geometric_mean(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
 
 
 def _compared(ours: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> tuple[bool, str]:
@@ -165,8 +180,11 @@ def _compared(ours: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> tupl
         return False, "not in the other file"
     names = differing(ours["digests"], theirs["digests"])
     if names:
-        errors = f"output error {theirs['output_error']:.6g}, now {ours['output_error']:.6g}"
-        return False, f"{len(names)} of {len(ours['digests'])} tensors differ ({errors}): {', '.join(names)}"
+        told = [
+            f"output error {theirs['output_error']:.3g}, now {ours['output_error']:.3g}",
+            _ratios(ours["losses"], theirs.get("losses", {})),
+        ]
+        return False, f"{'; '.join(told)}; {len(names)} of {len(ours['digests'])} tensors differ: {', '.join(names)}"
     # a report may be worded, or its sums ordered, in another way
     told = [key for key in ("output_error", "recipe", "trials") if ours[key] != theirs[key]]
     return True, "the same" + (f", but for the report's {', '.join(told)}" if told else "")
