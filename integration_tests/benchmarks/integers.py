@@ -3,8 +3,8 @@
 Models are learned on fixed data by fixed seeds: the demo's and the three glyph networks at 4, 3 and 2 bits by the
 default method, and a few images by the other methods and hosts. A digest is taken of every tensor of the model that
 the host converted, and of the numbers in its graph. The loss of a layer is the error of its output on held-out samples;
-where the code before has no such losses in its file, run this module there. Float sums depend on the processor and on the version of torch: run
-both sides on one machine.
+where the code before wrote no losses, run this module there. Float sums depend on the processor and on the version of
+torch: run both sides on one machine.
 
     python -m integration_tests.benchmarks.integers before.json
     python -m integration_tests.benchmarks.integers after.json --against before.json
