@@ -198,16 +198,12 @@ class Patches:
             # all of them, perhaps in another order
             x = self.x.transpose(1, 2).reshape(1, len(sample), -1)
             return x if self.samples == 1 else x[:, sample * self.positions + position]
-        index = torch.unravel_index(position, self._sizes)
         gather = _compiled_gather() if self.x.device.type == "cpu" and self.x.dtype == torch.float32 else None
         if gather is not None:
-            corner = [
-                one * stride - before for one, stride, (before, _) in zip(index, self.stride, self._around, strict=True)
-            ]
-            return gather(
-                self.x, sample, torch.stack(corner, 1), self.kernel, self.dilation, self.groups, self.mirrored
-            )
-        picked = self._view()[(sample, *index)]  # (n, groups, *patch)
+            before = tuple(one for one, _ in self._around)
+            taken = (self.kernel, self.stride, self.dilation, before, self.groups, self.mirrored)
+            return gather(self.x, sample, position, self._sizes, *taken)
+        picked = self._view()[(sample, *torch.unravel_index(position, self._sizes))]  # (n, groups, *patch)
         if self.mirrored:
             picked = picked.flip(tuple(range(-len(self.kernel), 0)))
         return picked.reshape(len(picked), self.groups, self.row_length).transpose(0, 1)

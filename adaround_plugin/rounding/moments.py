@@ -21,8 +21,8 @@ __all__ = ["HeldOut", "Moments"]
 
 _GRAM_BLOCK = 512
 # columns that come in small batches are gathered, so that the (D, D) sums are touched rarely: as many as these are
-# wide, several times, but no more numbers than this
-_PENDING_TIMES, _PENDING_NUMBERS = 4, 2**24
+# wide, several times, but no more numbers than this; or as many as are worth the calls
+_PENDING_TIMES, _PENDING_NUMBERS, _LEAST_PENDING = 4, 2**24, 4096
 
 
 class Moments:
@@ -46,7 +46,7 @@ class Moments:
         self.hessian, self.cross, self.power = zeros(columns, columns), zeros(rows, columns), zeros(rows)
         self.count = 0
         most = _PENDING_NUMBERS // (groups * (columns + rows))
-        self._chunk = max(1024, columns // 2, min(_PENDING_TIMES * columns, most))
+        self._chunk = max(_LEAST_PENDING, columns // 2, min(_PENDING_TIMES * columns, most))
         self._pending = _Columns()
 
     @staticmethod
