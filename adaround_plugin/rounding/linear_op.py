@@ -194,10 +194,11 @@ class Patches:
         Returns:
             `(groups, n, columns)`: for each group the patches as rows, in the order of `LinearOp.rows`.
         """
-        if self._takes_values_alone and len(sample) == self.samples * self.positions:
-            # all of them, perhaps in another order
-            x = self.x.transpose(1, 2).reshape(1, len(sample), -1)
-            return x if self.samples == 1 else x[:, sample * self.positions + position]
+        if self._takes_values_alone and self.x.stride(1) == 1:
+            values = self.x.transpose(1, 2).reshape(-1, self.row_length)
+            if self.samples > 1 or len(sample) < self.positions:
+                values = values.index_select(0, sample * self.positions + position)
+            return values.unsqueeze(0)
         gather = _compiled_gather() if self.x.device.type == "cpu" and self.x.dtype == torch.float32 else None
         if gather is not None:
             before = tuple(one for one, _ in self._around)
