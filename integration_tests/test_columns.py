@@ -44,7 +44,7 @@ def gathered(weighting: str) -> LayerMoments:
     """The moments of the second layer."""
     run, _, _ = streams()
     node = run.host.nodes[1]
-    columns, moments = Columns(run, weighting), LayerMoments(node)
+    columns, moments = Columns(run, weighting), LayerMoments(node, weighting)
     with torch.no_grad():
         run.look_ahead(lambda batch, values: columns.gather(node, batch, values, moments))
     return moments

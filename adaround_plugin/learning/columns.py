@@ -15,49 +15,15 @@ from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.regions.importance import column_importance
 from adaround_plugin.rounding.linear_op import Patches
-from adaround_plugin.rounding.moments import HeldOut, Moments
+from adaround_plugin.rounding.moments import HeldOut, Moments, joined
 
 __all__ = ["Columns", "LayerMoments"]
 
 # what every column weighs beside its importance, relative to the mean of that: derivatives are local
 _EVEN_WEIGHT = 0.3
-
-
-class LayerMoments:
-    """Moments of the learning and of the held-out samples of one layer.
-
-    Attributes:
-        learning, holdout: as gathered so far.
-    """
-
-    def __init__(self, node: WeightedNode) -> None:
-        groups, rows, columns = node.op.rows(node.weight).shape
-        self.learning = Moments(groups, rows, columns, node.weight.device)
-        self.holdout = HeldOut()
-
-    @staticmethod
-    def bytes(node: WeightedNode) -> int:
-        """Memory that the moments take."""
-        return Moments.bytes(*node.op.rows(node.weight).shape)
-
-    def finish(self, node: WeightedNode) -> None:
-        """Be ready to learn from.
-
-        Raises:
-            NonFiniteError: an input of the layer holds NaN or infinity.
-        """
-        self.learning.finish()
-        self.holdout.finish()
-        seen = [self.learning.mean, self.learning.deviation, *self.holdout.sums()]
-        if not all(bool(torch.isfinite(one).all()) for one in seen):
-            raise NonFiniteError(
-                f"layer {node.name!r}", "its input holds NaN or infinity", "Check the model and the calibration data."
-            )
-
-    @property
-    def count(self) -> int:
-        """The number of columns seen."""
-        return self.learning.count + self.holdout.count
+# columns of a layer that are taken in together: as many as these are wide, several times, but no more numbers than
+# this; or as many as are worth the calls
+_PENDING_TIMES, _PENDING_NUMBERS, _LEAST_PENDING = 4, 2**24, 2048
 
 
 @dataclass(frozen=True)
@@ -76,6 +42,109 @@ class _Chosen:
     learning: int
 
 
+@dataclass(frozen=True)
+class _Gathered:
+    """Columns of one batch at one call site, those to learn from first.
+
+    Attributes:
+        exact, quantized: `(G, n, D)`, of either stream.
+        chosen: which they are.
+        samples: length of the leading axis that they are from.
+        weight: `(G, n)`, what each counts, if that is known beforehand, as it is of all columns of a layer or of none.
+    """
+
+    exact: Tensor
+    quantized: Tensor
+    chosen: _Chosen
+    samples: int
+    weight: Tensor | None
+
+
+class LayerMoments:
+    """Moments of the learning and of the held-out samples of one layer.
+
+    Columns that come in small batches are taken in together, so that products are of many, and the `(D, D)` sums are
+    touched rarely.
+
+    Args:
+        node: the layer.
+        weighting: as `column_weighting` of `LayerWise`.
+
+    Attributes:
+        learning, holdout: of the columns taken in so far.
+    """
+
+    def __init__(self, node: WeightedNode, weighting: str = "none") -> None:
+        self._rows, self._weighting = node.op.rows(node.weight), weighting
+        groups, rows, columns = self._rows.shape
+        self.learning = Moments(groups, rows, columns, node.weight.device)
+        self.holdout = HeldOut()
+        most = _PENDING_NUMBERS // (groups * (columns + rows))
+        self._together = max(_LEAST_PENDING, columns // 2, min(_PENDING_TIMES * columns, most))
+        self._pending: list[_Gathered] = []
+        self._waiting = 0
+
+    @staticmethod
+    def bytes(node: WeightedNode) -> int:
+        """Memory that the moments take."""
+        return Moments.bytes(*node.op.rows(node.weight).shape)
+
+    def add(self, columns: _Gathered) -> None:
+        """Take in columns, now or later."""
+        self._pending.append(columns)
+        self._waiting += columns.exact.shape[1]
+        if self._waiting >= self._together:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Take in the columns that are pending."""
+        parts, self._pending, self._waiting = self._pending, [], 0
+        if not parts:
+            return
+        ends = [slice(one.chosen.learning) for one in parts], [slice(one.chosen.learning, None) for one in parts]
+
+        def in_order(values: list[Tensor]) -> Tensor:
+            """Of all parts what is to learn from, then what is held out."""
+            if len(values) == 1:
+                return values[0]
+            return joined([value[:, run] for of_kind in ends for value, run in zip(values, of_kind, strict=True)])
+
+        exact, quantized = (in_order([getattr(one, name) for one in parts]) for name in ("exact", "quantized"))
+        weight = None
+        if self._weighting == "inverse_norm":
+            index, length = [], 0
+            for one in parts:
+                index.append((one.chosen.index + length).unsqueeze(0))
+                length += one.samples
+            weight = _inverse_norm(exact, in_order(index)[0], length)
+        elif known := [one.weight for one in parts if one.weight is not None]:
+            weight = in_order(known)
+        deviation = (exact - quantized) @ self._rows.transpose(1, 2)
+        count = sum(one.chosen.learning for one in parts)
+        for moments, run in ((self.learning, slice(count)), (self.holdout, slice(count, None))):
+            moments.add(quantized[:, run], deviation[:, run], None if weight is None else weight[:, run])
+
+    def finish(self, node: WeightedNode) -> None:
+        """Be ready to learn from.
+
+        Raises:
+            NonFiniteError: an input of the layer holds NaN or infinity.
+        """
+        self._fold()
+        self.learning.finish()
+        self.holdout.finish()
+        seen = [self.learning.mean, self.learning.deviation, *self.holdout.sums()]
+        if not all(bool(torch.isfinite(one).all()) for one in seen):
+            raise NonFiniteError(
+                f"layer {node.name!r}", "its input holds NaN or infinity", "Check the model and the calibration data."
+            )
+
+    @property
+    def count(self) -> int:
+        """The number of columns taken in."""
+        return self.learning.count + self.holdout.count
+
+
 class Columns:
     """Gathers columns in a pass.
 
@@ -85,7 +154,7 @@ class Columns:
     """
 
     def __init__(self, run: Pass, weighting: str) -> None:
-        self._run, self._weighting = run, weighting
+        self._run = run
         # by call site, for each batch the importance of its columns
         self._importance: dict[fx.Node, list[Tensor]] = {}
         self._known: dict[tuple[int | str, ...], _Chosen] = {}
@@ -126,16 +195,11 @@ class Columns:
         patches = node.op.patches(x_quantized.float(), shape)
         chosen = self._chosen(batch, patches, len(node.sites))
         index, position = chosen.index, chosen.position
-        quantized = patches.columns(index, position)
         exact = self._float_columns(node, site, batch, x_float, index, position)
         weight = None
         if site.float_node in self._importance:
             weight = self._importance[site.float_node][batch][:, chosen.order] + _EVEN_WEIGHT
-        elif self._weighting == "inverse_norm":
-            weight = _inverse_norm(exact, index, patches.samples)
-        deviation = (exact - quantized) @ node.op.rows(node.weight).transpose(1, 2)
-        for moments, run in ((into.learning, slice(chosen.learning)), (into.holdout, slice(chosen.learning, None))):
-            moments.add(quantized[:, run], deviation[:, run], None if weight is None else weight[:, run])
+        into.add(_Gathered(exact, patches.columns(index, position), chosen, patches.samples, weight))
 
     def _chosen(self, batch: int, patches: Patches, sites: int) -> _Chosen:
         """The columns to take: layers of one geometry have them in common."""

@@ -183,7 +183,7 @@ class PendingLayers:
         candidates = reached or self.pending
         named = [node for node in candidates if node.name in names] or candidates
         ready = _fitting(named) if reached else named[:1]
-        moments = {node.name: LayerMoments(node) for node in ready}
+        moments = {node.name: LayerMoments(node, self.recipe.column_weighting) for node in ready}
 
         def gather(batch: int, values: BothValues) -> None:
             for node in ready:

@@ -83,6 +83,8 @@ class Pass:
         self.roundings: dict[str, LayerRounding] = {}
         for node in host.nodes:
             self.set_rounding(node, LayerRounding(node.grid, node.grid.nearest(node.weight)))
+        devices = {node.weight.device for node in host.nodes}
+        self._accelerators = [device for device in devices if device.type == "cuda"]
         self.scales: dict[str, float] = {}
         self.seconds: dict[str, float] = defaultdict(float)
         self.layer_seconds: dict[str, float] = defaultdict(float)
@@ -191,9 +193,8 @@ class Pass:
 
     def _now(self) -> float:
         """The time, when a GPU has done all that it was given."""
-        for device in {node.weight.device for node in self.host.nodes}:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+        for device in self._accelerators:
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
     @contextmanager

@@ -17,12 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["HeldOut", "Moments"]
+__all__ = ["HeldOut", "Moments", "joined"]
 
 _GRAM_BLOCK = 512
-# columns that come in small batches are gathered, so that the (D, D) sums are touched rarely: as many as these are
-# wide, several times, but no more numbers than this; or as many as are worth the calls
-_PENDING_TIMES, _PENDING_NUMBERS, _LEAST_PENDING = 4, 2**24, 4096
 
 
 class Moments:
@@ -45,9 +42,6 @@ class Moments:
         self.total, self.mean, self.deviation = zeros(), zeros(columns), zeros(rows)
         self.hessian, self.cross, self.power = zeros(columns, columns), zeros(rows, columns), zeros(rows)
         self.count = 0
-        most = _PENDING_NUMBERS // (groups * (columns + rows))
-        self._chunk = max(_LEAST_PENDING, columns // 2, min(_PENDING_TIMES * columns, most))
-        self._pending = _Columns()
 
     @staticmethod
     def bytes(groups: int, rows: int, columns: int) -> int:
@@ -55,29 +49,15 @@ class Moments:
         return 8 * groups * columns * (columns + rows)
 
     def add(self, x: Tensor, deviation: Tensor, weight: Tensor | None = None) -> None:
-        """Take in `n` columns.
+        """Take in `n` columns; every call goes through all sums, so that many at once are better than few.
 
         Args:
             x: `(G, n, D)`, columns of the quantized stream.
             deviation: `(G, n, R)`, `(x - x^) W^T`.
             weight: `(G, n)`, non-negative column weights; None for 1.
         """
-        self._pending.add(x, deviation, weight)
-        if self._pending.count >= self._chunk:
-            self._fold()
-
-    def finish(self) -> Moments:
-        """Fold pending columns in; the attributes are valid until the next `add`."""
-        self._fold()
-        for start, stop in _blocks(self.hessian.shape[2]):
-            self.hessian[:, :start, start:stop] = self.hessian[:, start:stop, :start].transpose(1, 2)
-        return self
-
-    def _fold(self) -> None:
-        """Pool with the columns that are pending."""
-        if not self._pending.count:
+        if not x.shape[1]:
             return
-        x, deviation, weight = self._pending.taken()
         self.count += x.shape[1]
         total, mean_x = _mean(x, weight)
         _, mean_d = _mean(deviation, weight)
@@ -90,6 +70,12 @@ class Moments:
             x.mul_(root)
             deviation.mul_(root)
         self._merge(total, x, deviation, (mean_x, mean_d), (rest_x.double(), rest_d.double()))
+
+    def finish(self) -> Moments:
+        """The attributes are valid until the next `add`."""
+        for start, stop in _blocks(self.hessian.shape[2]):
+            self.hessian[:, :start, start:stop] = self.hessian[:, start:stop, :start].transpose(1, 2)
+        return self
 
     def _merge(
         self,
@@ -169,18 +155,22 @@ class HeldOut:
     """
 
     def __init__(self) -> None:
-        self._pending = _Columns()
+        self._parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self.count = 0
 
     def add(self, x: Tensor, deviation: Tensor, weight: Tensor | None = None) -> None:
-        """Take in columns; arguments as for `Moments.add`, which are copied."""
-        self._pending.add(x.clone(), deviation.clone(), weight)
+        """Take in columns; arguments as for `Moments.add`, of which each call gives a weight or none does; copied."""
+        if x.shape[1]:
+            self._parts.append((x.clone(), deviation.clone(), None if weight is None else weight.clone()))
+            self.count += x.shape[1]
 
     def finish(self) -> HeldOut:
         """Be ready to judge."""
-        if self._pending.count:
-            self.count = self._pending.count
-            self._x, self._deviation, self._weight = self._pending.taken()
+        if self.count:
+            x, deviation, weight = zip(*self._parts, strict=True)
+            self._x, self._deviation = joined(x), joined(deviation)
+            self._weight = None if weight[0] is None else joined(weight)
+            self._parts = []
         return self
 
     def sums(self) -> list[Tensor]:
@@ -202,31 +192,7 @@ class HeldOut:
         return variance, variance + float(mean.square().sum())
 
 
-class _Columns:
-    """Columns as they come in."""
-
-    def __init__(self) -> None:
-        self._parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        self.count = 0
-
-    def add(self, x: Tensor, deviation: Tensor, weight: Tensor | None) -> None:
-        """Take in columns; arguments as for `Moments.add`."""
-        if x.shape[1]:
-            self._parts.append((x, deviation, weight))
-            self.count += x.shape[1]
-
-    def taken(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """All of them, which are forgotten."""
-        x, deviation, weight = zip(*self._parts, strict=True)
-        self._parts, self.count = [], 0
-        known = None
-        if any(one is not None for one in weight):
-            pairs = zip(x, weight, strict=True)
-            known = _joined([values.new_ones(values.shape[:2]) if one is None else one for values, one in pairs])
-        return _joined(x), _joined(deviation), known
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def joined(parts: Sequence[Tensor]) -> Tensor:
     """One after the other along the columns."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
 
