@@ -258,7 +258,7 @@ FAULTS: Final = (
     Fault(
         "columns are weighed alike in spite of their importance",
         "learning/columns.py",
-        "weight = self._importance[site.float_node][batch] + _EVEN_WEIGHT",
+        "weight = self._importance[site.float_node][batch][:, chosen.order] + _EVEN_WEIGHT",
         "weight = torch.ones_like(self._importance[site.float_node][batch])",
         (f"{_WHOLE}test_column_importance.py::test_what_the_output_hardly_sees_is_given_up_for_what_it_sees",),
     ),

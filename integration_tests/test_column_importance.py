@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.ao.quantization.quantize_fx import prepare_fx
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
@@ -26,7 +27,7 @@ from adaround_plugin.hosts.open import open_host
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
 from adaround_plugin.regions import importance
 from adaround_plugin.regions.calibration import Sampling
-from adaround_plugin.regions.importance import column_importance
+from adaround_plugin.regions.importance import Sensitivity, sensitivities
 from adaround_plugin.solvers import Annealing
 from integration_tests.models import RECIPE
 from integration_tests.region_models import Opaque
@@ -126,7 +127,7 @@ def test_importance_is_the_squared_derivative(make, max_columns, monkeypatch):
     batch = 1
     expected = by_hand(net, batches[batch])
     stream, _ = open_streams(host)
-    found = column_importance(stream, host.nodes, sampling, batch, stream.bind([batches[batch]]))
+    found = sensitivities(stream, host.nodes, sampling, batch, stream.bind([batches[batch]]))
     assert len(found) == 5
     for node in host.nodes:
         name = node.name.split(".")[0]
@@ -136,7 +137,8 @@ def test_importance_is_the_squared_derivative(make, max_columns, monkeypatch):
             sample, position = _columns(sampling, batch, patches_of, node, len(squares))
             wanted = squares.unflatten(1, (groups, -1)).sum(2)[sample, :, position].T
             # (G, n)
-            torch.testing.assert_close(found[site.float_node], wanted, rtol=1e-3, atol=1e-6 * float(wanted.max()))
+            columns = found[site.float_node].columns
+            torch.testing.assert_close(columns, wanted, rtol=1e-3, atol=1e-6 * float(wanted.max()))
 
 
 def _columns(sampling, batch, positions, node, length):
@@ -165,6 +167,118 @@ def test_what_the_output_hardly_sees_is_given_up_for_what_it_sees(make):
     assert error["fisher"] < 0.9 * error["none"]
 
 
+class Headed(nn.Module):
+    """A layer whose outputs are scores, and what is made of them."""
+
+    def __init__(self, head: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(12, 8), nn.Linear(8, 6), head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(4 * self.b(torch.tanh(self.a(x))))
+
+
+def derivatives(make: Callable[..., fx.GraphModule], head: Callable[[Tensor], Tensor]) -> list[Sensitivity]:
+    """Of the two layers of a network with this head, on one batch."""
+    torch.manual_seed(0)
+    batches = data(8, 12)
+    host = open_host(make(Headed(head), batches), None)
+    stream, _ = open_streams(host)
+    sampling = Sampling.of([batches], 0.0, 10**6, 0)
+    found = sensitivities(stream, host.nodes, sampling, 0, stream.bind(batches))
+    return [found[node.sites[0].float_node] for node in host.nodes]
+
+
+def shares(x: Tensor) -> Tensor:
+    return x.exp() / x.exp().sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("make", [prepared_fx, prepared_pt2e])
+@pytest.mark.parametrize(
+    "head",
+    [
+        nn.Softmax(-1),
+        lambda x: torch.softmax(x, -1),
+        lambda x: x.softmax(-1).reshape(-1, 3, 2).flatten(1),
+        lambda x: nn.functional.log_softmax(x, -1),
+        torch.sigmoid,
+        nn.Sequential(nn.Sigmoid(), nn.Flatten()),
+    ],
+)
+def test_derivatives_start_before_a_last_softmax_or_sigmoid(make, head):
+    for found, expected in zip(derivatives(make, head), derivatives(make, nn.Identity()), strict=True):
+        torch.testing.assert_close(found.columns, expected.columns, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("make", [prepared_fx, prepared_pt2e])
+def test_of_shares_computed_otherwise_the_logarithm_is_derived(make):
+    expected = derivatives(make, lambda x: x - x.logsumexp(-1, keepdim=True))
+    for found, wanted in zip(derivatives(make, shares), expected, strict=True):
+        torch.testing.assert_close(found.columns, wanted.columns, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("make", [prepared_fx, prepared_pt2e])
+def test_what_is_joined_counts_by_its_own_spread(make):
+    """Three boxes in pixels beside three probabilities: neither is drowned."""
+
+    def head(pixels: float) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.cat([pixels * x[:, :3], torch.sigmoid(x[:, 3:])], 1)
+
+    expected = derivatives(make, lambda x: torch.cat([x[:, :3], x[:, 3:] + 0], 1))
+    for one, other, plain in zip(derivatives(make, head(1.0)), derivatives(make, head(1000.0)), expected, strict=True):
+        torch.testing.assert_close(one.columns, other.columns, rtol=1e-3, atol=0)
+        torch.testing.assert_close(one.columns, plain.columns, rtol=1e-3, atol=0)
+
+
+def test_products_of_derivatives_count_every_sample_alike(monkeypatch):
+    monkeypatch.setattr(importance, "_COLUMN_PROJECTIONS", 1)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(2, 6, 3, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(24, 1))
+    batches = data(16, 2, 6)
+    host = open_host(prepared_fx(net, batches), None)
+    stream, _ = open_streams(host)
+    sampling = Sampling.of([[batch] for batch in batches], 0.0, 10**6, 0)
+    found: dict[fx.Node, Tensor] = {}
+    for batch, x in enumerate(batches):
+        sensitivities(stream, host.nodes, sampling, batch, stream.bind([x]), found)
+    (node,) = (node for node in host.nodes if node.kind != "linear" and node.op.groups == 2)
+    output = net[0](torch.cat(batches))
+    (by_output,) = torch.autograd.grad(net[1:](output).sum(), output)
+    by_output = by_output.unflatten(1, (2, 3))  # (samples, groups, rows, positions)
+    products = torch.einsum("ngrp,ngsp->ngrs", by_output, by_output)
+    products /= by_output.square().sum((2, 3))[..., None, None]
+    torch.testing.assert_close(found[node.sites[0].float_node], products.sum(0), rtol=1e-4, atol=1e-5)
+
+
+class Differences(nn.Module):
+    """Only how far two outputs of the layer are apart is seen, but for a little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return torch.tanh(y[..., :4] - 0.9 * y[..., 4:])
+
+
+@pytest.mark.parametrize("make", [prepared_fx, prepared_pt2e])
+@pytest.mark.parametrize("solver", ["annealing", "gptq"])
+def test_rows_make_up_for_each_other(make, solver):
+    torch.manual_seed(0)
+    mix = torch.randn(12, 12, generator=torch.Generator().manual_seed(1))
+    batches = [batch @ mix for batch in data(256, 12)]
+    prepared = make(Differences(), batches)
+    error = {}
+    for coupled in (False, True):
+        layers = replace(FISHER, solver=solver, output_hessian=coupled)
+        report = get_report(adaround(prepared, batches, layers, progress=False))
+        error[coupled] = report.output_error
+        assert ("output hessian" in report.recipe) == coupled
+    # measured: 0.27 to 0.85
+    assert error[True] < 0.9 * error[False]
+
+
 def test_nothing_of_the_models_is_left_changed():
     batches = data(16, 2, 7, 7)
     prepared = prepared_fx(Net(), batches)
@@ -189,8 +303,10 @@ class Index(nn.Module):
 def test_the_report_says_where_no_derivative_could_be_followed():
     batches = data(32, 12)
     backend = get_weight_only_backend_config()
-    learned = adaround(prepared_fx(Index(), batches, backend), batches, FISHER, progress=False)
-    assert all("derivative" in layer.note for layer in get_report(learned).layers)
+    coupled = replace(FISHER, output_hessian=True)
+    learned = adaround(prepared_fx(Index(), batches, backend), batches, coupled, progress=False)
+    assert all("alike: the network's output has no finite derivative" in one.note for one in get_report(learned).layers)
+    assert all("apart: the network's output has no finite derivative" in one.note for one in get_report(learned).layers)
     learned = adaround(prepared_fx(HalfUnseen(), data(32, 8, 12)), data(32, 8, 12), FISHER, progress=False)
     assert not any("derivative" in layer.note for layer in get_report(learned).layers)
 

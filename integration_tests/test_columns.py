@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_plugin.hosts.open import open_host
+from adaround_plugin.learning import columns as columns_module
 from adaround_plugin.learning.columns import Columns, LayerMoments
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import Progress, ReportBuilder
@@ -89,3 +90,22 @@ def test_moments_are_those_of_both_streams_on_their_samples(weighting: str, held
         torch.testing.assert_close(found.deviation[0], share @ deviation, rtol=1e-4, atol=1e-5)
         spread = (x - mean).T @ (share[:, None] * (x - mean))
         torch.testing.assert_close(found.hessian[0], spread, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1, 0.3])
+def test_samples_are_tempered_as_far_as_half_of_them_count(decay: float) -> None:
+    totals = torch.exp(-decay * torch.arange(40.0))
+    # one has nothing to say, and gets no say
+    totals[3] = 0.0
+    factor = columns_module._tempered(totals)
+    weight = (totals * factor).double()
+    share = float(weight.sum().square() / (39 * weight.square().sum()))
+    if decay <= 0.0:
+        assert torch.equal(factor, torch.ones(40))
+    else:
+        assert 0.499 < share < 0.51
+    torch.testing.assert_close(weight.sum().float(), totals.sum(), rtol=1e-4, atol=0)
+    known = totals > 0
+    order = totals[known].argsort()
+    assert bool((weight[known][order].diff() >= 0).all()), "who had more to say still has"
+    assert bool(columns_module._tempered(torch.exp(-5 * torch.arange(40.0))).isfinite().all())

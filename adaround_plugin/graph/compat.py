@@ -15,6 +15,9 @@ from torch.ao.quantization.observer import _is_activation_post_process
 from torch.utils import _pytree as pytree
 
 __all__ = [
+    "JOINS",
+    "PROBABILITIES",
+    "REARRANGES",
     "Convolution",
     "Dropout",
     "MoveListener",
@@ -37,6 +40,14 @@ __all__ = [
 Convolution = nn.modules.conv._ConvNd
 Dropout = nn.modules.dropout._DropoutNd
 Normalization = nn.modules.batchnorm._NormBase
+
+# operators that turn scores into probabilities, that rearrange entries, and that join values
+PROBABILITIES = {"softmax", "_softmax", "log_softmax", "_log_softmax", "sigmoid", "logsigmoid", "log_sigmoid"}
+REARRANGES = {
+    *("view", "_unsafe_view", "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "squeeze"),
+    *("unsqueeze", "contiguous", "clone", "detach", "alias", "to", "float", "dropout", "t"),
+}
+JOINS = {"cat", "concat", "concatenate", "stack"}
 
 # the submodule that torch.export calls in front of a program, to check the shapes of its inputs
 _GUARDS = "_guards_fn"

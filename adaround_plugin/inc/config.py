@@ -48,8 +48,8 @@ class AdaRoundConfig(SoleConfig):
             quantize and dequantize operators. `"fp32"`: activations stay in float; the linear layers of an eager
             model become INC's packed ones.
         method: as in `adaround_plugin.adaround`, by name: `"default"`, `"blocks"`, `"best"`, `"paper"` or `"nearest"`.
-        solver, search_scale, propagate_error, correct_bias, column_weighting, damping, levels, holdout, max_columns: as
-            in `adaround_plugin.LayerWise`; None is what the method has.
+        solver, search_scale, propagate_error, correct_bias, column_weighting, damping, output_hessian, levels,
+            holdout, max_columns: as in `adaround_plugin.LayerWise`; None is what the method has.
         finetune: finetune the whole network in the end; None is what the method's name stands for.
         seed: as in `adaround_plugin.adaround`. What follows `group_size` up to here holds for the whole pass: local
             parts follow the global one.

@@ -13,7 +13,8 @@ from adaround_plugin.graph.calls import CallSite
 from adaround_plugin.graph.streams import BothValues
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.learning.passes import Pass
-from adaround_plugin.regions.importance import column_importance
+from adaround_plugin.regions.calibration import Sampling
+from adaround_plugin.regions.importance import Sensitivity, sensitivities
 from adaround_plugin.rounding.linear_op import Patches
 from adaround_plugin.rounding.moments import HeldOut, Moments, joined
 
@@ -21,6 +22,8 @@ __all__ = ["Columns", "LayerMoments"]
 
 # what every column weighs beside its importance, relative to the mean of that: derivatives are local
 _EVEN_WEIGHT = 0.3
+# samples that count, at least this share of all, by their weights (`_tempered`)
+_EFFECTIVE_SHARE = 0.5
 # columns of a layer that are taken in together: as many as these are wide, several times, but no more numbers than
 # this; or as many as are worth the calls
 _PENDING_TIMES, _PENDING_NUMBERS, _LEAST_PENDING = 4, 2**24, 2048
@@ -151,34 +154,42 @@ class Columns:
     Args:
         run: the pass.
         weighting: as `column_weighting` of `LayerWise`. `"fisher"` takes a forward and two backward passes now.
+        with_outputs: whether `outputs` are wanted, which takes the same passes.
+
+    Attributes:
+        outputs: by name of the weighted node, `(G, R, R)`: the second moment of the derivatives of the network's output
+            by the layer's, where there are any.
     """
 
-    def __init__(self, run: Pass, weighting: str) -> None:
+    def __init__(self, run: Pass, weighting: str, with_outputs: bool = False) -> None:
         self._run = run
         # by call site, for each batch the importance of its columns
         self._importance: dict[fx.Node, list[Tensor]] = {}
         self._known: dict[tuple[int | str, ...], _Chosen] = {}
-        if weighting == "fisher":
-            self._weigh()
+        self.outputs: dict[str, Tensor] = {}
+        if weighting == "fisher" or with_outputs:
+            with run.clock("importance"):
+                self._differentiate(weighting == "fisher", with_outputs)
 
-    def _weigh(self) -> None:
-        """Find how much each column matters, relative to the mean of its group at all call sites of the weight."""
-        run = self._run
-        with run.clock("importance"):
-            found = [
-                column_importance(run.streams[0], run.host.nodes, run.sampling, batch, values[0])
-                for batch, values in enumerate(run.values)
-            ]
-            for node in run.host.nodes:
-                sites = [site.float_node for site in node.sites]
-                if not all(site in of_batch for of_batch in found for site in sites):
-                    continue
-                count = sum(of_batch[site].shape[1] for of_batch in found for site in sites)
-                total = torch.stack([of_batch[site].sum(1) for of_batch in found for site in sites]).sum(0)
-                if not torch.isfinite(total).all():
-                    continue
-                mean = (total / max(1, count)).clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
-                self._importance |= {site: [of_batch.pop(site).div_(mean) for of_batch in found] for site in sites}
+    def _differentiate(self, weighs: bool, with_outputs: bool) -> None:
+        """Find how much each column matters, and how the outputs of each layer do together."""
+        run, nodes = self._run, self._run.host.nodes
+        outputs: dict[fx.Node, Tensor] | None = {} if with_outputs else None
+        found = [
+            sensitivities(run.streams[0], nodes, run.sampling, batch, values[0], outputs)
+            for batch, values in enumerate(run.values)
+        ]
+        for node in nodes:
+            sites = [site.float_node for site in node.sites]
+            if not all(site in of_batch for of_batch in found for site in sites):
+                continue
+            if weighs:
+                self._importance |= _relative([{site: one.pop(site) for site in sites} for one in found], run.sampling)
+            if outputs is not None:
+                moment = torch.stack([outputs.pop(site) for site in sites]).sum(0)
+                mean = moment.diagonal(dim1=1, dim2=2).mean(1)
+                if bool(torch.isfinite(moment).all()) and bool((mean > 0).all()):
+                    self.outputs[node.name] = moment / mean[:, None, None]
 
     def gather(self, node: WeightedNode, batch: int, values: BothValues, into: LayerMoments) -> None:
         """Add one batch's columns at every call site."""
@@ -247,3 +258,56 @@ def _inverse_norm(exact: Tensor, index: Tensor, length: int) -> Tensor:
     count = torch.bincount(index, minlength=length).clamp_min(1)
     floor = 0.01 * (total / count)[:, index]
     return torch.where(floor > 0, 1 / (power + floor), 0.0)
+
+
+def _relative(found: list[dict[fx.Node, Sensitivity]], sampling: Sampling) -> dict[fx.Node, list[Tensor]]:
+    """The importance of a layer's columns relative to the mean of their group; nothing where it is no number.
+
+    Where few samples carry nearly all of it, their totals are made more alike (`_tempered`).
+
+    Args:
+        found: by batch, at all call sites of the layer.
+        sampling: of the pass.
+    """
+    every = [one.columns for of_batch in found for one in of_batch.values()]
+    mean = torch.stack([one.sum(1) for one in every]).sum(0) / max(1, sum(one.shape[1] for one in every))
+    if not torch.isfinite(mean).all():
+        return {}
+    mean = mean.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
+    # of all groups together
+    totals = mean.new_zeros(sampling.total)
+    for first, of_batch in zip(sampling.first, found, strict=True):
+        for one in of_batch.values():
+            totals.index_add_(0, first + one.samples, (one.columns / mean).mean(0))
+    factor = _tempered(totals)
+    return {
+        site: [
+            of_batch[site].columns / mean * factor[first + of_batch[site].samples]
+            for first, of_batch in zip(sampling.first, found, strict=True)
+        ]
+        for site in found[0]
+    }
+
+
+def _tempered(totals: Tensor) -> Tensor:
+    """`(S,)` factors for the weights of samples whose totals are `(S,)`: `total^(p - 1)`, times what keeps their sum.
+
+    A mean weighed by `w` is as uncertain as one of `(sum w)^2 / sum w^2` samples that count alike. `p` is the largest
+    up to 1 for which these are a share of `_EFFECTIVE_SHARE` of all.
+    """
+    known = totals > 0
+    # less than a millionth of the largest is no more than that
+    relative = torch.where(known, (totals / totals.max()).clamp_min(1e-6), 1.0).double()
+
+    def suffices(p: float) -> bool:
+        weight = torch.where(known, relative**p, 0.0)
+        return bool(weight.sum().square() >= _EFFECTIVE_SHARE * known.sum() * weight.square().sum())
+
+    if suffices(1.0):
+        return torch.ones_like(totals)
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        p = (low + high) / 2
+        low, high = (p, high) if suffices(p) else (low, p)
+    factor = torch.where(known, relative ** (low - 1), 0.0)
+    return (factor * (totals.sum() / (factor * totals).sum())).to(totals)

@@ -19,10 +19,15 @@ from adaround_plugin.rounding.moments import HeldOut, Moments
 from adaround_plugin.rounding.problem import RoundingProblem, Solver
 from adaround_plugin.rounding.result import LayerRounding
 from adaround_plugin.rounding.schemes import up_or_down as floor_and_next
-from adaround_plugin.solvers import Nearest
+from adaround_plugin.solvers import Annealing, Nearest
+from adaround_plugin.solvers.coupled import solve_coupled
 from adaround_plugin.solvers.gptq import round_in_order
 
 __all__ = ["Layer", "Recipe"]
+
+# ridge on the moment of derivatives, relative to its mean diagonal; blocks of rows, and how often they are solved again
+_OUTPUT_RIDGE, _BLOCKS, _PASSES = 0.2, 8, 3
+_BRIEF = Annealing(sweeps=10, descent_sweeps=3)
 
 
 @dataclass(frozen=True)
@@ -38,18 +43,22 @@ class Recipe:
             massive activations do not decide for all; or `"fisher"` to weigh it by the squared derivative of the
             network's output by the layer's output there.
         damping: ridge on the hessian, relative to the mean of its diagonal.
+        output_hessian: let the rows of a layer make up for each other, as the derivatives of the network's output by
+            the layer's outputs say.
     """
 
     propagate_error: bool = True
     correct_bias: bool = True
     column_weighting: Literal["none", "inverse_norm", "fisher"] = "none"
     damping: float = 0.01
+    output_hessian: bool = False
 
     def __str__(self) -> str:
         return (
             f"errors {'propagated' if self.propagate_error else 'not propagated'}, "
             f"bias {'corrected' if self.correct_bias else 'kept'}, "
             f"column weighting {self.column_weighting}, damping {self.damping:g}"
+            f"{', output hessian' if self.output_hessian else ''}"
         )
 
 
@@ -63,6 +72,8 @@ class Layer:
         grid: the grid to start from.
         moments: of the learning samples, finished.
         holdout: the columns of the held-out samples, finished; its count may be 0.
+        outputs: `(G, R, R)`, the second moment of the derivatives of the network's output by the layer's, of mean
+            diagonal 1, where it is known.
     """
 
     op: LinearOp
@@ -70,6 +81,7 @@ class Layer:
     grid: Grid
     moments: Moments
     holdout: HeldOut
+    outputs: Tensor | None = None
 
     def nearest(self) -> LayerRounding:
         """Round to nearest on the starting grid, bias untouched: the baseline."""
@@ -124,6 +136,8 @@ class Layer:
             grid = self._search(hessian, target, up_or_down, is_trial)
         problem = self._problem(grid, hessian, target, up_or_down)
         found = round_in_order(problem)[0] if is_trial else solver.solve(problem).integers
+        if recipe.output_hessian and self.outputs is not None:
+            found = self._coupled(problem, grid, found, solver)
         if search_scale and self.can_search_scale and not (up_or_down or is_trial or isinstance(solver, Nearest)):
             grid = self._refit(grid, hessian, target, found)
         # solvers work column by column; the model wants rows
@@ -134,6 +148,22 @@ class Layer:
         if is_trial:
             return LayerRounding(grid, integers, correction, learned=True)
         return self._judged(grid, integers, correction)
+
+    def _coupled(self, problem: RoundingProblem, grid: Grid, integers: Tensor, solver: Solver) -> Tensor:
+        """Integers whose rows make up for each other."""
+        assert self.outputs is not None
+
+        def solve(block: RoundingProblem) -> Tensor:
+            # blocks are kept only if they are better, and solved several times
+            return _BRIEF.anneal(block) if isinstance(solver, Annealing) else solver.solve(block).integers
+
+        sides = self.outputs.clone()
+        sides.diagonal(dim1=1, dim2=2).add_(_OUTPUT_RIDGE)
+        if self._scale_follows_rows:
+            # the problem's errors are in grid steps
+            scale = self.op.rows(grid.expand(grid.scale, self.weight.shape))[..., 0]
+            sides *= scale.unsqueeze(1) * scale.unsqueeze(2)
+        return solve_coupled(problem, sides, integers, solve, blocks=_BLOCKS, passes=_PASSES)
 
     def _judged(self, grid: Grid, integers: Tensor, correction: Tensor | None) -> LayerRounding:
         """The learned rounding, or nearest where that is better on held-out samples (on all without any)."""

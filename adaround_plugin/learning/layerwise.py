@@ -30,8 +30,8 @@ Auto = Literal["auto"]
 class LayerWise:
     """Decide layer after layer, each by the squared error of its own output.
 
-    The four options from `propagate_error` to `damping` make a recipe. Where some of them are `"auto"`, a few recipes
-    are tried on part of the data, and the one with the smallest error of the network's output is taken.
+    The five options from `propagate_error` to `output_hessian` make a recipe. Where some of them are `"auto"`, a few
+    recipes are tried on part of the data, and the one with the smallest error of the network's output is taken.
 
     Attributes:
         solver: of each layer's rounding problem: `"annealing"`, `"coordinate_descent"`, `"gptq"`, `"nearest"`,
@@ -45,6 +45,9 @@ class LayerWise:
             networks with massive activations; `"fisher"`, by how much the network's output changes with the layer's
             there, which takes one more forward and two backward passes.
         damping: ridge on the hessian relative to its mean diagonal.
+        output_hessian: let the rows of a layer make up for each other, by the second moment of the derivatives of the
+            network's output by the layer's outputs, which takes the same passes as `"fisher"`. Recipes are tried
+            without it.
         levels: the integers that a weight may take: `"all"` of its grid, or `"up_or_down"`, floor and ceil alone, as in
             the paper.
         holdout: share of the samples kept out of learning; a layer that is worse there than nearest keeps nearest.
@@ -61,6 +64,7 @@ class LayerWise:
     correct_bias: bool | Auto = "auto"
     column_weighting: Literal["auto", "none", "inverse_norm", "fisher"] = "auto"
     damping: float | Auto = "auto"
+    output_hessian: bool = False
     levels: Literal["all", "up_or_down"] = "all"
     holdout: float = 0.125
     max_columns: int = 16384
@@ -70,6 +74,7 @@ class LayerWise:
         for name in ("search_scale", "propagate_error", "correct_bias"):
             check_choice(*named(self, name), choices=("auto", True, False))
         check_choice(*named(self, "column_weighting"), choices=("auto", "none", "inverse_norm", "fisher"))
+        check_choice(*named(self, "output_hessian"), choices=(True, False))
         check_choice(*named(self, "levels"), choices=("all", "up_or_down"))
         if self.damping != "auto":
             check_number(*named(self, "damping"), above=0)
@@ -155,7 +160,7 @@ class PendingLayers:
     def __init__(self, run: Pass, settings: LayerWise, after: AfterLayer | None = None) -> None:
         self._run, self._settings, self._after = run, settings, after
         self.recipe, self._solver = settings.recipe, get_solver(settings.solver)
-        self._columns = Columns(run, self.recipe.column_weighting)
+        self._columns = Columns(run, self.recipe.column_weighting, self.recipe.output_hessian)
         self.pending = run.nodes
 
     def decide_all(self) -> None:
@@ -204,7 +209,8 @@ class PendingLayers:
         run, settings = self._run, self._settings
         with run.clock("moments", node):
             moments.finish(node)
-        layer = Layer(node.op, node.weight, node.grid, moments.learning, moments.holdout)
+        outputs = self._columns.outputs.pop(node.name, None)
+        layer = Layer(node.op, node.weight, node.grid, moments.learning, moments.holdout, outputs)
         recipe = replace(self.recipe, correct_bias=self.recipe.correct_bias and node.bias != "fixed")
         search = settings.searches_scale(node)
         with run.clock("solve", node):
@@ -229,6 +235,8 @@ class PendingLayers:
             notes += further
         if self.recipe.column_weighting == "fisher" and not weighed:
             notes.append("columns weighed alike: the network's output has no finite derivative by this layer's output")
+        if self.recipe.output_hessian and outputs is None:
+            notes.append("rows apart: the network's output has no finite derivative by this layer's output")
         if search and not layer.can_search_scale:
             notes.append("scale kept: it runs along the input channels")
         if self.recipe.correct_bias and node.bias == "fixed":

@@ -34,7 +34,7 @@ def choose_recipe(
 ) -> LayerWise:
     """The options of a method's layers, with the recipe that leaves the smallest error of the network's output.
 
-    Recipes are tried by GPTQ.
+    Recipes are tried by GPTQ, whose rows do not make up for each other.
 
     Args:
         method: whose recipe may be open.
@@ -59,7 +59,9 @@ def choose_recipe(
     runs: list[Pass] = []
     pending = []
     for recipe in recipes:
-        tried = replace(recipe, damping=_TRIAL_DAMPING) if layers.damping == "auto" else recipe
+        tried = replace(recipe, output_hessian=False)
+        if layers.damping == "auto":
+            tried = replace(tried, damping=_TRIAL_DAMPING)
         beside = runs[0] if runs else None
         options: dict[str, Any] = {"excluded": excluded, "seed": seed, "report": report}
         runs.append(Pass(host, part, sampling, **options, is_trial=True, beside=beside))

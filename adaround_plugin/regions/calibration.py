@@ -164,11 +164,15 @@ class Sampling:
         """Whether a leading axis of this length can be one of the batch's samples, or of equal runs of them."""
         return length % self.size[batch] == 0
 
+    def samples(self, batch: int, length: int, device: torch.device | None = None) -> Tensor:
+        """For each of `length` entries of a leading axis the number of its sample in this batch: int64."""
+        return torch.arange(length, device=device) * self.size[batch] // max(1, length)
+
     def held_out(self, batch: int, length: int, device: torch.device | None = None) -> Tensor:
         """For each of `length` entries of a leading axis in this batch, whether its sample is held out: bool."""
         if not self.every:
             return torch.zeros(length, dtype=torch.bool, device=device)
-        sample = self.first[batch] + torch.arange(length, device=device) * self.size[batch] // max(1, length)
+        sample = self.first[batch] + self.samples(batch, length, device)
         # which one of each run moves with the golden ratio, so that it cannot fall in step with `columns`
         chosen = ((sample // self.every + 1).double() * _GOLDEN).frac() * self.every
         return sample % self.every == chosen.long()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from adaround_plugin.rounding.problem import Rounding, RoundingProblem
 from adaround_plugin.solvers.coordinate_descent import Descent
@@ -36,11 +37,19 @@ class Annealing:
 
     def solve(self, problem: RoundingProblem) -> Rounding:
         """Anneal from the unrounded target."""
-        descent = Descent(problem)
-        descent.start_from(problem.clamp(problem.target))
-        last = max(1, self.sweeps - 1)
-        descent.anneal([self.hot * (self.cold / self.hot) ** (i / last) for i in range(self.sweeps)])
+        descent = self._annealed(problem)
         annealed, (fed_back, loss) = descent.hardened(), round_in_order(problem)
         better = (problem.loss(annealed) < loss).unsqueeze(-1)
         descent.start_from(torch.where(better, annealed, fed_back))
         return problem.best_of(descent.descend(self.descent_sweeps))
+
+    def anneal(self, problem: RoundingProblem) -> Tensor:
+        """The annealed and descended integers, `(G, R, D)` int64, compared with no others."""
+        return self._annealed(problem).descend(self.descent_sweeps)
+
+    def _annealed(self, problem: RoundingProblem) -> Descent:
+        descent = Descent(problem)
+        descent.start_from(problem.clamp(problem.target))
+        last = max(1, self.sweeps - 1)
+        descent.anneal([self.hot * (self.cold / self.hot) ** (i / last) for i in range(self.sweeps)])
+        return descent
