@@ -20,6 +20,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.ao.quantization.quantize_fx import convert_to_reference_fx, prepare_fx
 from torch.export import Dim
@@ -45,6 +46,8 @@ TEST_IMAGES = 10_000
 # no choice in the making of the method has seen the images of this seed
 TEST_SEED = 1
 IMAGES = (1024, 256, 64)
+# options of layers that the command line has
+_LAYERS = ("max_columns", "column_weighting", "damping", "output_hessian")
 
 
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
@@ -53,6 +56,16 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     with torch.no_grad():
         right = sum(int((network(x).argmax(1) == y).sum()) for x, y in batches)
     return 100 * right / len(labels)
+
+
+def divergence(network: nn.Module, other: nn.Module, images: Tensor) -> float:
+    """Mean Kullback-Leibler divergence of another network's predictions from a network's, in nats."""
+    total = 0.0
+    with torch.no_grad():
+        for x in torch.split(images, 500):
+            ours, theirs = (model(x).log_softmax(1) for model in (network, other))
+            total += float(F.kl_div(theirs, ours, log_target=True, reduction="sum"))
+    return total / len(images)
 
 
 def mixed(images: Tensor, times: int, seed: int = 0) -> Tensor:
@@ -170,7 +183,7 @@ def rows(
     tests: list[tuple[Tensor, Tensor]],
     mixes: int = 0,
 ) -> Iterator[list[str]]:
-    """Table rows: mode, method, images, top-1, loss against float, CPU seconds of `adaround`, recipe.
+    """Table rows: mode, method, images, top-1, loss against float, divergence, CPU seconds of `adaround`, recipe.
 
     With several sets of test images, top-1 and loss are means, and the loss on each set follows.
     """
@@ -189,7 +202,9 @@ def rows(
             loss = f"{mean(losses):.2f}"
             if len(losses) > 1:
                 loss += f" ({', '.join(f'{one:.2f}' for one in losses)})"
-            yield [str(case), name, str(count), f"{mean(scores):.2f}", loss, f"{seconds:.0f}", recipe]
+            apart = mean(divergence(case.network, converted, images) for images, _ in tests)
+            figures = [f"{mean(scores):.2f}", loss, f"{apart:.4f}", f"{seconds:.0f}"]
+            yield [str(case), name, str(count), *figures, recipe]
 
 
 def main() -> None:
@@ -212,6 +227,7 @@ def main() -> None:
     parser.add_argument("--test-seeds", type=int, nargs="+", default=[TEST_SEED], help="10,000 images of each")
     parser.add_argument("--max-columns", type=int)
     parser.add_argument("--column-weighting")
+    parser.add_argument("--output-hessian", action="store_true", default=None, help="rows make up for each other")
     parser.add_argument(
         "--finetune", type=int, nargs="?", const=300, help="steps in which scales and biases are learned in the end"
     )
@@ -227,7 +243,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     drawn = [glyphs.load("test", TEST_IMAGES, seed=seed) for seed in options.test_seeds]
     tests = [(images[: options.test_images], labels[: options.test_images]) for images, labels in drawn]
-    given = {name: getattr(options, name) for name in ("max_columns", "column_weighting", "damping")}
+    given = {name: getattr(options, name) for name in _LAYERS}
     layers = {name: value for name, value in given.items() if value is not None}
     methods = {name: preset_of(name, layers, options.blocks) for name in options.methods}
     finetune = None
@@ -237,7 +253,7 @@ def main() -> None:
         network = networks.load(name)
         exact = [accuracy(network, *test) for test in tests]
         print(f"\n{name}: float {mean(exact):.2f} on {sum(len(test[0]) for test in tests)} test images\n")
-        head = ["weights", "method", "images", "top-1 %", "loss", "CPU s", "recipe"]
+        head = ["weights", "method", "images", "top-1 %", "loss", "divergence", "CPU s", "recipe"]
         print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
         for mode in options.modes:
             activations = None if mode == "weight-only" else options.activation_bits
