@@ -8,6 +8,7 @@ torch: run both sides on one machine.
 
     python -m integration_tests.benchmarks.integers before.json
     python -m integration_tests.benchmarks.integers after.json --against before.json
+    python -m integration_tests.benchmarks.integers after.json --against before.json --default-only
     python -m integration_tests.benchmarks.integers some.json --against before.json --cases demo "vit W2"
 """
 
@@ -196,9 +197,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="file of JSON to write")
     parser.add_argument("--against", type=Path, help="file that this command wrote before")
     parser.add_argument("--cases", nargs="+", metavar="START", help=f"only cases that begin so: {'; '.join(CASES)}")
+    parser.add_argument("--default-only", action="store_true", help="only cases of the default method, on many images")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     chosen = [name for name in CASES if options.cases is None or name.startswith(tuple(options.cases))]
+    if options.default_only:
+        chosen = [name for name in chosen if "," not in name]
     if not chosen:
         parser.error(f"no case begins with one of {options.cases}")
     other = None if options.against is None else json.loads(options.against.read_text(encoding="utf-8"))
