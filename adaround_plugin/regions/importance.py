@@ -205,8 +205,7 @@ def _before(stream: Stream, node: fx.Node) -> list[fx.Node] | None:
     if _is_one(stream, end, PROBABILITIES, _PROBABILITY_MODULES):
         return [end.all_input_nodes[0]]
     if _is_one(stream, end, JOINS, ()):
-        sources = [source for source in end.all_input_nodes if stream.varies(source)]
-        return sources if len(sources) > 1 or sources != [node] else None
+        return [source for source in end.all_input_nodes if stream.varies(source)]
     return None
 
 
