@@ -10,6 +10,7 @@ from torch import fx, nn
 from adaround_plugin import METHODS, LayerWise, adaround, get_report
 from adaround_plugin.learning.methods import Preset
 from adaround_plugin.report import LayerReport, Report
+from integration_tests import mutations
 from integration_tests.benchmarks import glyphs, integers, networks
 from integration_tests.benchmarks.accuracy import Case, accuracy, preset_of
 from integration_tests.models import RECIPE
@@ -110,3 +111,8 @@ def test_comparison_names_the_tensor_that_differs(
     monkeypatch.setitem(integers.CASES, "three", lambda: learned(None, 0.1))
     assert integers.main([after, "--against", before, "--cases", "three"]) == 1
     assert "three: not in the other file" in capsys.readouterr().out
+
+
+def test_every_deliberate_fault_still_finds_its_passage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert mutations.main(["--check"]) == 0
+    assert f"{len(mutations.FAULTS)} faults" in capsys.readouterr().out
