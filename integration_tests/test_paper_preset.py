@@ -7,7 +7,8 @@ import statistics
 from adaround_plugin import demo
 from integration_tests.benchmarks.paper_preset import by_hand, by_preset, rounded_to_nearest
 
-BITS, ITERATIONS, RATE, SEEDS = 2, 300, 2e-2, range(3)
+# three seeds say too little of how far they spread: with those, the bound depends on the processor
+BITS, ITERATIONS, RATE, SEEDS = 2, 300, 2e-2, range(6)
 
 
 def test_the_paper_preset_is_as_accurate_as_an_independent_implementation():
