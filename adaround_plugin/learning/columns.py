@@ -77,7 +77,7 @@ class LayerMoments:
         learning, holdout: of the columns taken in so far.
     """
 
-    def __init__(self, node: WeightedNode, weighting: str = "none") -> None:
+    def __init__(self, node: WeightedNode, weighting: str) -> None:
         self._rows, self._weighting = node.op.rows(node.weight), weighting
         groups, rows, columns = self._rows.shape
         self.learning = Moments(groups, rows, columns, node.weight.device)

@@ -25,8 +25,9 @@ from adaround_plugin.solvers.gptq import round_in_order
 
 __all__ = ["Layer", "Recipe"]
 
-# ridge on the moment of derivatives, relative to its mean diagonal; blocks of rows, and how often they are solved again
-_OUTPUT_RIDGE, _BLOCKS, _PASSES = 0.2, 8, 3
+# ridge on the moment of derivatives, relative to its mean diagonal
+_OUTPUT_RIDGE = 0.2
+# blocks of coupled rows are solved several times, and kept only if they are better
 _BRIEF = Annealing(sweeps=10, descent_sweeps=3)
 
 
@@ -154,7 +155,6 @@ class Layer:
         assert self.outputs is not None
 
         def solve(block: RoundingProblem) -> Tensor:
-            # blocks are kept only if they are better, and solved several times
             return _BRIEF.anneal(block) if isinstance(solver, Annealing) else solver.solve(block).integers
 
         sides = self.outputs.clone()
@@ -163,7 +163,7 @@ class Layer:
             # the problem's errors are in grid steps
             scale = self.op.rows(grid.expand(grid.scale, self.weight.shape))[..., 0]
             sides *= scale.unsqueeze(1) * scale.unsqueeze(2)
-        return solve_coupled(problem, sides, integers, solve, blocks=_BLOCKS, passes=_PASSES)
+        return solve_coupled(problem, sides, integers, solve)
 
     def _judged(self, grid: Grid, integers: Tensor, correction: Tensor | None) -> LayerRounding:
         """The learned rounding, or nearest where that is better on held-out samples (on all without any)."""

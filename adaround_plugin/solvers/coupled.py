@@ -88,14 +88,12 @@ def solve_coupled(
     for part in parts:
         found[:, part] = solved(part, -feedback[:, part] @ error)
         error[:, part] = errors(found[:, part], part)
-    pulled = hessian.roughly_times(error)
     known = errors(start)
-    losses = [
-        ((sides @ one) * times).sum((1, 2)) for one, times in ((known, hessian.roughly_times(known)), (error, pulled))
-    ]
-    better = (losses[1] < losses[0])[:, None, None]
+    pulled, pulled_known = hessian.roughly_times(error), hessian.roughly_times(known)
+    losses = [((sides @ one) * by).sum((1, 2)) for one, by in ((error, pulled), (known, pulled_known))]
+    better = (losses[0] < losses[1])[:, None, None]
     found, error = torch.where(better, found, start), torch.where(better, error, known)
-    pulled = hessian.roughly_times(error)
+    pulled = torch.where(better, pulled, pulled_known)
     share = sides / sides.diagonal(dim1=1, dim2=2).unsqueeze(2)
     share.diagonal(dim1=1, dim2=2).zero_()
     for _ in range(passes - 1):
