@@ -106,7 +106,7 @@ def adaround(
         chosen.learn(run)
         if preset.finetune is not None and entry is not None:
             preset.finetune.learn(run, layers, entry)
-        output_error = run.finish()
+        output_error = run.finish().mean
         model = host.prepared if inplace else host.copy()
         host.write(model, run.roundings, run.scales)
     model.meta[KEY] = report.build(

@@ -82,10 +82,18 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class RecipeTrial:
-    """A recipe that was tried on part of the data: its settings and the relative error of the network's output."""
+    """A recipe that was tried on part of the data.
+
+    Attributes:
+        recipe: its settings.
+        output_error: the error of the network's output that the trial predicts for the run; None if it could not be
+            tried, or is no number.
+        note: why it could not be tried.
+    """
 
     recipe: str
-    output_error: float
+    output_error: float | None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,8 +107,9 @@ class Report:
         trials: recipes tried by `"auto"`.
         blocks: what was learned on samples. The errors of `layers` are then those before it, but with `Paper`.
         finetuning: the whole network, where its scales and biases were learned on samples in the end.
-        output_error: squared error of the network's output over its variance on held-out samples (on all without any,
-            and all of an output without a leading axis of samples).
+        output_error: mean squared error of the network's outputs on held-out samples (on all without any), over their
+            variance: of each entry about its own mean over samples. Scores are judged instead of probabilities and
+            decisions that are made of them, and several outputs count alike.
         seconds: wall time by phase: `setup` (checks and the reference conversion), `importance` (of columns),
             `forward`, `moments`, `solve`, `reconstruct` (learning on samples), `finetune`, `trials`, `total`.
     """
@@ -126,7 +135,8 @@ class Report:
         if learned:
             lines += _table(_BLOCK_HEAD, [_block_row(block) for block in learned])
         lines += [f"skipped {name} ({kind}): {reason}" for name, kind, reason in self.skipped]
-        lines += [f"tried {trial.recipe}: output error {_number(trial.output_error)}" for trial in self.trials]
+        for trial in self.trials:
+            lines.append(f"tried {trial.recipe}: {trial.note or f'output error {_number(trial.output_error)}'}")
         kept = sum(layer.learned for layer in self.layers)
         seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in self.seconds.items())
         lines.append(

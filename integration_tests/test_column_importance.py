@@ -265,17 +265,19 @@ class Differences(nn.Module):
 @pytest.mark.parametrize("make", [prepared_fx, prepared_pt2e])
 @pytest.mark.parametrize("solver", ["annealing", "gptq"])
 def test_rows_make_up_for_each_other(make, solver):
-    torch.manual_seed(0)
     mix = torch.randn(12, 12, generator=torch.Generator().manual_seed(1))
-    batches = [batch @ mix for batch in data(256, 12)]
-    prepared = make(Differences(), batches)
-    error = {}
-    for coupled in (False, True):
-        layers = replace(FISHER, solver=solver, output_hessian=coupled)
-        report = get_report(adaround(prepared, batches, layers, progress=False))
-        error[coupled] = report.output_error
-        assert ("output hessian" in report.recipe) == coupled
-    # measured: 0.27 to 0.85
+    error = {True: 0.0, False: 0.0}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        batches = [batch @ mix for batch in data(256, 12)]
+        prepared = make(Differences(), batches)
+        for coupled in error:
+            layers = replace(FISHER, solver=solver, output_hessian=coupled)
+            report = get_report(adaround(prepared, batches, layers, progress=False))
+            assert report.output_error is not None
+            error[coupled] += report.output_error
+            assert ("output hessian" in report.recipe) == coupled
+    # measured: 0.46 to 0.82
     assert error[True] < 0.9 * error[False]
 
 

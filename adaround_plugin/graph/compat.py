@@ -15,9 +15,6 @@ from torch.ao.quantization.observer import _is_activation_post_process
 from torch.utils import _pytree as pytree
 
 __all__ = [
-    "JOINS",
-    "PROBABILITIES",
-    "REARRANGES",
     "Convolution",
     "Dropout",
     "MoveListener",
@@ -33,6 +30,9 @@ __all__ = [
     "operator_name",
     "returns_view",
     "share_attributes",
+    "tree_flatten",
+    "tree_map",
+    "tree_unflatten",
     "unfused",
     "unordered_signature",
 ]
@@ -41,16 +41,11 @@ Convolution = nn.modules.conv._ConvNd
 Dropout = nn.modules.dropout._DropoutNd
 Normalization = nn.modules.batchnorm._NormBase
 
-# operators that turn scores into probabilities, that rearrange entries, and that join values
-PROBABILITIES = {"softmax", "_softmax", "log_softmax", "_log_softmax", "sigmoid", "logsigmoid", "log_sigmoid"}
-REARRANGES = {
-    *("view", "_unsafe_view", "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "squeeze"),
-    *("unsqueeze", "contiguous", "clone", "detach", "alias", "to", "float", "dropout", "t"),
-}
-JOINS = {"cat", "concat", "concatenate", "stack"}
-
 # the submodule that torch.export calls in front of a program, to check the shapes of its inputs
 _GUARDS = "_guards_fn"
+
+# a nested input as a list of its leaves and what is needed to put it together again, or leaf by leaf
+tree_flatten, tree_unflatten, tree_map = pytree.tree_flatten, pytree.tree_unflatten, pytree.tree_map
 
 
 class MoveListener(nn.Module):

@@ -53,6 +53,11 @@ class Stream(fx.Interpreter):
             self._roots[node] = frozenset[fx.Node]().union(*of_inputs) if node in self._remade else frozenset([node])
         self._replaced: dict[fx.Node, tuple[Any, ...]] = {}
         self.done: set[fx.Node] = set(self.placeholders)
+        self._kept: set[fx.Node] = set()
+
+    def keep(self, nodes: Iterable[fx.Node]) -> None:
+        """Let the values of these nodes be needed to the end."""
+        self._kept.update(root for node in nodes for root in self._roots[node])
 
     def arguments(self, node: fx.Node) -> tuple[Any, ...]:
         """The positional arguments of a node in this stream."""
@@ -127,7 +132,7 @@ class Stream(fx.Interpreter):
         """Mark `nodes` as done for every batch; returns the nodes whose values are still needed."""
         self.done.update(nodes)
         waiting = [node for node in self.nodes if node not in self.done and node not in self._remade]
-        return {root for node in waiting for source in node.all_input_nodes for root in self._roots[source]}
+        return self._kept.union(root for node in waiting for source in node.all_input_nodes for root in self._roots[source])
 
 
 def unpacks(node: fx.Node) -> bool:
@@ -138,9 +143,10 @@ def unpacks(node: fx.Node) -> bool:
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
-    """The floating-point tensors in a nested output."""
+    """The floating-point tensors in a nested output, complex ones as pairs of real numbers."""
     if isinstance(value, torch.Tensor):
         value = value.dequantize() if value.is_quantized else value
+        value = torch.view_as_real(value) if value.is_complex() else value
         return [value.float()] if value.is_floating_point() else []
     if isinstance(value, dict):
         value = list(value.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -10,7 +11,8 @@ from torch import Tensor, fx
 from adaround_plugin.errors import NonFiniteError
 from adaround_plugin.graph.arguments import input_of
 from adaround_plugin.graph.calls import CallSite
-from adaround_plugin.graph.streams import BothValues
+from adaround_plugin.graph.compat import tree_map
+from adaround_plugin.graph.streams import BothValues, Values, tensors
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.regions.calibration import Sampling
@@ -24,6 +26,8 @@ __all__ = ["Columns", "LayerMoments"]
 _EVEN_WEIGHT = 0.3
 # samples that count, at least this share of all, by their weights (`_tempered`)
 _EFFECTIVE_SHARE = 0.5
+# derivatives are taken of so many samples at once that the float stream's values take up this much, or of one
+_PIECE_BYTES = 2**30
 # columns of a layer that are taken in together: as many as these are wide, several times, but no more numbers than
 # this; or as many as are worth the calls
 _PENDING_TIMES, _PENDING_NUMBERS, _LEAST_PENDING = 4, 2**24, 2048
@@ -175,10 +179,14 @@ class Columns:
         """Find how much each column matters, and how the outputs of each layer do together."""
         run, nodes = self._run, self._run.host.nodes
         outputs: dict[fx.Node, Tensor] | None = {} if with_outputs else None
-        found = [
-            sensitivities(run.streams[0], nodes, run.sampling, batch, values[0], outputs)
-            for batch, values in enumerate(run.values)
-        ]
+        sampling, pieces = run.sampling.in_pieces(_piece_size(run))
+        found = []
+        for values, numbers in zip(run.values, pieces, strict=True):
+            parts = []
+            for number in numbers:
+                piece = values[0] if len(numbers) == 1 else _piece(values[0], run.sampling, sampling, number)
+                parts.append(sensitivities(run.streams[0], nodes, sampling, number, piece, outputs))
+            found.append(_joined(parts, [sampling.size[number] for number in numbers]))
         for node in nodes:
             sites = [site.float_node for site in node.sites]
             if not all(site in of_batch for of_batch in found for site in sites):
@@ -249,6 +257,50 @@ class Columns:
         """Free what was kept for a layer; whether its columns were weighed by their importance."""
         found = [self._importance.pop(site.float_node, None) for site in node.sites]
         return all(one is not None for one in found)
+
+
+def _piece_size(run: Pass) -> int:
+    """Samples of which derivatives are taken at once: as many as keep values of `_PIECE_BYTES`, or a whole batch.
+
+    Batches stay whole where the network does not run on one sample.
+    """
+    largest = max(run.sampling.size)
+    if run.host.batch_size is not None or largest == 1:
+        return largest
+    stream = run.streams[0]
+    one = _piece(run.values[0][0], run.sampling, run.sampling.in_pieces(1)[0], 0)
+    try:
+        stream.run_nodes(one, stream.runnable(set()))
+    except RuntimeError:
+        return largest
+    taken = sum(value.nbytes for value in tensors(list(one.values())))
+    return max(1, min(largest, _PIECE_BYTES // max(1, taken)))
+
+
+def _piece(values: Values, whole: Sampling, pieces: Sampling, number: int) -> Values:
+    """The graph's inputs for some samples of the batch that they are in."""
+    start = pieces.first[number]
+    batch = next(batch for batch in range(len(whole.size)) if start in whole.numbers(batch))
+    begin, length = start - whole.first[batch], whole.size[batch]
+
+    def part(value: Any) -> Any:
+        is_split = isinstance(value, Tensor) and value.dim() and len(value) == length
+        return value[begin : begin + pieces.size[number]] if is_split else value
+
+    return {node: tree_map(part, value) for node, value in values.items()}
+
+
+def _joined(parts: list[dict[fx.Node, Sensitivity]], sizes: list[int]) -> dict[fx.Node, Sensitivity]:
+    """What was found for the pieces of a batch, at the sites that were reached in all of them."""
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    return {
+        site: Sensitivity(
+            joined([part[site].columns for part in parts]),
+            torch.cat([part[site].samples + start for part, start in zip(parts, starts, strict=True)]),
+        )
+        for site in parts[0]
+        if all(site in part for part in parts)
+    }
 
 
 def _inverse_norm(exact: Tensor, index: Tensor, length: int) -> Tensor:

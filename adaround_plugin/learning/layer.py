@@ -27,6 +27,8 @@ __all__ = ["Layer", "Recipe"]
 
 # ridge on the moment of derivatives, relative to its mean diagonal
 _OUTPUT_RIDGE = 0.2
+# a row whose scale is below this share of the largest is left alone by the others
+_NO_SCALE = 1e-4
 # blocks of coupled rows are solved several times, and kept only if they are better
 _BRIEF = Annealing(sweeps=10, descent_sweeps=3)
 
@@ -161,8 +163,13 @@ class Layer:
         sides.diagonal(dim1=1, dim2=2).add_(_OUTPUT_RIDGE)
         if self._scale_follows_rows:
             # the problem's errors are in grid steps
-            scale = self.op.rows(grid.expand(grid.scale, self.weight.shape))[..., 0]
-            sides *= scale.unsqueeze(1) * scale.unsqueeze(2)
+            scale = self.op.rows(grid.expand(grid.scale, self.weight.shape))[..., 0].double()
+            scale = scale / scale.amax(1, keepdim=True)
+            # rows of next to nothing, as pruned or dead channels have, can make up for no other
+            alone = scale < _NO_SCALE
+            scale = torch.where(alone, _NO_SCALE, scale)
+            coupled = ~(alone.unsqueeze(1) | alone.unsqueeze(2)) | torch.eye(scale.shape[1], dtype=torch.bool, device=scale.device)
+            sides = torch.where(coupled, sides * scale.unsqueeze(1) * scale.unsqueeze(2), 0.0)
         return solve_coupled(problem, sides, integers, solve)
 
     def _judged(self, grid: Grid, integers: Tensor, correction: Tensor | None) -> LayerRounding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -22,6 +22,8 @@ __all__ = ["LayerWise", "PendingLayers"]
 _MOMENT_BYTES = 2 * 2**30
 # from this many samples on, little damping does; below this many, even biases may overfit
 _MANY_SAMPLES, _FEW_SAMPLES = 512, 128
+# and from so many on, how outputs do together is known well enough
+_COUPLED_SAMPLES = 256
 
 Auto = Literal["auto"]
 
@@ -46,8 +48,8 @@ class LayerWise:
             there, which takes one more forward and two backward passes.
         damping: ridge on the hessian relative to its mean diagonal.
         output_hessian: let the rows of a layer make up for each other, by the second moment of the derivatives of the
-            network's output by the layer's outputs, which takes the same passes as `"fisher"`. Recipes are tried
-            without it.
+            network's output by the layer's outputs, which takes the same passes as `"fisher"`. `"auto"` does so from
+            256 samples on, where the network has derivatives; recipes are tried without it.
         levels: the integers that a weight may take: `"all"` of its grid, or `"up_or_down"`, floor and ceil alone, as in
             the paper.
         holdout: share of the samples kept out of learning; a layer that is worse there than nearest keeps nearest.
@@ -64,17 +66,16 @@ class LayerWise:
     correct_bias: bool | Auto = "auto"
     column_weighting: Literal["auto", "none", "inverse_norm", "fisher"] = "auto"
     damping: float | Auto = "auto"
-    output_hessian: bool = False
+    output_hessian: bool | Auto = "auto"
     levels: Literal["all", "up_or_down"] = "all"
     holdout: float = 0.125
     max_columns: int = 16384
 
     def __post_init__(self) -> None:
         get_solver(self.solver, "LayerWise.solver")
-        for name in ("search_scale", "propagate_error", "correct_bias"):
+        for name in ("search_scale", "propagate_error", "correct_bias", "output_hessian"):
             check_choice(*named(self, name), choices=("auto", True, False))
         check_choice(*named(self, "column_weighting"), choices=("auto", "none", "inverse_norm", "fisher"))
-        check_choice(*named(self, "output_hessian"), choices=(True, False))
         check_choice(*named(self, "levels"), choices=("all", "up_or_down"))
         if self.damping != "auto":
             check_number(*named(self, "damping"), above=0)
@@ -103,22 +104,31 @@ class LayerWise:
 
         A baseline imitates nothing: only what is asked for by name is done.
 
-        The first is the best measured on most convolutional networks, the second on a transformer with massive
-        activations; propagated errors may overfit what few samples show, and corrected biases what very few do: the
-        last two do without (docs/benchmarks.md). Fewer samples want more damping.
+        The first is the best measured on most networks, the second needs no derivatives, the third is the best on a
+        transformer with massive activations; propagated errors may overfit what few samples show, and corrected biases
+        what very few do: the last two do without (docs/benchmarks.md). Fewer samples want more damping.
         """
         many, few = samples >= _MANY_SAMPLES, samples < _FEW_SAMPLES
-        damping = 0.01 if many else 0.1
+        damping, coupled = 0.01 if many else 0.1, samples >= _COUPLED_SAMPLES
         candidates = [Recipe(False, False, "none", damping)]
         if not is_baseline:
             candidates = [
-                Recipe(True, True, "none", damping),
-                Recipe(True, True, "inverse_norm", damping),
-                *([] if many else [Recipe(False, True, "inverse_norm", damping)]),
+                Recipe(True, True, "fisher", damping, coupled),
+                Recipe(True, True, "none", damping, coupled),
+                Recipe(True, True, "inverse_norm", damping, coupled),
+                *([] if many else [Recipe(False, True, "inverse_norm", damping, coupled)]),
                 *(candidates if few else []),
             ]
         given = {name: getattr(self, name) for name in asdict(candidates[0]) if getattr(self, name) != "auto"}
         return list(dict.fromkeys(replace(candidate, **given) for candidate in candidates))
+
+    def without_derivatives(self, recipes: Sequence[Recipe]) -> list[Recipe]:
+        """What is left of these recipes where the network has no derivatives; what is asked for by name stays."""
+        if self.column_weighting == "auto":
+            recipes = [recipe for recipe in recipes if recipe.column_weighting != "fisher"]
+        if self.output_hessian == "auto":
+            recipes = [replace(recipe, output_hessian=False) for recipe in recipes]
+        return list(dict.fromkeys(recipes))
 
     def with_recipe(self, recipe: Recipe) -> LayerWise:
         """These options, with the recipe's in place of what was open."""

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from adaround_plugin.graph.ends import ends_of
 from adaround_plugin.graph.streams import BothValues, tensors
 from adaround_plugin.hosts.base import Host, WeightedNode, open_streams
+from adaround_plugin.learning.output_error import OutputError, OutputTally
 from adaround_plugin.learning.report_builder import ReportBuilder
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.forward import Place
@@ -77,6 +79,8 @@ class Pass:
             self.streams = beside.streams[0], self.streams[1]
             exact = [of_batch for of_batch, _ in beside.values]
             self.float_columns = beside.float_columns
+        for stream in self.streams:
+            stream.keep(ends_of(stream))
         self.values: list[BothValues] = [
             (of_float, self.streams[1].bind(of_batch)) for of_float, of_batch in zip(exact, arguments, strict=True)
         ]
@@ -167,29 +171,19 @@ class Pass:
         values = self.values if snapshot is None else snapshot.values
         return Place(self.host, self.streams, values, self.roundings, self.sampling)
 
-    def finish(self) -> float:
-        """Run to the end; the squared error of the outputs over their variance about their mean.
-
-        It is measured on held-out samples, or on all without any; of an output without a leading axis of samples all
-        counts.
-        """
-        error = power = 0.0
+    def finish(self) -> OutputError:
+        """Run to the end; the error of the network's ends (`ends_of`) on held-out samples, on all without any."""
+        tally = OutputTally(self.sampling)
 
         def compare(batch: int, values: BothValues) -> None:
-            nonlocal error, power
-            outputs = [
-                tensors(stream.value(stream.output_node.args[0], of_batch))
+            exact, quantized = (
+                tensors([stream.value(end, of_batch) for end in ends_of(stream)])
                 for stream, of_batch in zip(self.streams, values, strict=True)
-            ]
-            for exact, quantized in zip(*outputs, strict=True):
-                if self.sampling.every and exact.dim() and self.sampling.has_samples(batch, exact.shape[0]):
-                    held = self.sampling.held_out(batch, exact.shape[0], exact.device)
-                    exact, quantized = exact[held], quantized[held]
-                error += float((exact - quantized).double().square().sum())
-                power += float((exact.double() - exact.double().mean()).square().sum()) if exact.numel() else 0.0
+            )
+            tally.add(batch, exact, quantized)
 
         self.forward(self.plan([]), compare)
-        return error / power if power > 0 else error
+        return tally.finish()
 
     def _now(self) -> float:
         """The time, when a GPU has done all that it was given."""

@@ -108,9 +108,9 @@ class ReportBuilder:
     _trials: list[RecipeTrial] = field(default_factory=list)
     _layers: dict[str, _Layer] = field(default_factory=dict)
 
-    def trial(self, recipe: Recipe, output_error: float) -> None:
-        """A recipe was tried."""
-        self._trials.append(RecipeTrial(str(recipe), output_error))
+    def trial(self, recipe: Recipe, output_error: float | None, note: str = "") -> None:
+        """A recipe was tried, or could not be."""
+        self._trials.append(RecipeTrial(str(recipe), output_error, note))
 
     def layer(
         self, node: WeightedNode, rounding: LayerRounding, notes: Sequence[str], columns: int, seconds: float

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import inf, isfinite, sqrt
 from typing import Any
 
-from adaround_plugin.hosts.base import Host
+import torch
+from torch import Tensor
+
+from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.hosts.base import Host, open_streams
+from adaround_plugin.learning.layer import Recipe
 from adaround_plugin.learning.layerwise import LayerWise, PendingLayers
 from adaround_plugin.learning.methods import Method
+from adaround_plugin.learning.output_error import OutputError
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import ReportBuilder
-from adaround_plugin.regions.calibration import Sampling
+from adaround_plugin.regions.calibration import Sampling, spread
+from adaround_plugin.regions.importance import sensitivities
 
 __all__ = ["choose_recipe"]
 
-# recipes are tried on an eighth of the samples, but on about this many if there are: fewer overfit more than the run
-# that follows, and speak against propagated errors
+# recipes learn from an eighth of the samples, but from about this many if there are: fewer overfit more than the run
+# that follows. As many again judge; a quarter does where there are fewer
 _TRIAL_SHARE, _LEAST_SAMPLES = 8, 128
 # columns of a layer: at most this many where they come from many samples, else twice as many
 _TRIAL_COLUMNS = 2048
 # so few samples need it
 _TRIAL_DAMPING = 0.1
+# by so much trials of few samples are too hard on columns that count unlike (docs/benchmarks.md)
+_FAVOUR = 0.15
+# a recipe must be better than the first by so many standard deviations, and is in doubt up to twice as many
+_SURE = 1.0
 
 
 def choose_recipe(
@@ -32,9 +45,10 @@ def choose_recipe(
     seed: int,
     report: ReportBuilder,
 ) -> LayerWise:
-    """The options of a method's layers, with the recipe that leaves the smallest error of the network's output.
+    """The options of a method's layers, with a recipe for what is open.
 
-    Recipes are tried by GPTQ, whose rows do not make up for each other.
+    Recipes are tried on samples from all batches, by GPTQ, whose rows do not make up for each other. The first is taken
+    unless another is clearly better. What needs derivatives that cannot be taken is left out, and reported.
 
     Args:
         method: whose recipe may be open.
@@ -43,35 +57,175 @@ def choose_recipe(
         excluded: names of the weighted nodes that stay nearest.
         seed: of the pass.
         report: takes the trials.
+
+    Raises:
+        InvalidOptionError: an option that is not open asks for derivatives that cannot be taken.
     """
     layers = method.layers
     if method.is_baseline and layers.search_scale == "auto":
         layers = replace(layers, search_scale=False)
-    total = Sampling.of(arguments, 0, 1, 0).total
-    recipes = layers.recipes(total, method.is_baseline)
-    if len(recipes) == 1 or len(excluded) == len(host.nodes):
-        return layers.with_recipe(recipes[0])
-    report.progress.say("choosing a recipe")
-    wanted = max(_LEAST_SAMPLES, total // _TRIAL_SHARE)
-    part = arguments[:: max(1, min(total // wanted, len(arguments)))]
-    columns = _TRIAL_COLUMNS if total >= _TRIAL_SHARE * _LEAST_SAMPLES else 2 * _TRIAL_COLUMNS
-    sampling = Sampling.of(part, layers.holdout, columns, seed)
-    runs: list[Pass] = []
-    pending = []
-    for recipe in recipes:
-        tried = replace(recipe, output_hessian=False)
-        if layers.damping == "auto":
-            tried = replace(tried, damping=_TRIAL_DAMPING)
-        beside = runs[0] if runs else None
-        options: dict[str, Any] = {"excluded": excluded, "seed": seed, "report": report}
-        runs.append(Pass(host, part, sampling, **options, is_trial=True, beside=beside))
-        pending.append(PendingLayers(runs[-1], layers.with_recipe(tried)))
-    # side by side, so that what they have in common is there for all of them
-    while pending[0].pending:
-        for one in pending:
-            one.decide_next()
-        runs[0].forget_float_columns()
-    errors = [run.finish() for run in runs]
-    for one, error in zip(pending, errors, strict=True):
-        report.trial(one.recipe, error)
-    return layers.with_recipe(recipes[errors.index(min(errors))])
+    recipes = layers.recipes(Sampling.of(arguments, 0, 1, 0).total, method.is_baseline)
+    if len(excluded) == len(host.nodes):
+        return layers.with_recipe(recipes[-1])
+    trials = _Trials(layers, host, arguments, excluded, seed, report)
+    without = layers.without_derivatives(recipes)
+    if without != recipes and (problem := trials.problem_of_derivatives()) is not None:
+        for recipe in recipes:
+            if recipe not in without:
+                report.trial(recipe, None, problem)
+        recipes = without
+    if len(recipes) > 1:
+        report.progress.say("choosing a recipe")
+        recipes = [trials.best(recipes)]
+    return layers.with_recipe(recipes[0])
+
+
+class _Trials:
+    """Passes over part of the samples, from all batches.
+
+    Args:
+        layers: the options, of which a recipe takes some.
+        host, arguments, excluded, seed, report: as of `choose_recipe`.
+    """
+
+    def __init__(
+        self,
+        layers: LayerWise,
+        host: Host,
+        arguments: list[list[Any]],
+        excluded: frozenset[str],
+        seed: int,
+        report: ReportBuilder,
+    ) -> None:
+        self._layers, self._host, self._arguments = layers, host, arguments
+        self._excluded, self._seed, self._report = excluded, seed, report
+        whole = Sampling.of(arguments, 0, 1, 0)
+        learned = max(_LEAST_SAMPLES, whole.total // _TRIAL_SHARE)
+        self._total, self._size = whole.total, whole.size[0]
+        self._wanted, self._holdout = (2 * learned, 0.5) if whole.total >= 2 * learned else (whole.total, 0.25)
+        self._columns = _TRIAL_COLUMNS if whole.total >= _TRIAL_SHARE * _LEAST_SAMPLES else 2 * _TRIAL_COLUMNS
+        if self._wanted < self._size and host.batch_size is None and self._runs_on(self._wanted):
+            self._size = self._wanted
+
+    def _part(self, size: int, offset: float = 0.5) -> list[list[Any]]:
+        return spread(self._arguments, self._wanted, size, offset)
+
+    def _runs_on(self, size: int) -> bool:
+        """Whether the network takes batches of another size than those given."""
+        stream, _ = open_streams(self._host)
+        values = stream.bind(self._part(size)[0])
+        try:
+            stream.run_nodes(values, stream.runnable(set()))
+        except RuntimeError:
+            return False
+        return True
+
+    def problem_of_derivatives(self) -> str | None:
+        """Why the network's output has no derivatives, if it has none."""
+        stream, _ = open_streams(self._host)
+        part = self._part(self._size)[:1]
+        try:
+            sensitivities(stream, self._host.nodes, Sampling.of(part, 0, 1, 0), 0, stream.bind(part[0]))
+        except InvalidOptionError as error:
+            return error.problem
+        return None
+
+    def best(self, recipes: Sequence[Recipe]) -> Recipe:
+        """The first of two or more, or the best of those that are clearly better.
+
+        The second best is tried again on other samples if that is in doubt, and there are as many.
+        """
+        tried = [
+            _Tried(recipe, [error], self._total)
+            for recipe, error in zip(recipes, self._errors(recipes), strict=True)
+        ]
+        first, *others = tried
+        second = min(others, key=lambda one: one.predicted)
+        if self._total >= 2 * self._wanted and abs(second.margin(first)) < 2 * _SURE * second.deviation(first):
+            again = self._errors([first.recipe, second.recipe], offset=0.0)
+            first.errors.append(again[0])
+            second.errors.append(again[1])
+        for one in tried:
+            self._report.trial(one.recipe, one.predicted if isfinite(one.predicted) else None)
+        better = [one for one in others if one.margin(first) > _SURE * one.deviation(first)]
+        return min(better, key=lambda one: one.predicted, default=first).recipe
+
+    def _errors(self, recipes: Sequence[Recipe], offset: float = 0.5) -> list[OutputError]:
+        """What recipes lead to on one part of the samples."""
+        part = self._part(self._size, offset)
+        sampling = Sampling.of(part, self._holdout, self._columns, self._seed)
+        trials: list[tuple[Pass, PendingLayers]] = []
+        for recipe in recipes:
+            tried = replace(recipe, output_hessian=False)
+            if self._layers.damping == "auto":
+                tried = replace(tried, damping=_TRIAL_DAMPING)
+            run = Pass(
+                self._host,
+                part,
+                sampling,
+                excluded=self._excluded,
+                seed=self._seed,
+                report=self._report,
+                is_trial=True,
+                beside=trials[0][0] if trials else None,
+            )
+            trials.append((run, PendingLayers(run, self._layers.with_recipe(tried))))
+        # side by side, so that what they have in common is there for all of them
+        while trials[0][1].pending:
+            for _, pending in trials:
+                pending.decide_next()
+            trials[0][0].forget_float_columns()
+        return [run.finish() for run, _ in trials]
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A recipe, and the errors that it left in its trials.
+
+    Of a least-squares fit of `d` numbers to `n` samples the error is `e (1 - d / n)` on these and `e (1 + d / n)` on
+    others (Akaike 1970, "Statistical predictor identification"): both together tell the error on others after learning
+    from `total` samples.
+
+    Attributes:
+        recipe: that was tried.
+        errors: of each trial.
+        total: number of samples of the run that is to follow.
+    """
+
+    recipe: Recipe
+    errors: list[OutputError]
+    total: int
+
+    @property
+    def _share(self) -> float:
+        """Of the samples of the run, that a trial learned from."""
+        return min(1.0, int((~self.errors[0].held_out).sum()) / self.total)
+
+    def _parts(self) -> list[tuple[float, Tensor]]:
+        """What the mean errors of held-out and of learning samples count in the prediction, and these errors."""
+        held = torch.cat([error.samples[error.held_out] for error in self.errors])
+        learned = torch.cat([error.samples[~error.held_out] for error in self.errors])
+        # a lone sample cannot be held out
+        return [((1 + self._share) / 2, held if len(held) else learned), ((1 - self._share) / 2, learned)]
+
+    @property
+    def predicted(self) -> float:
+        """The error of the run, infinite where it is no number."""
+        found = sum(count * float(errors.mean()) for count, errors in self._parts())
+        return found if isfinite(found) else inf
+
+    def margin(self, first: _Tried) -> float:
+        """By how much this is predicted to be better than the first, which trials may be too hard on."""
+        favour = _FAVOUR * (1 - first._share) if first.recipe.column_weighting == "fisher" else 0.0
+        if first.predicted == inf:
+            return 0.0 if self.predicted == inf else inf
+        return (1 - favour) * first.predicted - self.predicted
+
+    def deviation(self, first: _Tried) -> float:
+        """Standard deviation of the difference of the predictions, as it comes from the choice of samples."""
+        variance = 0.0
+        for (count, ours), (_, theirs) in zip(self._parts(), first._parts(), strict=True):
+            pairs = min(len(ours), len(theirs))
+            if pairs > 1:
+                variance += count**2 * float((ours[:pairs] - theirs[:pairs]).var()) / pairs
+        return sqrt(variance) if isfinite(variance) else 0.0

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from adaround_plugin.errors import taking_derivatives
-from adaround_plugin.graph.compat import JOINS, PROBABILITIES, REARRANGES, operator_name
+from adaround_plugin.graph.ends import ends_of
 from adaround_plugin.graph.paths import Path, run_node
 from adaround_plugin.graph.streams import Stream, Values, tensors
 from adaround_plugin.hosts.base import WeightedNode
@@ -30,13 +30,10 @@ __all__ = ["Sensitivity", "importance", "sensitivities"]
 # random projections of the network's output: some for each entry of a region's exits, fewer for columns, of which there
 # are many
 _PROJECTIONS, _COLUMN_PROJECTIONS = 8, 2
-# modules that turn scores into probabilities, and that rearrange entries
-_PROBABILITY_MODULES = (nn.Softmax, nn.LogSoftmax, nn.Sigmoid, nn.LogSigmoid)
-_REARRANGING_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)
 
 
 def importance(
-    stream: Stream, nodes: Sequence[fx.Node], at: Sequence[Tensor], values: Values, seed: int
+    stream: Stream, nodes: Sequence[fx.Node], at: Sequence[Tensor], values: Values, samples: Sequence[int]
 ) -> list[Tensor | None]:
     """Mean squared derivative of random projections of the network's output by every entry of some nodes' values.
 
@@ -45,7 +42,7 @@ def importance(
         nodes: where.
         at: their values for one batch.
         values: what the stream keeps of the batch.
-        seed: of the projections.
+        samples: the numbers of the batch's samples.
 
     Returns:
         For each node a tensor of the shape of its value: what reaches the output by no other of the nodes counts; None
@@ -54,7 +51,7 @@ def importance(
     Raises:
         InvalidOptionError: an operator has no derivative.
     """
-    path = Path(stream, _ends(stream), {*values, *nodes}, {})
+    path = Path(stream, ends_of(stream), {*values, *nodes}, {})
     total: list[Tensor | None] = [None] * len(nodes)
     with torch.enable_grad(), _differentiating():
         leaves = [value.detach().requires_grad_() for value in at]
@@ -62,7 +59,7 @@ def importance(
         found.update(zip(nodes, leaves, strict=True))
         for node in path.order:
             found[node] = run_node(stream, node, found)
-        for value in _projections(stream, found, _PROJECTIONS, seed):
+        for value in _projections(stream, found, _PROJECTIONS, samples):
             gradients = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
             squares = [None if gradient is None else gradient.square() / _PROJECTIONS for gradient in gradients]
             total = [square if one is None else one + square for one, square in zip(total, squares, strict=True)]
@@ -111,7 +108,7 @@ def sensitivities(
         InvalidBatchError: an input does not fit its layer.
     """
     sites = {site.float_node: (site.call, node) for node in nodes for site in node.sites if site.call is not None}
-    path = Path(stream, _ends(stream), values, {})
+    path = Path(stream, ends_of(stream), values, {})
     found: dict[fx.Node, Any] = {node: stream.value(node, values) for node in path.entries}
     total: dict[fx.Node, Sensitivity] = {}
     with torch.enable_grad(), _differentiating():
@@ -130,7 +127,7 @@ def sensitivities(
             samples = sampling.samples(batch, patches.samples, columns[0].device)[columns[0]]
             tap = _tap(node, weighted, columns, samples, zero, total, outputs)
             found[node] = call.tapped(args, kwargs, weighted.weight, tap)
-        for value in _projections(stream, found, _COLUMN_PROJECTIONS, batch):
+        for value in _projections(stream, found, _COLUMN_PROJECTIONS, sampling.numbers(batch)):
             torch.autograd.grad(value, zero, retain_graph=True, allow_unused=True)
     return total
 
@@ -180,60 +177,39 @@ def _of_one_sum(by_output: Tensor, square: Tensor, samples: Tensor) -> Tensor:
     return by_output * power.clamp_min(torch.finfo(power.dtype).tiny).rsqrt()[:, samples].unsqueeze(-1)
 
 
-def _ends(stream: Stream) -> list[fx.Node]:
-    """The nodes where derivatives start: what the network returns, before it is joined or made probabilities of."""
-    ends: list[fx.Node] = []
-    map_arg(stream.output_node.args[0], ends.append)
-    found: dict[fx.Node, None] = {}
-    while ends:
-        node = ends.pop(0)
-        behind = _before(stream, node)
-        if behind is None:
-            found[node] = None
-        else:
-            ends[:0] = behind
-    return list(found)
-
-
-def _before(stream: Stream, node: fx.Node) -> list[fx.Node] | None:
-    """What is joined or made probabilities of at a node, through what rearranges it; None where nothing is."""
-    end = node
-    while stream.varies(end) and _is_one(stream, end, REARRANGES, _REARRANGING_MODULES):
-        end = end.all_input_nodes[0]
-    if not stream.varies(end):
-        return None
-    if _is_one(stream, end, PROBABILITIES, _PROBABILITY_MODULES):
-        return [end.all_input_nodes[0]]
-    if _is_one(stream, end, JOINS, ()):
-        return [source for source in end.all_input_nodes if stream.varies(source)]
-    return None
-
-
-def _is_one(stream: Stream, node: fx.Node, names: set[str], modules: tuple[type[nn.Module], ...]) -> bool:
-    if not node.all_input_nodes:
-        return False
-    if node.op == "call_module":
-        return isinstance(stream.fetch_attr(str(node.target)), modules)
-    if node.op == "call_function":
-        return operator_name(node)[0].split(".")[0] in names
-    return node.op == "call_method" and node.target in names
-
-
-def _projections(stream: Stream, found: Values, count: int, seed: int) -> Iterator[Tensor]:
+def _projections(stream: Stream, found: Values, count: int, samples: Sequence[int]) -> Iterator[Tensor]:
     """Random projections of those ends that have a derivative; none if none has.
 
-    Of several ends each is taken over its standard deviation, so that none counts by its unit.
+    Each sample has random signs of its own, whatever batch it is in. Of several ends each is taken over its standard
+    deviation, so that none counts by its unit.
+
+    Args:
+        stream: whose ends they are.
+        found: their values.
+        count: number of projections.
+        samples: the numbers of the batch's samples.
     """
-    generator = torch.Generator().manual_seed(seed)
-    outputs = [_scores(output) for output in tensors([found[end] for end in _ends(stream)]) if output.requires_grad]
+    outputs = [_scores(output) for output in tensors([found[end] for end in ends_of(stream)]) if output.requires_grad]
     unit = [1.0] * len(outputs)
     if len(outputs) > 1:
         spread = [float(output.detach().std()) if output.numel() > 1 else 0.0 for output in outputs]
         unit = [1 / one if one > 0 else 1.0 for one in spread]
-    for _ in range(count if outputs else 0):
-        signs = [torch.randint(2, output.shape, generator=generator).to(output) * 2 - 1 for output in outputs]
-        sums = [one * (output * sign).sum() for output, sign, one in zip(outputs, signs, unit, strict=True)]
+    for number in range(count if outputs else 0):
+        sums = []
+        for which, (output, one) in enumerate(zip(outputs, unit, strict=True)):
+            seeds = [(sample * count + number) * len(outputs) + which for sample in samples]
+            sums.append(one * (output * _signs(output, seeds)).sum())
         yield torch.stack([one.to(sums[0].device) for one in sums]).sum()
+
+
+def _signs(output: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Random signs of the shape of an output, for its equal runs along the leading axis by a seed for each."""
+    generator = torch.Generator()
+    if not output.dim() or output.shape[0] % len(seeds):
+        seeds = seeds[:1]
+    shape = (output.shape[0] // len(seeds), *output.shape[1:]) if output.dim() else ()
+    drawn = [torch.randint(2, shape, generator=generator.manual_seed(seed)) for seed in seeds]
+    return (torch.cat(drawn) if output.dim() else drawn[0]).to(output) * 2 - 1
 
 
 def _scores(output: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ class Region:
         counterparts = self._forward.float_counterparts(self._place.streams, values[0][0])
         pairs = zip(self._forward.entries, counterparts, strict=True)
         self.without_counterpart = [node.name for node, counterpart in pairs if counterpart is None]
-        parts = [self._part(of_batch, counterparts, propagate_error) for of_batch in values]
+        parts = [self._part(batch, counterparts, propagate_error) for batch in range(len(values))]
         if self.is_unweighed:
             parts = [_Part(part.targets, part.entries, part.exact, []) for part in parts]
         self.has_samples = all(
@@ -137,9 +137,10 @@ class Region:
         else:
             self._parts, self._held = parts, held
 
-    def _part(self, values: BothValues, counterparts: list[fx.Node | None], propagate_error: bool) -> _Part:
+    def _part(self, batch: int, counterparts: list[fx.Node | None], propagate_error: bool) -> _Part:
         """One of the caller's batches."""
         exact, quantized = self._place.streams
+        values = self._place.values[batch]
         entries = [quantized.value(node, values[1]) for node in self._forward.entries]
         floats = [
             entry if counterpart is None else exact.value(counterpart, values[0])
@@ -149,14 +150,15 @@ class Region:
         dropping = zip(self._forward.entries, floats, strict=True) if self._drawing.drop else ()
         mixed = [value if unpacks(node) else None for node, value in dropping]
         targets = self._targets(values[0])
-        return _Part(targets, entries if propagate_error else floats, mixed, self._importance(targets, values[0]))
+        return _Part(targets, entries if propagate_error else floats, mixed, self._importance(batch, targets))
 
-    def _importance(self, targets: list[Tensor], values: Values) -> list[Tensor]:
+    def _importance(self, batch: int, targets: list[Tensor]) -> list[Tensor]:
         """Of the entries of one batch's targets; what is not known is left out."""
         if not self._drawing.weighs_outputs:
             return []
         goals = [end.float_node for end in self.exits]
-        found = importance(self._place.streams[0], goals, targets, values, self._drawing.seed)
+        known_values = self._place.values[batch][0]
+        found = importance(self._place.streams[0], goals, targets, known_values, self._sampling.numbers(batch))
         known = [weight for weight in found if weight is not None]
         self.is_unweighed |= len(known) < len(found)
         return known

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import namedtuple
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from adaround_plugin.errors import InvalidBatchError
 from adaround_plugin.hosts.fx.host import placeholder_signature
-from adaround_plugin.regions.calibration import Sampling, bind_batches
+from adaround_plugin.regions.calibration import Sampling, bind_batches, spread
 from adaround_plugin.rounding.linear_op import LinearOp, Patches
 
 
@@ -318,3 +321,183 @@ def test_samples_are_numbered_through_batches():
 def test_the_leading_axis_of_the_first_tensor_counts_the_samples():
     bound = [[2.0, torch.zeros(5, 2), torch.zeros(7)], [1.0, torch.tensor(3.0), None]]
     assert Sampling.of(bound, 0.0, 10, 0).size == (5, 1)
+
+
+SAMPLES = 512
+NUMBERS = torch.arange(float(SAMPLES)).reshape(SAMPLES, 1).repeat(1, 2)
+
+
+def cut(data: Tensor, sizes: int | Iterable[int]) -> list[Tensor]:
+    """Samples in batches of these sizes; what is left of them is the last."""
+    if isinstance(sizes, int):
+        return list(data.split(sizes))
+    edges = sorted({min(edge, len(data)) for edge in itertools.accumulate(sizes)} - {0, len(data)})
+    return list(torch.tensor_split(data, edges))
+
+
+def numbers(found: list[list[Any]]) -> list[list[int]]:
+    """Which samples of `NUMBERS` are in each batch."""
+    return [arguments[0][:, 0].long().tolist() for arguments in found]
+
+
+def numbered(sizes: int | Iterable[int]) -> list[list[Any]]:
+    return [[batch] for batch in cut(NUMBERS, sizes)]
+
+
+uneven = st.lists(st.integers(1, 90), max_size=20)
+takes = st.tuples(st.integers(1, 300), st.integers(1, 64)).filter(lambda pair: pair[1] <= pair[0])
+
+
+@given(uneven, takes, st.floats(0, 1, exclude_max=True))
+def test_samples_taken_are_evenly_spread(sizes, take, offset):
+    wanted, size = take
+    found = numbers(spread(numbered(sizes), wanted, size, offset))
+    assert {len(batch) for batch in found} == {size}
+    taken = sorted(itertools.chain.from_iterable(found))
+    # as many as wanted, in whole batches
+    assert len(taken) - size < wanted <= len(taken) or len(taken) > SAMPLES - size
+    step = SAMPLES / len(taken)
+    assert taken == [int((i + offset) * SAMPLES / len(taken)) for i in range(len(taken))]
+    assert all(abs(number - (i + offset) * step) <= 1 for i, number in enumerate(taken))
+    # each batch is spread over all of them itself
+    for batch in found:
+        assert batch[0] < step * len(found)
+        assert batch[-1] >= SAMPLES - step * len(found) - 1
+        assert all(abs(b - a - step * len(found)) <= 1 for a, b in itertools.pairwise(batch))
+
+
+@given(uneven, takes, st.sampled_from([0.0, 0.25, 0.5, 0.75]))
+def test_how_samples_come_in_batches_does_not_matter(sizes, take, offset):
+    wanted, size = take
+    expected = spread(numbered(SAMPLES), wanted, size, offset)
+    for split in (4, 32, 256, sizes):
+        found = spread(numbered(split), wanted, size, offset)
+        assert len(found) == len(expected)
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(found, expected, strict=True))
+
+
+@given(st.integers(1, 200), st.integers(1, 64), st.floats(0, 0.45), uneven)
+def test_two_offsets_share_no_sample(wanted, size, offset, sizes):
+    size = min(size, wanted)
+    first, second = (numbers(spread(numbered(sizes), wanted, size, start)) for start in (offset, offset + 0.5))
+    first, second = (set(itertools.chain.from_iterable(one)) for one in (first, second))
+    assert len(first) == len(second)
+    if 2 * len(first) <= SAMPLES:
+        assert not first & second
+
+
+def test_no_more_samples_than_wanted_are_left_as_they_are():
+    arguments = numbered([100, 12])
+    assert spread(arguments, SAMPLES, 32) is arguments
+    assert spread(arguments, SAMPLES + 1, 32) is arguments
+
+
+def test_batches_of_one_are_put_together():
+    found = spread(numbered(1), 32, 8)
+    assert [arguments[0].shape for arguments in found] == [(8, 2)] * 4
+    assert sorted(itertools.chain.from_iterable(numbers(found))) == list(range(8, SAMPLES, 16))
+
+
+def test_one_batch_is_taken_apart():
+    assert numbers(spread(numbered(SAMPLES), 4, 2)) == [[64, 320], [192, 448]]
+
+
+@pytest.mark.parametrize("split", [4, 32, 256, [3, 200, 70]])
+def test_inputs_stay_together_and_constants_stay(split):
+    """A dict, a list and a tuple with samples; a number, none, a name, a table and a scale that all batches share."""
+    table, scale = torch.randn(5, 3), torch.tensor(3.0)
+    arguments = [
+        [{"image": image, "k": 2}, [image + 1, (image[:, 0] > 7, None)], "mean", table.clone(), scale, image.long()]
+        for image in cut(NUMBERS, split)
+    ]
+    found = spread(arguments, 96, 32)
+    assert numbers([[arguments[0]["image"]] for arguments in found]) == numbers(spread(numbered(split), 96, 32))
+    for inputs, (one, mask), *rest, numbers_again in found:
+        image = inputs["image"]
+        assert inputs.keys() == {"image", "k"}
+        assert inputs["k"] == 2
+        assert torch.equal(one, image + 1)
+        assert torch.equal(mask[0], image[:, 0] > 7)
+        assert mask[1] is None
+        assert rest[0] == "mean"
+        assert torch.equal(rest[1], table)
+        assert torch.equal(rest[2], scale)
+        assert torch.equal(numbers_again, image.long())
+        assert numbers_again.dtype == torch.int64
+
+
+@pytest.mark.parametrize("split", [4, 32, 256, [3, 200, 70]])
+def test_masks_of_ones_go_with_their_samples(split):
+    found = spread([[x, torch.ones(len(x), 3)] for x in cut(NUMBERS, split)], 96, 32)
+    assert [arguments[0].shape for arguments in found] == [(32, 2)] * 3
+    assert all(torch.equal(arguments[1], torch.ones(32, 3)) for arguments in found)
+
+
+def test_a_batch_given_many_times_is_one_of_samples():
+    x = NUMBERS[:8]
+    found = spread([[x, x + 1] for _ in range(8)], 16, 4)
+    assert all(torch.equal(arguments[0] + 1, arguments[1]) for arguments in found)
+    found = spread([[x] for _ in range(8)], 16, 4)
+    assert numbers(found) == [[2] * 4, [6] * 4] * 2
+
+
+def by_tokens(*lengths: int) -> list[list[Any]]:
+    """Batches of 4 samples of these numbers of tokens."""
+    return [[torch.full((4, length), float(i))] for i, length in enumerate(lengths)]
+
+
+# what cannot be put together, by batch
+APART = {
+    "other shapes": lambda i: torch.zeros(4, 3 + i % 3),
+    "another number": float,
+    "a shared table as long as a batch": lambda i: torch.arange(4.0),
+    "a table of each batch": lambda i: torch.full((7, 2), float(i)),
+    "a scale of each batch": lambda i: torch.tensor(float(i)),
+    "a number or a tensor": lambda i: torch.ones(4) if i % 2 else 2.0,
+    "a tensor or nothing": lambda i: None if i % 2 else torch.ones(4),
+    "another type": lambda i: torch.full((4,), i, dtype=torch.int64 if i % 2 else torch.float32),
+    "another structure": lambda i: [torch.full((4,), float(i))] * (1 + i % 2),
+    "an array": lambda i: np.ones(3),
+}
+
+
+@pytest.mark.parametrize("other", APART)
+def test_batches_whose_samples_cannot_be_put_together_are_taken_whole(other):
+    arguments = [[x, APART[other](i)] for i, x in enumerate(cut(NUMBERS, 4))]
+    # a tenth of the samples
+    found = spread(arguments, 51, 17)
+    positions = [next(i for i, one in enumerate(arguments) if one is arguments_found) for arguments_found in found]
+    assert positions == [int((i + 0.5) * len(arguments) / 12) for i in range(12)]
+
+
+def test_a_scale_of_one_entry_is_not_taken_for_samples():
+    """Which it might be, of batches of one."""
+    found = spread([[x, torch.full((1,), 3.0)] for x in cut(NUMBERS, 1)], 64, 32)
+    assert all(len(arguments[0]) == len(arguments[1]) == 1 for arguments in found)
+    assert numbers(found) == [[number] for number in range(4, SAMPLES, 8)]
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=30), st.integers(1, 60), st.floats(0, 0.45))
+def test_whole_batches_are_spread_and_two_offsets_share_none(lengths, wanted, offset):
+    arguments = by_tokens(*lengths, 10)
+    total = 4 * len(arguments)
+    found = [spread(arguments, wanted, min(wanted, 4), start) for start in (offset, offset + 0.5)]
+    if wanted >= total:
+        assert all(one is arguments for one in found)
+        return
+    first, second = ([int(one[0][0, 0]) for one in part] for part in found)
+    assert len(first) == len(second) == max(1, wanted // 4)
+    assert all(
+        abs(number - i * len(arguments) / len(first)) <= len(arguments) / len(first) for i, number in enumerate(first)
+    )
+    if 2 * len(first) <= len(arguments):
+        assert not set(first) & set(second)
+
+
+def test_what_is_spread_is_left_as_it_is():
+    arguments = [[x, x.long()] for x in cut(NUMBERS, 16)]
+    before = [[value.clone() for value in of_batch] for of_batch in arguments]
+    spread(arguments, 64, 32)
+    assert all(
+        torch.equal(a, b) for one, other in zip(arguments, before, strict=True) for a, b in zip(one, other, strict=True)
+    )

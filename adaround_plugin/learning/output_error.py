@@ -1,0 +1,119 @@
+"""The error of a network's outputs, sample by sample, relative to how far the samples lie apart."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaround_plugin.regions.calibration import Sampling
+
+__all__ = ["OutputError", "OutputTally"]
+
+# a variance below this share of the mean square is none
+_NO_VARIANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """Relative squared errors of the samples of a pass, in order.
+
+    Attributes:
+        samples: `(S,)` float64.
+        held_out: `(S,)`, whether a sample was kept out of learning.
+    """
+
+    samples: Tensor
+    held_out: Tensor
+
+    @property
+    def mean(self) -> float:
+        """The mean over held-out samples; over all if there are none."""
+        judged = self.samples[self.held_out] if bool(self.held_out.any()) else self.samples
+        return float(judged.mean())
+
+
+class OutputTally:
+    """Adds up the errors of a network's outputs over batches.
+
+    The mean squared error of each output is taken over the variance of its entries, each about its own mean over all
+    samples, so that what all samples have in common does not count; then outputs count alike. Along an axis that is
+    longer in some batches than in others, as that of tokens, entries have one mean.
+
+    Args:
+        sampling: how many samples there are, and which are held out.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        # by number of the output
+        self._spread: dict[int, _Spread] = defaultdict(_Spread)
+        self._errors: dict[int, list[Tensor]] = defaultdict(list)
+
+    def add(self, batch: int, exact: Sequence[Tensor], quantized: Sequence[Tensor]) -> None:
+        """Take in the float and the quantized outputs of one batch, floating-point tensors."""
+        size = self._sampling.size[batch]
+        for number, (one, other) in enumerate(zip(exact, quantized, strict=True)):
+            if not one.numel():
+                self._errors[number].append(torch.zeros(size, dtype=torch.float64))
+                continue
+            # an output without an axis of samples is one for all of them
+            split = one.dim() > 0 and self._sampling.has_samples(batch, one.shape[0])
+            self._spread[number].add(one if split else one.unsqueeze(0))
+            error = (one - other).double().square()
+            self._errors[number].append(error.reshape(size, -1).mean(1) if split else error.mean().expand(size))
+
+    def finish(self) -> OutputError:
+        """The errors of all batches."""
+        sampling, total = self._sampling, self._sampling.total
+        found = torch.zeros(total, dtype=torch.float64)
+        for number, parts in self._errors.items():
+            if number not in self._spread:
+                continue
+            found += torch.cat([part.cpu() for part in parts]) / self._spread[number].variance() / len(self._errors)
+        held = torch.cat([sampling.held_out(batch, size) for batch, size in enumerate(sampling.size)])
+        return OutputError(found, held)
+
+
+class _Spread:
+    """The variance of entries, each about its mean over samples."""
+
+    def __init__(self) -> None:
+        # by shape of a sample: how many, their sum, and that of their squares
+        self._seen: dict[torch.Size, tuple[int, Tensor, float]] = {}
+
+    def add(self, values: Tensor) -> None:
+        """Take in `(n, ...)` values."""
+        values = values.double()
+        count, total, square = self._seen.get(values.shape[1:], (0, torch.zeros((), dtype=torch.float64), 0.0))
+        new = values.sum(0)
+        self._seen[values.shape[1:]] = count + len(values), total.to(new.device) + new, square + float(values.square().sum())
+
+    def variance(self) -> float:
+        """Of an entry on the mean; the mean square where there is none, 1 where that is 0."""
+        count, total, square = self._together()
+        entries = count * total.numel()
+        variance = (square - float(total.square().sum()) / count) / entries
+        if variance > _NO_VARIANCE * square / entries:
+            return variance * count / (count - 1)
+        return square / entries or 1.0
+
+    def _together(self) -> tuple[int, Tensor, float]:
+        """Samples of one shape, made of those of all by taking entries along an axis that differs as samples, too.
+
+        All axes do where there is one sample.
+        """
+        shapes = list(self._seen)
+        if len(shapes) == 1 and self._seen[shapes[0]][0] > 1:
+            return self._seen[shapes[0]]
+        same = len(shapes) > 1 and len({len(shape) for shape in shapes}) == 1
+        common = [axis for axis in range(len(shapes[0])) if len({shape[axis] for shape in shapes}) == 1] if same else []
+        count, sums = 0, []
+        for seen, total, _ in self._seen.values():
+            others = [axis for axis in range(total.dim()) if axis not in common]
+            sums.append(total.sum(others) if others else total)
+            count += seen * (total.numel() // sums[-1].numel())
+        return count, torch.stack(sums).sum(0), sum(square for _, _, square in self._seen.values())
