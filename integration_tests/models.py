@@ -39,6 +39,18 @@ def batches(*shape: int, sizes: Sequence[int] = (6, 6, 4)) -> list[Tensor]:
     return [images(size, *shape, seed=i) for i, size in enumerate(sizes)]
 
 
+def relative_error(outputs: Sequence[tuple[Tensor, Tensor]], held: Tensor) -> float:
+    """Mean squared error of held-out samples, over the variance of each entry about its mean over all samples.
+
+    Args:
+        outputs: float and quantized, of each batch, `(n, ...)`.
+        held: whether a sample is held out, of all batches.
+    """
+    exact, quantized = (torch.cat(list(parts)).double() for parts in zip(*outputs, strict=True))
+    assert len(exact) == len(held)
+    return float((exact - quantized)[held].square().mean() / exact.var(0).mean())
+
+
 def call(model: nn.Module, batch: Any) -> Any:
     """Run a model on a batch as a loader yields it: tensor, tuple (positional) or dict (keywords)."""
     if isinstance(batch, dict):

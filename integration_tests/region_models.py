@@ -18,7 +18,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from adaround_plugin import adaround, get_weight_only_backend_config
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
 from adaround_plugin.learning.passes import Pass
-from integration_tests.models import keep_passes, own_mapping, run_stream
+from integration_tests.models import keep_passes, own_mapping, relative_error, run_stream
 from integration_tests.pt2e_models import x86
 
 # host and bits of activations; None leaves these in float
@@ -191,13 +191,7 @@ def streamed(run: Pass, batch: Tensor) -> Tensor:
 
 
 def held_out_error(run: Pass, model: nn.Module, exact: nn.Module, data: Sequence[Tensor]) -> float:
-    """Squared error of a model's output over the variance of the float model's, on the samples that a pass held out."""
-    error = power = 0.0
+    """The relative error of a model's output on the samples that a pass held out."""
+    held = torch.cat([run.sampling.held_out(i, len(batch)) for i, batch in enumerate(data)])
     with torch.no_grad():
-        for i, batch in enumerate(data):
-            held = run.sampling.held_out(i, len(batch))
-            if held.any():
-                wanted, found = (one(batch)[held].double() for one in (exact, model))
-                error += float((found - wanted).square().sum())
-                power += float((wanted - wanted.mean()).square().sum())
-    return error / power
+        return relative_error([(exact(batch), model(batch)) for batch in data], held)

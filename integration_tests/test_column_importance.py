@@ -291,22 +291,22 @@ def test_nothing_of_the_models_is_left_changed():
     assert all(torch.equal(prepared.state_dict()[name], value) for name, value in before.items())
 
 
-class Index(nn.Module):
-    """The output is an index, which has no derivative."""
+class Detached(nn.Module):
+    """The output has no derivative by the layers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(12, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.relu(self.a(x))).argmax(-1)
+        return 2 * self.b(torch.relu(self.a(x))).detach()
 
 
 def test_the_report_says_where_no_derivative_could_be_followed():
     batches = data(32, 12)
     backend = get_weight_only_backend_config()
     coupled = replace(FISHER, output_hessian=True)
-    learned = adaround(prepared_fx(Index(), batches, backend), batches, coupled, progress=False)
+    learned = adaround(prepared_fx(Detached(), batches, backend), batches, coupled, progress=False)
     assert all("alike: the network's output has no finite derivative" in one.note for one in get_report(learned).layers)
     assert all("apart: the network's output has no finite derivative" in one.note for one in get_report(learned).layers)
     learned = adaround(prepared_fx(HalfUnseen(), data(32, 8, 12)), data(32, 8, 12), FISHER, progress=False)

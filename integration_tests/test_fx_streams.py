@@ -65,6 +65,7 @@ from integration_tests.models import (
     own_mapping,
     prepared_model,
     prepared_net,
+    relative_error,
     run_stream,
     snapshot,
 )
@@ -169,25 +170,24 @@ def test_learning_leaves_everything_else_as_it_was(name):
 def test_output_error_is_that_of_the_reference_conversion_on_held_out_samples(name):
     model, _, data, result = _learned_net(name)
     reference = convert_to_reference_fx(copy.deepcopy(result))
-    error = power = 0.0
+    outputs, chosen_samples = [], []
     total = sum(len(tree_flatten(batch)[0][0]) for batch in data)
     every, number = min(4, total), 0
     for batch in data:
         with torch.no_grad():
             exact, quantized = (
-                [t.double() for t in tree_flatten(call(m, copy.deepcopy(batch)))[0] if isinstance(t, Tensor)]
+                [t for t in tree_flatten(call(m, copy.deepcopy(batch)))[0] if isinstance(t, Tensor)]
                 for m in (model, reference)
             )
         size = len(tree_flatten(batch)[0][0])
         golden = 0.6180339887498949
         chosen = [int(((i // every + 1) * golden) % 1 * every) for i in range(number, number + size)]
-        held = torch.tensor([(number + i) % every == one for i, one in enumerate(chosen)])
+        chosen_samples += [(number + i) % every == one for i, one in enumerate(chosen)]
         number += size
-        for one, other in zip(exact, quantized, strict=True):
-            one, other = one[held], other[held]
-            error += float((one - other).square().sum())
-            power += float((one - one.mean()).square().sum())
-    assert get_report(result).output_error == pytest.approx(error / power, rel=1e-3)
+        outputs.append(list(zip(exact, quantized, strict=True)))
+    held = torch.tensor(chosen_samples)
+    errors = [relative_error(of_one, held) for of_one in zip(*outputs, strict=True)]
+    assert get_report(result).output_error == pytest.approx(sum(errors) / len(errors), rel=1e-3)
 
 
 def test_all_of_an_output_without_an_axis_of_samples_counts_in_its_error():
@@ -201,9 +201,10 @@ def test_all_of_an_output_without_an_axis_of_samples_counts_in_its_error():
     reference = convert_to_reference_fx(copy.deepcopy(result))
     with torch.no_grad():
         pairs = [(model(x), reference(x)) for x in data]
-    error = sum(float((exact - again).double().square().sum()) for exact, again in pairs)
-    power = sum(float((exact.double() - exact.double().mean()).square().sum()) for exact, _ in pairs)
-    assert get_report(result).output_error == pytest.approx(error / power, rel=1e-3)
+    # a batch is a sample then, and what is held out is some of each
+    exact, quantized = (torch.stack(list(of_one)).double() for of_one in zip(*pairs, strict=True))
+    error = (exact - quantized).square().mean() / exact.var(0).mean()
+    assert get_report(result).output_error == pytest.approx(float(error), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["Residual", "Tied", "FunctionalWeights"])
@@ -441,7 +442,8 @@ def test_the_automatic_recipe_is_the_same_twice_and_is_in_the_report():
     reports = [get_report(model) for model in (one, two)]
     assert len(reports[0].trials) > 1
     assert reports[0].trials == reports[1].trials
-    assert reports[0].recipe == min(reports[0].trials, key=lambda trial: trial.output_error).recipe
+    assert reports[0].recipe == reports[1].recipe
+    assert reports[0].recipe in [trial.recipe for trial in reports[0].trials]
     for layer in reports[0].layers:
         assert_same(learned(one, layer.name), learned(two, layer.name))
 

@@ -222,7 +222,7 @@ def test_a_later_assignment_is_checked_and_reaches_the_global_part() -> None:
         ("propagate_error", "sometimes"),
         ("correct_bias", 1),
         ("column_weighting", "all"),
-        ("output_hessian", "auto"),
+        ("output_hessian", "yes"),
         *(("damping", value) for value in (0.0, "much", [0.1, 0.0])),
         ("levels", "grid"),
         ("holdout", 0.6),

@@ -83,7 +83,7 @@ def test_passes_beside_each_other_learn_what_each_would_alone() -> None:
         for one in settings:
             run = trial(host, arguments, one)
             PendingLayers(run, one).decide_all()
-            alone.append((run.finish(), run))
+            alone.append((run.finish().mean, run))
         runs: list[Pass] = []
         for one in settings:
             runs.append(trial(host, arguments, one, runs[0] if runs else None))
@@ -93,7 +93,7 @@ def test_passes_beside_each_other_learn_what_each_would_alone() -> None:
                 one_pending.decide_next()
             assert runs[0].float_columns
             runs[0].forget_float_columns()
-        together = [run.finish() for run in runs]
+        together = [run.finish().mean for run in runs]
     assert together == [error for error, _ in alone]
     assert len(set(together)) == len(settings)
     for (_, one_run), other in zip(alone, runs, strict=True):

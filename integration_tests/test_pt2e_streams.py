@@ -20,6 +20,7 @@ from integration_tests.models import (
     assert_unchanged,
     call,
     learn,
+    relative_error,
     run_stream,
     snapshot,
 )
@@ -144,20 +145,19 @@ def test_output_error_is_that_of_the_converted_program_on_held_out_samples(name)
     prepared, given = prepared_net(name)
     result = learn(prepared, given, holdout=0.25, solver="gptq")
     converted = convert(result)
-    error = power = 0.0
+    outputs, chosen_samples = [], []
     every, number, golden = 4, 0, 0.6180339887498949
     for batch in data:
         with torch.no_grad():
             exact, quantized = (tree_leaves(call(m, copy.deepcopy(batch))) for m in (program, converted))
         size = len(tree_leaves(batch)[0])
         chosen = [int(((i // every + 1) * golden) % 1 * every) for i in range(number, number + size)]
-        held = torch.tensor([(number + i) % every == one for i, one in enumerate(chosen)])
+        chosen_samples += [(number + i) % every == one for i, one in enumerate(chosen)]
         number += size
-        for one, other in zip(exact, quantized, strict=True):
-            one, other = one[held].double(), other[held].double()
-            error += float((one - other).square().sum())
-            power += float((one - one.mean()).square().sum())
-    assert get_report(result).output_error == pytest.approx(error / power, rel=1e-3)
+        outputs.append(list(zip(exact, quantized, strict=True)))
+    held = torch.tensor(chosen_samples)
+    errors = [relative_error(of_one, held) for of_one in zip(*outputs, strict=True)]
+    assert get_report(result).output_error == pytest.approx(sum(errors) / len(errors), rel=1e-3)
 
 
 def test_the_weighted_operators_run_once_per_batch_and_stream(monkeypatch):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import fx, nn
 from torch.fx.node import map_arg
 
+from adaround_plugin.graph.clamps import is_clamp
 from adaround_plugin.graph.compat import operator_name
 from adaround_plugin.graph.streams import Stream, unpacks
 
 __all__ = ["ends_of"]
 
 # operators that turn scores into probabilities
-_PROBABILITIES = {"softmax", "_softmax", "log_softmax", "_log_softmax", "sigmoid", "logsigmoid", "log_sigmoid"}
+_PROBABILITIES = {"softmax", "log_softmax", "sigmoid", "logsigmoid", "log_sigmoid"}
 # that decide, so that their results have no error to speak of
 _DECISIONS = {
     *("argmax", "argmin", "argsort", "sign", "round", "floor", "ceil", "gt", "ge", "lt", "le", "eq", "ne"),
@@ -19,7 +20,7 @@ _DECISIONS = {
 }
 # that rearrange entries, or store them otherwise
 _REARRANGES = {
-    *("view", "_unsafe_view", "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "squeeze"),
+    *("view", "unsafe_view", "reshape", "flatten", "unflatten", "transpose", "permute", "movedim", "squeeze"),
     *("unsqueeze", "contiguous", "clone", "detach", "alias", "to", "float", "dropout", "t"),
 }
 # that join values
@@ -35,15 +36,16 @@ def ends_of(stream: Stream) -> list[fx.Node]:
     """
     ends: list[fx.Node] = []
     map_arg(stream.output_node.args[0], ends.append)
-    found: dict[fx.Node, None] = {}
+    # by what is stored there: a quantized graph may unpack one value several times
+    found: dict[fx.Node, fx.Node] = {}
     while ends:
         node = ends.pop(0)
         behind = _before(stream, node)
         if behind is None:
-            found[node] = None
+            found.setdefault(_stored(stream, node), node)
         else:
             ends[:0] = behind
-    return list(found)
+    return list(found.values())
 
 
 def _before(stream: Stream, node: fx.Node) -> list[fx.Node] | None:
@@ -63,9 +65,20 @@ def _before(stream: Stream, node: fx.Node) -> list[fx.Node] | None:
     return None
 
 
+def _stored(stream: Stream, node: fx.Node) -> fx.Node:
+    """What a node stores in integers or unpacks, or the node itself."""
+    while stream.varies(node) and _stores(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _stores(node: fx.Node) -> bool:
+    quantizes = node.op == "call_function" and operator_name(node)[0].startswith("quantize_per_")
+    return quantizes or unpacks(node) or is_clamp(node)
+
+
 def _rearranges(stream: Stream, node: fx.Node) -> bool:
-    stores = unpacks(node) or (node.op == "call_function" and operator_name(node)[0].startswith("quantize_per_"))
-    return stores or _is_one(stream, node, _REARRANGES, _REARRANGING_MODULES)
+    return _stores(node) or _is_one(stream, node, _REARRANGES, _REARRANGING_MODULES)
 
 
 def _is_one(stream: Stream, node: fx.Node, names: set[str], modules: tuple[type[nn.Module], ...]) -> bool:
@@ -74,5 +87,6 @@ def _is_one(stream: Stream, node: fx.Node, names: set[str], modules: tuple[type[
     if node.op == "call_module":
         return isinstance(stream.fetch_attr(str(node.target)), modules)
     if node.op == "call_function":
-        return operator_name(node)[0].split(".")[0] in names
+        # torch begins names of variants with an underscore
+        return operator_name(node)[0].split(".")[0].lstrip("_") in names
     return node.op == "call_method" and node.target in names

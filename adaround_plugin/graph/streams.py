@@ -132,7 +132,9 @@ class Stream(fx.Interpreter):
         """Mark `nodes` as done for every batch; returns the nodes whose values are still needed."""
         self.done.update(nodes)
         waiting = [node for node in self.nodes if node not in self.done and node not in self._remade]
-        return self._kept.union(root for node in waiting for source in node.all_input_nodes for root in self._roots[source])
+        return self._kept.union(
+            root for node in waiting for source in node.all_input_nodes for root in self._roots[source]
+        )
 
 
 def unpacks(node: fx.Node) -> bool:
@@ -146,7 +148,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
     """The floating-point tensors in a nested output, complex ones as pairs of real numbers."""
     if isinstance(value, torch.Tensor):
         value = value.dequantize() if value.is_quantized else value
-        value = torch.view_as_real(value) if value.is_complex() else value
+        value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
         return [value.float()] if value.is_floating_point() else []
     if isinstance(value, dict):
         value = list(value.values())

@@ -10,16 +10,15 @@ import torch
 from torch import fx, nn
 
 from adaround_plugin.graph.arguments import attribute, owner_of
+from adaround_plugin.graph.clamps import is_clamp
 from adaround_plugin.graph.paths import quantizes
 from adaround_plugin.graph.streams import Stream, unpacks
 from adaround_plugin.graph.transforms import has_origin, origin
 from adaround_plugin.hosts.activation_observers import AdaRoundActivationMixin, grid_ends
 from adaround_plugin.hosts.base import ActivationQuantizer
 
-__all__ = ["activation_quantizers", "is_clamp", "mark_clamp", "write_scales"]
+__all__ = ["activation_quantizers", "write_scales"]
 
-# meta entry of a clamp of ours, which the host's conversion keeps
-_CLAMP = "adaround_clamp"
 
 # what is observed: origin of the node, scale, zero point, range
 _Observed = tuple[str, float, int, int, int]
@@ -63,16 +62,6 @@ def write_scales(model: nn.Module, scales: Mapping[str, float]) -> None:
         observer = model.get_submodule(name)
         assert isinstance(observer, AdaRoundActivationMixin)
         observer.keep(scale)
-
-
-def mark_clamp(node: fx.Node) -> None:
-    """Mark a node as a clamp of ours: it keeps the activation behind it inside the range of its observer."""
-    node.meta[_CLAMP] = True
-
-
-def is_clamp(node: fx.Node) -> bool:
-    """Whether a node is one of these, also in the host's conversion of the model."""
-    return bool(node.meta.get(_CLAMP))
 
 
 def _connected(groups: list[list[_Observed]]) -> list[list[_Observed]]:

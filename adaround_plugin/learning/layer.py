@@ -168,7 +168,8 @@ class Layer:
             # rows of next to nothing, as pruned or dead channels have, can make up for no other
             alone = scale < _NO_SCALE
             scale = torch.where(alone, _NO_SCALE, scale)
-            coupled = ~(alone.unsqueeze(1) | alone.unsqueeze(2)) | torch.eye(scale.shape[1], dtype=torch.bool, device=scale.device)
+            coupled = ~(alone.unsqueeze(1) | alone.unsqueeze(2))
+            coupled.diagonal(dim1=1, dim2=2).fill_(True)
             sides = torch.where(coupled, sides * scale.unsqueeze(1) * scale.unsqueeze(2), 0.0)
         return solve_coupled(problem, sides, integers, solve)
 

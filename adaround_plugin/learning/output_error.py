@@ -62,7 +62,7 @@ class OutputTally:
                 continue
             # an output without an axis of samples is one for all of them
             split = one.dim() > 0 and self._sampling.has_samples(batch, one.shape[0])
-            self._spread[number].add(one if split else one.unsqueeze(0))
+            self._spread[number].add(one.reshape(size, -1, *one.shape[1:]) if split else one.unsqueeze(0))
             error = (one - other).double().square()
             self._errors[number].append(error.reshape(size, -1).mean(1) if split else error.mean().expand(size))
 
@@ -73,7 +73,7 @@ class OutputTally:
         for number, parts in self._errors.items():
             if number not in self._spread:
                 continue
-            found += torch.cat([part.cpu() for part in parts]) / self._spread[number].variance() / len(self._errors)
+            found += torch.cat([part.cpu() for part in parts]) / self._spread[number].variance() / len(self._spread)
         held = torch.cat([sampling.held_out(batch, size) for batch, size in enumerate(sampling.size)])
         return OutputError(found, held)
 
@@ -90,7 +90,11 @@ class _Spread:
         values = values.double()
         count, total, square = self._seen.get(values.shape[1:], (0, torch.zeros((), dtype=torch.float64), 0.0))
         new = values.sum(0)
-        self._seen[values.shape[1:]] = count + len(values), total.to(new.device) + new, square + float(values.square().sum())
+        self._seen[values.shape[1:]] = (
+            count + len(values),
+            total.to(new.device) + new,
+            square + float(values.square().sum()),
+        )
 
     def variance(self) -> float:
         """Of an entry on the mean; the mean square where there is none, 1 where that is 0."""

@@ -99,6 +99,7 @@ class Paper:
             correct_bias=self.correct_bias,
             column_weighting="none",
             damping=0.01,
+            output_hessian=False,
             levels="up_or_down",
             holdout=self.holdout,
             max_columns=self.max_columns,

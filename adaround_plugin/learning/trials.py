@@ -18,8 +18,9 @@ from adaround_plugin.learning.methods import Method
 from adaround_plugin.learning.output_error import OutputError
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import ReportBuilder
-from adaround_plugin.regions.calibration import Sampling, spread
+from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.importance import sensitivities
+from adaround_plugin.regions.spread import spread
 
 __all__ = ["choose_recipe"]
 
@@ -136,12 +137,12 @@ class _Trials:
         The second best is tried again on other samples if that is in doubt, and there are as many.
         """
         tried = [
-            _Tried(recipe, [error], self._total)
-            for recipe, error in zip(recipes, self._errors(recipes), strict=True)
+            _Tried(recipe, [error], self._total) for recipe, error in zip(recipes, self._errors(recipes), strict=True)
         ]
         first, *others = tried
         second = min(others, key=lambda one: one.predicted)
-        if self._total >= 2 * self._wanted and abs(second.margin(first)) < 2 * _SURE * second.deviation(first):
+        others_left = self._total >= 2 * len(first.errors[0].samples)
+        if others_left and abs(second.margin(first)) < 2 * _SURE * second.deviation(first):
             again = self._errors([first.recipe, second.recipe], offset=0.0)
             first.errors.append(again[0])
             second.errors.append(again[1])
@@ -197,26 +198,26 @@ class _Tried:
     total: int
 
     @property
-    def _share(self) -> float:
+    def share(self) -> float:
         """Of the samples of the run, that a trial learned from."""
         return min(1.0, int((~self.errors[0].held_out).sum()) / self.total)
 
-    def _parts(self) -> list[tuple[float, Tensor]]:
+    def parts(self) -> list[tuple[float, Tensor]]:
         """What the mean errors of held-out and of learning samples count in the prediction, and these errors."""
         held = torch.cat([error.samples[error.held_out] for error in self.errors])
         learned = torch.cat([error.samples[~error.held_out] for error in self.errors])
         # a lone sample cannot be held out
-        return [((1 + self._share) / 2, held if len(held) else learned), ((1 - self._share) / 2, learned)]
+        return [((1 + self.share) / 2, held if len(held) else learned), ((1 - self.share) / 2, learned)]
 
     @property
     def predicted(self) -> float:
         """The error of the run, infinite where it is no number."""
-        found = sum(count * float(errors.mean()) for count, errors in self._parts())
+        found = sum(count * float(errors.mean()) for count, errors in self.parts())
         return found if isfinite(found) else inf
 
     def margin(self, first: _Tried) -> float:
         """By how much this is predicted to be better than the first, which trials may be too hard on."""
-        favour = _FAVOUR * (1 - first._share) if first.recipe.column_weighting == "fisher" else 0.0
+        favour = _FAVOUR * (1 - first.share) if first.recipe.column_weighting == "fisher" else 0.0
         if first.predicted == inf:
             return 0.0 if self.predicted == inf else inf
         return (1 - favour) * first.predicted - self.predicted
@@ -224,7 +225,7 @@ class _Tried:
     def deviation(self, first: _Tried) -> float:
         """Standard deviation of the difference of the predictions, as it comes from the choice of samples."""
         variance = 0.0
-        for (count, ours), (_, theirs) in zip(self._parts(), first._parts(), strict=True):
+        for (count, ours), (_, theirs) in zip(self.parts(), first.parts(), strict=True):
             pairs = min(len(ours), len(theirs))
             if pairs > 1:
                 variance += count**2 * float((ours[:pairs] - theirs[:pairs]).var()) / pairs

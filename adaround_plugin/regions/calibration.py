@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from adaround_plugin.errors import InvalidBatchError, InvalidOptionError
-from adaround_plugin.graph.compat import tree_flatten, tree_unflatten
 from adaround_plugin.rounding.linear_op import Patches
 
-__all__ = ["Sampling", "bind_batches", "spread"]
+__all__ = ["Sampling", "bind_batches", "input_tensors", "sample_count"]
 
 _log = logging.getLogger(__name__)
 _GOLDEN = 0.6180339887498949
@@ -88,7 +87,7 @@ def _bind(
         ) from None
     bound.apply_defaults()
     for name, value in bound.arguments.items():
-        for tensor in filter(Tensor.is_floating_point, _tensors(value)):
+        for tensor in filter(Tensor.is_floating_point, input_tensors(value)):
             # a lone number may come from anywhere; so may indices and lengths, which some operators want elsewhere
             if tensor.dim() and device not in (None, tensor.device):
                 raise InvalidBatchError(
@@ -100,7 +99,7 @@ def _bind(
                 raise InvalidBatchError(f"batch {index}", f"input {name!r} is {tensor.dtype}", "Pass float32.")
             if not torch.isfinite(tensor).all():
                 raise InvalidBatchError(f"batch {index}", f"input {name!r} holds NaN or infinity", "Remove the sample.")
-    tensors = _tensors(list(bound.arguments.values()))
+    tensors = input_tensors(list(bound.arguments.values()))
     if not tensors or not tensors[0].numel():
         raise InvalidBatchError(f"batch {index}", "holds no data", "Pass batches of at least one sample.")
     try:
@@ -111,88 +110,19 @@ def _bind(
         ) from None
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def input_tensors(value: Any) -> list[Tensor]:
     """The tensors in a nested input, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
         value = list(value.values())
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []
+    return [tensor for item in value for tensor in input_tensors(item)] if isinstance(value, list | tuple) else []
 
 
-def _samples(arguments: list[Any]) -> int:
+def sample_count(arguments: list[Any]) -> int:
     """Length of the leading axis of the first tensor."""
-    first = _tensors(arguments)[0]
+    first = input_tensors(arguments)[0]
     return first.shape[0] if first.dim() else 1
-
-
-def spread(arguments: list[list[Any]], wanted: int, size: int, offset: float = 0.5) -> list[list[Any]]:
-    """About `wanted` samples that are spread evenly over all batches, in batches of `size`.
-
-    Where samples cannot be put together, whole batches are taken: inputs of several shapes, or what is no axis of
-    samples and differs from batch to batch, or what may be one or not.
-
-    Args:
-        arguments: of each batch.
-        wanted: number of samples; all are taken as they are where there are no more.
-        size: samples of a batch of the result, at most as many as there are.
-        offset: at least 0 and below 1, where between two samples that are taken the first lies.
-    """
-    lengths = [_samples(of_batch) for of_batch in arguments]
-    total = sum(lengths)
-    if total <= wanted:
-        return arguments
-    flat = [tree_flatten(of_batch) for of_batch in arguments]
-    structure = flat[0][1]
-    # of each input, its values in all batches
-    inputs = list(zip(*(leaves for leaves, _ in flat), strict=False))
-    counted = _tensors(arguments[0])[0]
-    axes = [_has_samples(values, lengths, values[0] is counted) for values in inputs]
-    if None in axes or any(other != structure for _, other in flat):
-        return [arguments[i] for i in _evenly(max(1, wanted * len(arguments) // total), len(arguments), offset)]
-    count = min(-(-wanted // size), total // size)
-    places = [(batch, row) for batch, length in enumerate(lengths) for row in range(length)]
-    chosen = [places[i] for i in _evenly(count * size, total, offset)]
-    found: list[list[Any]] = []
-    for number in range(count):
-        # every batch of the result is spread over all samples itself
-        rows = chosen[number::count]
-        leaves = [
-            torch.stack([values[batch][row] for batch, row in rows]) if has_samples else values[0]
-            for values, has_samples in zip(inputs, axes, strict=True)
-        ]
-        found.append(tree_unflatten(leaves, structure))
-    return found
-
-
-def _evenly(count: int, total: int, offset: float) -> list[int]:
-    """`count` of the numbers below `total`, evenly spaced."""
-    return [int((number + offset) * total / count) for number in range(count)]
-
-
-def _has_samples(values: Sequence[Any], lengths: list[int], is_counted: bool) -> bool | None:
-    """Whether an input has an axis of samples in front.
-
-    None if samples of it cannot be put together, or if nobody can tell: an input that is the same in all batches may be
-    a constant that is as long as they are.
-
-    Args:
-        values: in all batches.
-        lengths: samples of each batch.
-        is_counted: whether these are its lengths.
-    """
-    first = values[0]
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    if not tensors:
-        return False if all(isinstance(value, Hashable) and value == first for value in values) else None
-    if len(tensors) < len(values) or len({(one.shape[1:], one.dtype, one.device) for one in tensors}) > 1:
-        return None
-    is_constant = all(torch.equal(value, first) for value in values)
-    if not all(value.dim() and len(value) == length for value, length in zip(values, lengths, strict=True)):
-        return False if is_constant else None
-    # as masks and token types often are
-    is_uniform = len(first) > 1 and bool((first == first[:1]).all())
-    return True if is_counted or is_uniform or not is_constant else None
 
 
 @dataclass(frozen=True)
@@ -219,7 +149,7 @@ class Sampling:
     @classmethod
     def of(cls, bound: list[list[Any]], holdout: float, max_columns: int, seed: int) -> Sampling:
         """The sampling of bound batches with a share `holdout` held out (at least one sample, if there are two)."""
-        size = tuple(_samples(arguments) for arguments in bound)
+        size = tuple(sample_count(arguments) for arguments in bound)
         total = sum(size)
         first = tuple(sum(size[:i]) for i in range(len(size)))
         every = min(max(2, round(1 / holdout)), total) if holdout > 0 and total > 1 else 0

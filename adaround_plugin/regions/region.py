@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from adaround_plugin.graph.streams import BothValues, Values, unpacks
+from adaround_plugin.graph.streams import unpacks
 from adaround_plugin.hosts.base import ActivationQuantizer, WeightedNode
 from adaround_plugin.regions.forward import Exit, Forward, Place, Targets
 from adaround_plugin.regions.importance import importance

@@ -12,23 +12,27 @@ from adaround_plugin.learning.layer import Recipe
 from adaround_plugin.learning.layerwise import LayerWise
 from adaround_plugin.solvers import Annealing, Nearest
 
-OPEN = {"propagate_error": "auto", "correct_bias": "auto", "column_weighting": "auto", "damping": "auto"}
+OPEN = dict.fromkeys(("propagate_error", "correct_bias", "column_weighting", "damping", "output_hessian"), "auto")
 NEAREST: list[Any] = ["nearest", Nearest()]
 SOLVERS: list[Any] = ["annealing", Annealing(), "gptq", *NEAREST]
 
 
 @pytest.mark.parametrize(
-    ("samples", "damping", "count"),
-    [(1, 0.1, 4), (127, 0.1, 4), (128, 0.1, 3), (511, 0.1, 3), (512, 0.01, 2), (4096, 0.01, 2)],
+    ("samples", "damping", "coupled", "count"),
+    [
+        *((1, 0.1, False, 5), (127, 0.1, False, 5), (128, 0.1, False, 4), (255, 0.1, False, 4), (256, 0.1, True, 4)),
+        *((511, 0.1, True, 4), (512, 0.01, True, 3), (4096, 0.01, True, 3)),
+    ],
 )
-def test_open_options_leave_recipes_and_the_damping_to_the_samples(samples, damping, count):
+def test_open_options_leave_recipes_and_the_damping_to_the_samples(samples, damping, coupled, count):
     assert {name: getattr(LayerWise(), name) for name in OPEN} == OPEN
     assert (
         LayerWise().recipes(samples)
         == [
-            Recipe(True, True, "none", damping),
-            Recipe(True, True, "inverse_norm", damping),
-            Recipe(False, True, "inverse_norm", damping),
+            Recipe(True, True, "fisher", damping, coupled),
+            Recipe(True, True, "none", damping, coupled),
+            Recipe(True, True, "inverse_norm", damping, coupled),
+            Recipe(False, True, "inverse_norm", damping, coupled),
             Recipe(False, False, "none", damping),
         ][:count]
     )
@@ -45,12 +49,12 @@ def test_closed_options_leave_one(is_baseline):
     [
         ({"column_weighting": "none"}, 3),
         ({"column_weighting": "fisher"}, 3),
-        ({"propagate_error": True}, 3),
-        ({"propagate_error": False}, 3),
-        ({"correct_bias": False}, 4),
-        ({"damping": 0.5}, 4),
-        ({"propagate_error": True, "correct_bias": True}, 2),
-        ({"propagate_error": True, "correct_bias": True, "damping": 0.5}, 2),
+        ({"propagate_error": True}, 4),
+        ({"propagate_error": False}, 4),
+        ({"correct_bias": False}, 5),
+        ({"damping": 0.5}, 5),
+        ({"propagate_error": True, "correct_bias": True}, 3),
+        ({"propagate_error": True, "correct_bias": True, "damping": 0.5}, 3),
         ({"propagate_error": True, "column_weighting": "none"}, 2),
         ({"correct_bias": True, "column_weighting": "inverse_norm"}, 2),
         ({"propagate_error": False, "correct_bias": False, "column_weighting": "none"}, 1),
@@ -63,6 +67,21 @@ def test_what_is_given_is_in_every_recipe_and_none_comes_twice(given, count):
     # what is open is as the candidates have it, in their order
     everything = [replace(recipe, **given) for recipe in LayerWise().recipes(100)]
     assert found == list(dict.fromkeys(everything))
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ({}, [("none", False), ("inverse_norm", False)]),
+        ({"output_hessian": True}, [("none", True), ("inverse_norm", True)]),
+        ({"column_weighting": "fisher"}, [("fisher", False)]),
+        ({"column_weighting": "fisher", "output_hessian": True}, [("fisher", True)]),
+    ],
+)
+def test_without_derivatives_what_is_asked_for_by_name_stays(given, left):
+    layers = LayerWise(**given)
+    found = layers.without_derivatives(layers.recipes(1024))
+    assert [(recipe.column_weighting, recipe.output_hessian) for recipe in found] == left
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -79,7 +98,7 @@ def test_the_baseline_does_only_what_is_asked_for(solver):
     assert recipes(512, correct_bias=True) == [Recipe(False, True, "none", 0.01)]
     assert recipes(512, propagate_error=True) == [Recipe(True, False, "none", 0.01)]
     # a start for what is learned after it is no baseline
-    assert len(LayerWise(solver=solver).recipes(100)) == 4
+    assert len(LayerWise(solver=solver).recipes(100)) == 5
 
 
 def test_a_recipe_closes_the_options():

@@ -32,7 +32,7 @@ SETTINGS: dict[type[Any], dict[str, tuple[list[Any], list[Any]]]] = {
         "correct_bias": OPEN_FLAG,
         "column_weighting": (["auto", "none", "inverse_norm", "fisher"], ["all", "", None, True]),
         "damping": (["auto", 0.01, 1], [0, -0.1, NAN, INF, "none", True, None]),
-        "output_hessian": ([True, False], ["auto", None, 1]),
+        "output_hessian": OPEN_FLAG,
         "levels": (["all", "up_or_down"], ["grid", "", None, True]),
         "holdout": HELD_OUT,
         "max_columns": COUNT,

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
+from adaround_plugin.graph.clamps import is_clamp, mark_clamp
 from adaround_plugin.graph.compat import is_observed, share_attributes
 from adaround_plugin.hosts.activation_observers import AdaRoundActivationMixin
-from adaround_plugin.hosts.activation_quantizers import is_clamp, mark_clamp
 
 __all__ = ["insert_clamps", "remove_clamps"]
 
