@@ -125,11 +125,11 @@ def prepared_by(
     """A network prepared by `"fx"` or `"pt2e"`, and calibrated; exported for batches of any size if dynamic."""
     if host == "fx":
         backend = get_weight_only_backend_config() if activation_bits is None else None
-        mapping = own_mapping(weight_bits=bits, activation_bits=activation_bits, model=net)
+        mapping = own_mapping(weight_bits=bits, activation_bits=activation_bits, symmetric=True, model=net)
         prepared = prepare_fx(net, mapping, (data[0],), backend_config=backend)
     else:
         quantizer = (
-            AdaRoundWeightOnlyQuantizer(weight_bits=bits)
+            AdaRoundWeightOnlyQuantizer(weight_bits=bits, symmetric=True)
             if activation_bits is None
             # its own observer chooses the range of fewer than 8 bits
             else x86(histogram=activation_bits < 8, weight_bits=bits, activation_bits=activation_bits)

@@ -71,7 +71,7 @@ def data(*shape: int, seed: int = 0) -> list[Tensor]:
 
 
 def prepared_fx(net: nn.Module, batches: list[Tensor], backend=None):
-    mapping = get_adaround_qconfig_mapping("x86", 2, None if backend else 8)
+    mapping = get_adaround_qconfig_mapping("x86", 2, None if backend else 8, symmetric=True)
     prepared = prepare_fx(net.eval(), mapping, (batches[0],), backend_config=backend)
     with torch.no_grad():
         for batch in batches:
@@ -82,7 +82,7 @@ def prepared_fx(net: nn.Module, batches: list[Tensor], backend=None):
 def prepared_pt2e(net: nn.Module, batches: list[Tensor]):
     shapes = ({0: torch.export.Dim.AUTO},)
     program = torch.export.export(net.eval(), (batches[0],), dynamic_shapes=shapes, strict=True).module()
-    prepared = prepare_pt2e(program, AdaRoundWeightOnlyQuantizer(weight_bits=2))
+    prepared = prepare_pt2e(program, AdaRoundWeightOnlyQuantizer(weight_bits=2, symmetric=True))
     for batch in batches:
         prepared(batch)
     return prepared

@@ -49,7 +49,9 @@ def quantized_to(bits: int) -> nn.Module:
 @functools.cache
 def by_hand(**options: Any) -> fx.GraphModule:
     """`network` with 3-bit weights through torch's own flow; options are those of `learn`. Not to be changed."""
-    return convert_fx(learn(prepared_model(network(), data(), weight_bits=3, histogram=True), data(), **options))
+    return convert_fx(
+        learn(prepared_model(network(), data(), weight_bits=3, symmetric=True, histogram=True), data(), **options)
+    )
 
 
 @pytest.mark.parametrize("entry", ["quantize", "a dict", "prepare and convert"])
@@ -184,7 +186,7 @@ def test_options_are_looked_for_in_the_methods_layers() -> None:
     """Whatever the method, the pass has what `adaround` has by the same words."""
     for method, options in (("nearest", {}), ("nearest", {"search_scale": True, "damping": 0.5})):
         quantized = quantize(network(), AdaRoundConfig(bits=3, method=method, **options), run_fn=calibrate(data()))
-        prepared = prepared_model(network(), data(), weight_bits=3, histogram=True)
+        prepared = prepared_model(network(), data(), weight_bits=3, symmetric=True, histogram=True)
         layers = LayerWise(solver="nearest", **options)
         assert_same_model(quantized, convert_fx(adaround(prepared, data(), layers, progress=False)))
         assert get_report(quantized).method == ("LayerWise" if options else "nearest")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import fx
 
-from adaround_plugin import Paper, adaround, get_report
+from adaround_plugin import LayerWise, Paper, adaround, get_report
 from adaround_plugin.hosts.open import learned_weights, open_host
 from adaround_plugin.paper.variants import Sigmoid, StraightThrough, Temperature
 from adaround_plugin.report import Report
@@ -48,8 +48,9 @@ def same_integers(one: fx.GraphModule, other: fx.GraphModule) -> set[str]:
 @pytest.mark.parametrize("activation", [True, False])
 def test_it_is_better_than_nearest_in_every_host(host, activation):
     relaxed = report(host, activation=activation).output_error
-    # measured: 0.1 to 0.4 of nearest's error
-    assert relaxed < 0.6 * report(host, method="nearest").output_error
+    # as Paper does, judged on all samples; measured: 0.1 to 0.5 of nearest's error
+    nearest = report(host, method=LayerWise(solver="nearest", holdout=0))
+    assert relaxed < 0.6 * nearest.output_error
 
 
 def test_the_loss_is_taken_behind_the_activation_function_or_before_it():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -11,12 +10,12 @@ from torch import Tensor, fx
 from adaround_plugin.errors import NonFiniteError
 from adaround_plugin.graph.arguments import input_of
 from adaround_plugin.graph.calls import CallSite
-from adaround_plugin.graph.compat import tree_map
-from adaround_plugin.graph.streams import BothValues, Values, tensors
+from adaround_plugin.graph.streams import BothValues
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.importance import Sensitivity, sensitivities
+from adaround_plugin.regions.pieces import bytes_of_one, is_separable, piece
 from adaround_plugin.rounding.linear_op import Patches
 from adaround_plugin.rounding.moments import HeldOut, Moments, joined
 
@@ -157,7 +156,7 @@ class Columns:
 
     Args:
         run: the pass.
-        weighting: as `column_weighting` of `LayerWise`. `"fisher"` takes a forward and two backward passes now.
+        weighting: as `column_weighting` of `LayerWise`. `"fisher"` takes a forward and a backward pass now.
         with_outputs: whether `outputs` are wanted, which takes the same passes.
 
     Attributes:
@@ -181,11 +180,12 @@ class Columns:
         outputs: dict[fx.Node, Tensor] | None = {} if with_outputs else None
         sampling, pieces = run.sampling.in_pieces(_piece_size(run))
         found = []
-        for values, numbers in zip(run.values, pieces, strict=True):
+        for batch, numbers in enumerate(pieces):
             parts = []
             for number in numbers:
-                piece = values[0] if len(numbers) == 1 else _piece(values[0], run.sampling, sampling, number)
-                parts.append(sensitivities(run.streams[0], nodes, sampling, number, piece, outputs))
+                begin = sampling.first[number] - run.sampling.first[batch]
+                inputs = piece(run.values[batch][0], run.sampling.size[batch], begin, sampling.size[number])
+                parts.append(sensitivities(run.streams[0], nodes, sampling, number, inputs, outputs))
             found.append(_joined(parts, [sampling.size[number] for number in numbers]))
         for node in nodes:
             sites = [site.float_node for site in node.sites]
@@ -262,32 +262,16 @@ class Columns:
 def _piece_size(run: Pass) -> int:
     """Samples of which derivatives are taken at once: as many as keep values of `_PIECE_BYTES`, or a whole batch.
 
-    Batches stay whole where the network does not run on one sample.
+    Batches stay whole where a sample depends on the others.
     """
-    largest = max(run.sampling.size)
+    sampling, stream, values = run.sampling, run.streams[0], run.values[0][0]
+    largest = max(sampling.size)
     if run.host.batch_size is not None or largest == 1:
         return largest
-    stream = run.streams[0]
-    one = _piece(run.values[0][0], run.sampling, run.sampling.in_pieces(1)[0], 0)
-    try:
-        stream.run_nodes(one, stream.runnable(set()))
-    except RuntimeError:
+    fitting = _PIECE_BYTES // max(1, bytes_of_one(stream, values, sampling.size[0]))
+    if fitting >= largest or not is_separable(stream, values, sampling.size[0]):
         return largest
-    taken = sum(value.nbytes for value in tensors(list(one.values())))
-    return max(1, min(largest, _PIECE_BYTES // max(1, taken)))
-
-
-def _piece(values: Values, whole: Sampling, pieces: Sampling, number: int) -> Values:
-    """The graph's inputs for some samples of the batch that they are in."""
-    start = pieces.first[number]
-    batch = next(batch for batch in range(len(whole.size)) if start in whole.numbers(batch))
-    begin, length = start - whole.first[batch], whole.size[batch]
-
-    def part(value: Any) -> Any:
-        is_split = isinstance(value, Tensor) and value.dim() and len(value) == length
-        return value[begin : begin + pieces.size[number]] if is_split else value
-
-    return {node: tree_map(part, value) for node, value in values.items()}
+    return max(1, fitting)
 
 
 def _joined(parts: list[dict[fx.Node, Sensitivity]], sizes: list[int]) -> dict[fx.Node, Sensitivity]:

@@ -45,7 +45,7 @@ class LayerWise:
         correct_bias: let biases absorb the mean error; a module without a bias gets one.
         column_weighting: what each column of a layer's input counts: `"none"`, all alike; `"inverse_norm"`, for
             networks with massive activations; `"fisher"`, by how much the network's output changes with the layer's
-            there, which takes one more forward and two backward passes.
+            there, which takes one more forward and one backward pass.
         damping: ridge on the hessian relative to its mean diagonal.
         output_hessian: let the rows of a layer make up for each other, by the second moment of the derivatives of the
             network's output by the layer's outputs, which takes the same passes as `"fisher"`. `"auto"` does so from

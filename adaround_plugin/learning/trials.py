@@ -20,6 +20,7 @@ from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import ReportBuilder
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.importance import sensitivities
+from adaround_plugin.regions.pieces import is_separable
 from adaround_plugin.regions.spread import spread
 
 __all__ = ["choose_recipe"]
@@ -105,26 +106,18 @@ class _Trials:
         self._total, self._size = whole.total, whole.size[0]
         self._wanted, self._holdout = (2 * learned, 0.5) if whole.total >= 2 * learned else (whole.total, 0.25)
         self._columns = _TRIAL_COLUMNS if whole.total >= _TRIAL_SHARE * _LEAST_SAMPLES else 2 * _TRIAL_COLUMNS
-        if self._wanted < self._size and host.batch_size is None and self._runs_on(self._wanted):
-            self._size = self._wanted
+        if self._wanted < self._size and host.batch_size is None:
+            stream, _ = open_streams(host)
+            if is_separable(stream, stream.bind(arguments[0]), self._size):
+                self._size = self._wanted
 
-    def _part(self, size: int, offset: float = 0.5) -> list[list[Any]]:
-        return spread(self._arguments, self._wanted, size, offset)
-
-    def _runs_on(self, size: int) -> bool:
-        """Whether the network takes batches of another size than those given."""
-        stream, _ = open_streams(self._host)
-        values = stream.bind(self._part(size)[0])
-        try:
-            stream.run_nodes(values, stream.runnable(set()))
-        except RuntimeError:
-            return False
-        return True
+    def _part(self, offset: float = 0.5) -> list[list[Any]]:
+        return spread(self._arguments, self._wanted, self._size, offset)
 
     def problem_of_derivatives(self) -> str | None:
         """Why the network's output has no derivatives, if it has none."""
         stream, _ = open_streams(self._host)
-        part = self._part(self._size)[:1]
+        part = self._part()[:1]
         try:
             sensitivities(stream, self._host.nodes, Sampling.of(part, 0, 1, 0), 0, stream.bind(part[0]))
         except InvalidOptionError as error:
@@ -140,20 +133,21 @@ class _Trials:
             _Tried(recipe, [error], self._total) for recipe, error in zip(recipes, self._errors(recipes), strict=True)
         ]
         first, *others = tried
-        second = min(others, key=lambda one: one.predicted)
+        second = max(others, key=lambda one: one.margin(first))
         others_left = self._total >= 2 * len(first.errors[0].samples)
         if others_left and abs(second.margin(first)) < 2 * _SURE * second.deviation(first):
             again = self._errors([first.recipe, second.recipe], offset=0.0)
             first.errors.append(again[0])
             second.errors.append(again[1])
         for one in tried:
-            self._report.trial(one.recipe, one.predicted if isfinite(one.predicted) else None)
+            error = one.predicted(len(one.errors))
+            self._report.trial(one.recipe, error if isfinite(error) else None)
         better = [one for one in others if one.margin(first) > _SURE * one.deviation(first)]
-        return min(better, key=lambda one: one.predicted, default=first).recipe
+        return max(better, key=lambda one: one.margin(first), default=first).recipe
 
     def _errors(self, recipes: Sequence[Recipe], offset: float = 0.5) -> list[OutputError]:
         """What recipes lead to on one part of the samples."""
-        part = self._part(self._size, offset)
+        part = self._part(offset)
         sampling = Sampling.of(part, self._holdout, self._columns, self._seed)
         trials: list[tuple[Pass, PendingLayers]] = []
         for recipe in recipes:
@@ -202,31 +196,36 @@ class _Tried:
         """Of the samples of the run, that a trial learned from."""
         return min(1.0, int((~self.errors[0].held_out).sum()) / self.total)
 
-    def parts(self) -> list[tuple[float, Tensor]]:
+    def parts(self, rounds: int) -> list[tuple[float, Tensor]]:
         """What the mean errors of held-out and of learning samples count in the prediction, and these errors."""
-        held = torch.cat([error.samples[error.held_out] for error in self.errors])
-        learned = torch.cat([error.samples[~error.held_out] for error in self.errors])
+        held = torch.cat([error.samples[error.held_out] for error in self.errors[:rounds]])
+        learned = torch.cat([error.samples[~error.held_out] for error in self.errors[:rounds]])
         # a lone sample cannot be held out
         return [((1 + self.share) / 2, held if len(held) else learned), ((1 - self.share) / 2, learned)]
 
-    @property
-    def predicted(self) -> float:
-        """The error of the run, infinite where it is no number."""
-        found = sum(count * float(errors.mean()) for count, errors in self.parts())
+    def predicted(self, rounds: int = 1) -> float:
+        """The error of the run by the first trials, infinite where it is no number."""
+        found = sum(count * float(errors.mean()) for count, errors in self.parts(rounds))
         return found if isfinite(found) else inf
 
+    def _in_common(self, first: _Tried) -> int:
+        return min(len(self.errors), len(first.errors))
+
     def margin(self, first: _Tried) -> float:
-        """By how much this is predicted to be better than the first, which trials may be too hard on."""
+        """By how much this is predicted to be better than the first, which trials may be too hard on.
+
+        Both by the trials that they have in common.
+        """
         favour = _FAVOUR * (1 - first.share) if first.recipe.column_weighting == "fisher" else 0.0
-        if first.predicted == inf:
-            return 0.0 if self.predicted == inf else inf
-        return (1 - favour) * first.predicted - self.predicted
+        rounds = self._in_common(first)
+        if first.predicted(rounds) == inf:
+            return 0.0 if self.predicted(rounds) == inf else inf
+        return (1 - favour) * first.predicted(rounds) - self.predicted(rounds)
 
     def deviation(self, first: _Tried) -> float:
         """Standard deviation of the difference of the predictions, as it comes from the choice of samples."""
-        variance = 0.0
-        for (count, ours), (_, theirs) in zip(self.parts(), first.parts(), strict=True):
-            pairs = min(len(ours), len(theirs))
-            if pairs > 1:
-                variance += count**2 * float((ours[:pairs] - theirs[:pairs]).var()) / pairs
+        variance, rounds = 0.0, self._in_common(first)
+        for (count, ours), (_, theirs) in zip(self.parts(rounds), first.parts(rounds), strict=True):
+            if len(ours) > 1:
+                variance += count**2 * float((ours - theirs).var()) / len(ours)
         return sqrt(variance) if isfinite(variance) else 0.0

@@ -27,9 +27,9 @@ from adaround_plugin.regions.calibration import Sampling
 
 __all__ = ["Sensitivity", "importance", "sensitivities"]
 
-# random projections of the network's output: some for each entry of a region's exits, fewer for columns, of which there
-# are many
-_PROJECTIONS, _COLUMN_PROJECTIONS = 8, 2
+# random projections of the network's output: some for each entry of a region's exits, one for columns, of which there
+# are many (two bring no more than the noise)
+_PROJECTIONS, _COLUMN_PROJECTIONS = 8, 1
 
 
 def importance(

@@ -174,7 +174,7 @@ def test_layers_can_be_decided_otherwise():
 
 
 def test_the_paper_says_itself_how_layers_are_decided():
-    plain = {"column_weighting": "none", "damping": 0.01, "levels": "up_or_down"}
+    plain = {"column_weighting": "none", "damping": 0.01, "levels": "up_or_down", "output_hessian": False}
     assert Paper().layers == LayerWise(
         solver=Nearest(), search_scale=False, propagate_error=True, correct_bias=False, holdout=0.0, **plain
     )

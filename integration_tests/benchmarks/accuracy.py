@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--test-seeds", type=int, nargs="+", default=[TEST_SEED], help="10,000 images of each")
     parser.add_argument("--max-columns", type=int)
     parser.add_argument("--column-weighting")
-    parser.add_argument("--output-hessian", action="store_true", default=None, help="rows make up for each other")
+    parser.add_argument("--output-hessian", action=argparse.BooleanOptionalAction, help="rows make up for each other")
     parser.add_argument(
         "--finetune", type=int, nargs="?", const=300, help="steps in which scales and biases are learned in the end"
     )

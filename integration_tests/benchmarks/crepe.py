@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=FRAMES, help="to calibrate with")
     parser.add_argument("--test-frames", type=int, default=2000)
     parser.add_argument("--column-weighting")
-    parser.add_argument("--output-hessian", action="store_true", default=None, help="rows make up for each other")
+    parser.add_argument("--output-hessian", action=argparse.BooleanOptionalAction, help="rows make up for each other")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -393,7 +393,7 @@ def main() -> None:
     parser.add_argument("--test-lines", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the draw to calibrate with")
     parser.add_argument("--column-weighting")
-    parser.add_argument("--output-hessian", action="store_true", default=None, help="rows make up for each other")
+    parser.add_argument("--output-hessian", action=argparse.BooleanOptionalAction, help="rows make up for each other")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -16,7 +16,7 @@ from torch.ao.quantization.observer import HistogramObserver, PlaceholderObserve
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.hosts.fx.observers import AdaRoundActivationObserver, AdaRoundObserver
 from adaround_plugin.names import compiled, select
-from adaround_plugin.rounding.grid import check_bits
+from adaround_plugin.rounding.grid import check_bits, is_symmetric_by_default
 
 __all__ = ["get_adaround_qconfig_mapping", "get_weight_only_backend_config"]
 
@@ -32,7 +32,7 @@ def get_adaround_qconfig_mapping(
     weight_bits: int = 4,
     activation_bits: int | None = 8,
     per_channel: bool = True,
-    symmetric: bool = True,
+    symmetric: bool | None = None,
     layer_bits: Mapping[str, LayerBits] | None = None,
     model: nn.Module | None = None,
 ) -> QConfigMapping:
@@ -46,7 +46,8 @@ def get_adaround_qconfig_mapping(
             `backend_config=get_weight_only_backend_config()` to `prepare_fx` and `convert_to_reference_fx`.
         per_channel: one scale per output channel, else one per weight. Transposed convolutions get one per weight
             where activations are quantized, since no native kernel of torch takes more.
-        symmetric: zero point 0, else affine (onednn takes symmetric weights only).
+        symmetric: zero point 0, else affine. None takes what is more accurate: affine for weights of 2 and 3 bits,
+            symmetric for more, and for onednn, which takes no other where activations are quantized.
         layer_bits: for single layers by qualified name (or the name of a parent module) or regular expression, the
             bits of the weights, or a pair of these and the bits of the activations: those that come out of the layer,
             and those that enter it straight from the model's input.
@@ -59,7 +60,8 @@ def get_adaround_qconfig_mapping(
     if backend not in _BACKENDS:
         raise InvalidOptionError("backend", f"{backend!r} is not known", f"Pass one of {list(_BACKENDS)}.")
     weight_only = activation_bits is None
-    if backend == "onednn" and not symmetric and not weight_only:
+    takes_affine = backend != "onednn" or weight_only
+    if symmetric is False and not takes_affine:
         raise InvalidOptionError("symmetric", "onednn kernels need zero point 0", "Pass symmetric=True.")
     check_bits(weight_bits, "weight_bits")
     mapping = QConfigMapping() if weight_only else get_default_qconfig_mapping(backend)
@@ -68,10 +70,11 @@ def get_adaround_qconfig_mapping(
 
     def qconfig(bits: int, observed_bits: int | None, transposed: bool) -> QConfig:
         channels = per_channel and (weight_only or not transposed)
+        is_symmetric = not takes_affine or is_symmetric_by_default(bits) if symmetric is None else symmetric
         if channels:
-            scheme = torch.per_channel_symmetric if symmetric else torch.per_channel_affine
+            scheme = torch.per_channel_symmetric if is_symmetric else torch.per_channel_affine
         else:
-            scheme = torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine
+            scheme = torch.per_tensor_symmetric if is_symmetric else torch.per_tensor_affine
         observer = AdaRoundObserver.with_args(bits=bits, qscheme=scheme, ch_axis=1 if channels and transposed else 0)
         activation = own if observed_bits in (8, None) else AdaRoundActivationObserver.with_args(bits=observed_bits)
         return QConfig(activation=activation, weight=observer)  # type: ignore[no-untyped-call]

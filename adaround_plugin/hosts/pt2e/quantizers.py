@@ -16,7 +16,7 @@ from adaround_plugin.graph.operators import is_transposed, is_weighted_function
 from adaround_plugin.hosts.pt2e.compat import annotate_inputs
 from adaround_plugin.hosts.pt2e.observers import AdaRoundActivationObserver, AdaRoundGroupObserver, AdaRoundObserver
 from adaround_plugin.names import select
-from adaround_plugin.rounding.grid import check_bits, integer_range
+from adaround_plugin.rounding.grid import check_bits, integer_range, is_symmetric_by_default
 
 __all__ = ["AdaRoundWeightOnlyQuantizer", "get_adaround_weight_spec", "get_adaround_x86_inductor_config"]
 
@@ -24,7 +24,7 @@ __all__ = ["AdaRoundWeightOnlyQuantizer", "get_adaround_weight_spec", "get_adaro
 def get_adaround_weight_spec(
     weight_bits: int = 4,
     per_channel: bool = True,
-    symmetric: bool = True,
+    symmetric: bool | None = True,
     ch_axis: int = 0,
     group_size: int | None = None,
     scale: Literal["mse", "minmax"] = "mse",
@@ -35,7 +35,8 @@ def get_adaround_weight_spec(
     Args:
         weight_bits: 2 to 8; integers in `[-2^(b-1), 2^(b-1) - 1]`, stored as int8.
         per_channel: one scale per channel along `ch_axis`, else one per weight.
-        symmetric: zero point 0, else affine (X86InductorQuantizer takes symmetric ones only).
+        symmetric: zero point 0, which most backends ask for, else affine. None takes what is more accurate: affine for
+            2 and 3 bits, symmetric for more.
         ch_axis: 0, or 1 for transposed convolutions.
         group_size: for linear layers, entries of a row that share a scale; it divides the row. None for whole rows.
         scale: the observer's own choice of scale, `"mse"` or `"minmax"`.
@@ -50,6 +51,8 @@ def get_adaround_weight_spec(
             raise InvalidOptionError("group_size", "is for rows of a matrix", "Leave per_channel and ch_axis alone.")
         observer = AdaRoundGroupObserver.with_args(group_size=group_size, scale=scale, scale_dtype=scale_dtype)
     low, high = integer_range(weight_bits)
+    if symmetric is None:
+        symmetric = is_symmetric_by_default(weight_bits)
     if per_channel:
         qscheme = torch.per_channel_symmetric if symmetric else torch.per_channel_affine
     else:
@@ -96,7 +99,7 @@ def get_adaround_x86_inductor_config(
     return QuantizationConfig(
         input_activation=entering,
         output_activation=leaving,
-        weight=get_adaround_weight_spec(weight_bits, per_channel),
+        weight=get_adaround_weight_spec(weight_bits, per_channel, symmetric=True),
         bias=default.bias,
     )
 
@@ -118,8 +121,8 @@ class AdaRoundWeightOnlyQuantizer(Quantizer):
         layers: for layers by qualified name, name of a parent, or regular expression, the options that differ, such as
             `{"head": {"weight_bits": 8}}`; None leaves a layer in float. The last entry that matches counts.
         linear_only: leave convolutions in float.
-        **options: of `get_adaround_weight_spec`, for all layers. Convolutions ignore `group_size`, and `ch_axis` is
-            set for each operator.
+        **options: of `get_adaround_weight_spec`, for all layers, but `symmetric` is None unless given. Convolutions
+            ignore `group_size`, and `ch_axis` is set for each operator.
 
     Raises:
         InvalidOptionError: at `prepare_pt2e`, where a name in `layers` matches nothing or an option is out of range.
@@ -130,7 +133,8 @@ class AdaRoundWeightOnlyQuantizer(Quantizer):
     ) -> None:
         super().__init__()
         get_adaround_weight_spec(**options)  # complains now, if it must
-        self.layers, self.linear_only, self.options = dict(layers or {}), linear_only, options
+        self.layers, self.linear_only = dict(layers or {}), linear_only
+        self.options = {"symmetric": None, **options}
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         """Called by `prepare_pt2e`."""
