@@ -351,8 +351,8 @@ QUICK = BlockWise(layers=LAYERS, iterations=2, drop=0.0, weighs_outputs=False)
 @pytest.mark.parametrize(
     ("method", "subject"),
     [
-        (FISHER, "column_weighting, weighs_outputs"),
-        (replace(QUICK, weighs_outputs=True, blocks=["a", "b"]), "column_weighting, weighs_outputs"),
+        (FISHER, "column_weighting, output_hessian, weighs_outputs"),
+        (replace(QUICK, weighs_outputs=True, blocks=["a", "b"]), "column_weighting, output_hessian, weighs_outputs"),
         (QUICK, "method"),
         (Paper(iterations=2, start=Annealing(), activation=False), None),
     ],

@@ -140,8 +140,7 @@ class _Trials:
             first.errors.append(again[0])
             second.errors.append(again[1])
         for one in tried:
-            error = one.predicted(len(one.errors))
-            self._report.trial(one.recipe, error if isfinite(error) else None)
+            self._report.trial(one.recipe, one.predicted if isfinite(one.predicted) else None)
         better = [one for one in others if one.margin(first) > _SURE * one.deviation(first)]
         return max(better, key=lambda one: one.margin(first), default=first).recipe
 
@@ -196,17 +195,25 @@ class _Tried:
         """Of the samples of the run, that a trial learned from."""
         return min(1.0, int((~self.errors[0].held_out).sum()) / self.total)
 
-    def parts(self, rounds: int) -> list[tuple[float, Tensor]]:
-        """What the mean errors of held-out and of learning samples count in the prediction, and these errors."""
+    def parts(self, rounds: int | None = None) -> list[tuple[float, Tensor]]:
+        """What the mean errors of held-out and of learning samples count in the prediction, and these errors.
+
+        Of the first trials, or of all of them.
+        """
         held = torch.cat([error.samples[error.held_out] for error in self.errors[:rounds]])
         learned = torch.cat([error.samples[~error.held_out] for error in self.errors[:rounds]])
         # a lone sample cannot be held out
         return [((1 + self.share) / 2, held if len(held) else learned), ((1 - self.share) / 2, learned)]
 
-    def predicted(self, rounds: int = 1) -> float:
+    def predicted_by(self, rounds: int) -> float:
         """The error of the run by the first trials, infinite where it is no number."""
         found = sum(count * float(errors.mean()) for count, errors in self.parts(rounds))
         return found if isfinite(found) else inf
+
+    @property
+    def predicted(self) -> float:
+        """The error of the run by all trials."""
+        return self.predicted_by(len(self.errors))
 
     def _in_common(self, first: _Tried) -> int:
         return min(len(self.errors), len(first.errors))
@@ -218,9 +225,9 @@ class _Tried:
         """
         favour = _FAVOUR * (1 - first.share) if first.recipe.column_weighting == "fisher" else 0.0
         rounds = self._in_common(first)
-        if first.predicted(rounds) == inf:
-            return 0.0 if self.predicted(rounds) == inf else inf
-        return (1 - favour) * first.predicted(rounds) - self.predicted(rounds)
+        if first.predicted_by(rounds) == inf:
+            return 0.0 if self.predicted_by(rounds) == inf else inf
+        return (1 - favour) * first.predicted_by(rounds) - self.predicted_by(rounds)
 
     def deviation(self, first: _Tried) -> float:
         """Standard deviation of the difference of the predictions, as it comes from the choice of samples."""

@@ -133,8 +133,9 @@ def sensitivities(
 
 
 def _differentiating() -> AbstractContextManager[None]:
-    remedy = "Pass method='default', or LayerWise(column_weighting='none') and BlockWise(weighs_outputs=False)."
-    return taking_derivatives("column_weighting, weighs_outputs", remedy)
+    off = "LayerWise(column_weighting='none', output_hessian=False) and BlockWise(weighs_outputs=False)"
+    remedy = f"Pass method='default', which does without, or {off}."
+    return taking_derivatives("column_weighting, output_hessian, weighs_outputs", remedy)
 
 
 def _tap(
