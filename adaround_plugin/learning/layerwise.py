@@ -33,7 +33,8 @@ class LayerWise:
     """Decide layer after layer, each by the squared error of its own output.
 
     The five options from `propagate_error` to `output_hessian` make a recipe. Where some of them are `"auto"`, a few
-    recipes are tried on part of the data, and the one with the smallest error of the network's output is taken.
+    recipes are tried on part of the data; the first is taken unless the network's output says clearly that another
+    is better (docs/explanation/method.md).
 
     Attributes:
         solver: of each layer's rounding problem: `"annealing"`, `"coordinate_descent"`, `"gptq"`, `"nearest"`,

@@ -32,9 +32,9 @@ _TRIAL_SHARE, _LEAST_SAMPLES = 8, 128
 _TRIAL_COLUMNS = 2048
 # so few samples need it
 _TRIAL_DAMPING = 0.1
-# by so much trials of few samples are too hard on columns that count unlike (docs/benchmarks.md)
+# by so much trials of few samples are too hard on columns that count unlike (docs/explanation/method.md)
 _FAVOUR = 0.15
-# a recipe must be better than the first by so many standard deviations, and is in doubt up to twice as many
+# a recipe must be better than the first by so many standard deviations, and is in doubt up to there
 _SURE = 1.0
 
 
@@ -135,7 +135,7 @@ class _Trials:
         first, *others = tried
         second = max(others, key=lambda one: one.margin(first))
         others_left = self._total >= 2 * len(first.errors[0].samples)
-        if others_left and abs(second.margin(first)) < 2 * _SURE * second.deviation(first):
+        if others_left and abs(second.margin(first)) < _SURE * second.deviation(first):
             again = self._errors([first.recipe, second.recipe], offset=0.0)
             first.errors.append(again[0])
             second.errors.append(again[1])
