@@ -480,7 +480,7 @@ def test_derivatives_in_pieces_are_those_of_whole_batches(
     expected, whole = learn(prepared, data, method)
     assert sizes == [16, 16, 12]
     sizes.clear()
-    monkeypatch.setattr(columns, "_PIECE_BYTES", at_once * bytes_of_a_sample(prepared, data[0]))
+    monkeypatch.setattr("adaround_plugin.regions.pieces._PIECE_BYTES", at_once * bytes_of_a_sample(prepared, data[0]))
     found, report = learn(prepared, data, method)
     wanted = {5: [5, 5, 5, 1, 5, 5, 5, 1, 5, 5, 2], 15: [15, 1, 15, 1, 12]}
     assert sizes == wanted.get(at_once, [1] * 44)
@@ -520,7 +520,7 @@ def test_importance_and_products_are_the_same_in_pieces(
 
     whole = found()
     assert sizes == [9, 9, 8]
-    monkeypatch.setattr(columns, "_PIECE_BYTES", 1)
+    monkeypatch.setattr("adaround_plugin.regions.pieces._PIECE_BYTES", 1)
     pieces = found()
     assert sizes[3:] == [1] * 26
     assert len(whole._importance) == 4
@@ -572,7 +572,7 @@ def test_a_constant_as_long_as_a_batch_is_no_axis_of_samples(monkeypatch: pytest
     arguments = [list(batch) for batch in data]
     found = []
     for most in (2**30, 1):
-        monkeypatch.setattr(columns, "_PIECE_BYTES", most)
+        monkeypatch.setattr("adaround_plugin.regions.pieces._PIECE_BYTES", most)
         run = Pass(host, arguments, Sampling.of(arguments, 0, 10**6, 0), report=ReportBuilder(Progress(0, False)))
         found.append(Columns(run, "fisher")._importance)
     for site, of_batches in found[0].items():
@@ -581,7 +581,7 @@ def test_a_constant_as_long_as_a_batch_is_no_axis_of_samples(monkeypatch: pytest
 
 
 def test_a_program_for_one_batch_size_keeps_its_batches(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "_PIECE_BYTES", 1)
+    monkeypatch.setattr("adaround_plugin.regions.pieces._PIECE_BYTES", 1)
     data = samples(48, 16)
     prepared = prepared_by("pt2e", None, seeded(Images), data, dynamic=False)
     assert open_host(prepared).batch_size == 16
@@ -630,7 +630,7 @@ def test_a_network_whose_samples_do_not_stand_alone_keeps_its_batches(
     sizes: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(columns, "_PIECE_BYTES", 1)
+    monkeypatch.setattr("adaround_plugin.regions.pieces._PIECE_BYTES", 1)
     data = rows(total).split(size)
     prepared = small(host, data, between)
     for method in ("default", SOLVED):

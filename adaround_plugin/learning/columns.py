@@ -15,7 +15,7 @@ from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.importance import Sensitivity, sensitivities
-from adaround_plugin.regions.pieces import bytes_of_one, is_separable, piece
+from adaround_plugin.regions.pieces import piece, piece_size
 from adaround_plugin.rounding.linear_op import Patches
 from adaround_plugin.rounding.moments import HeldOut, Moments, joined
 
@@ -25,8 +25,6 @@ __all__ = ["Columns", "LayerMoments"]
 _EVEN_WEIGHT = 0.3
 # samples that count, at least this share of all, by their weights (`_tempered`)
 _EFFECTIVE_SHARE = 0.5
-# derivatives are taken of so many samples at once that the float stream's values take up this much, or of one
-_PIECE_BYTES = 2**30
 # columns of a layer that are taken in together: as many as these are wide, several times, but no more numbers than
 # this; or as many as are worth the calls
 _PENDING_TIMES, _PENDING_NUMBERS, _LEAST_PENDING = 4, 2**24, 2048
@@ -178,7 +176,10 @@ class Columns:
         """Find how much each column matters, and how the outputs of each layer do together."""
         run, nodes = self._run, self._run.host.nodes
         outputs: dict[fx.Node, Tensor] | None = {} if with_outputs else None
-        sampling, pieces = run.sampling.in_pieces(_piece_size(run))
+        size = max(run.sampling.size)
+        if run.host.batch_size is None:
+            size = piece_size(run.streams[0], run.values[0][0], run.sampling.size[0], size)
+        sampling, pieces = run.sampling.in_pieces(size)
         found = []
         for batch, numbers in enumerate(pieces):
             parts = []
@@ -257,21 +258,6 @@ class Columns:
         """Free what was kept for a layer; whether its columns were weighed by their importance."""
         found = [self._importance.pop(site.float_node, None) for site in node.sites]
         return all(one is not None for one in found)
-
-
-def _piece_size(run: Pass) -> int:
-    """Samples of which derivatives are taken at once: as many as keep values of `_PIECE_BYTES`, or a whole batch.
-
-    Batches stay whole where a sample depends on the others.
-    """
-    sampling, stream, values = run.sampling, run.streams[0], run.values[0][0]
-    largest = max(sampling.size)
-    if run.host.batch_size is not None or largest == 1:
-        return largest
-    fitting = _PIECE_BYTES // max(1, bytes_of_one(stream, values, sampling.size[0]))
-    if fitting >= largest or not is_separable(stream, values, sampling.size[0]):
-        return largest
-    return max(1, fitting)
 
 
 def _joined(parts: list[dict[fx.Node, Sensitivity]], sizes: list[int]) -> dict[fx.Node, Sensitivity]:

@@ -20,7 +20,7 @@ from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import ReportBuilder
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.importance import sensitivities
-from adaround_plugin.regions.pieces import is_separable
+from adaround_plugin.regions.pieces import is_separable, piece, piece_size
 from adaround_plugin.regions.spread import spread
 
 __all__ = ["choose_recipe"]
@@ -117,9 +117,13 @@ class _Trials:
     def problem_of_derivatives(self) -> str | None:
         """Why the network's output has no derivatives, if it has none."""
         stream, _ = open_streams(self._host)
-        part = self._part()[:1]
+        whole = stream.bind(self._arguments[0])
+        length = size = Sampling.of(self._arguments[:1], 0, 1, 0).total
+        if self._host.batch_size is None:
+            size = piece_size(stream, whole, length, length)
         try:
-            sensitivities(stream, self._host.nodes, Sampling.of(part, 0, 1, 0), 0, stream.bind(part[0]))
+            sampling = Sampling((0,), (size,), 0, 1, 0)
+            sensitivities(stream, self._host.nodes, sampling, 0, piece(whole, length, 0, size))
         except InvalidOptionError as error:
             return error.problem
         return None

@@ -11,8 +11,10 @@ from adaround_plugin.graph.compat import tree_map
 from adaround_plugin.graph.ends import ends_of
 from adaround_plugin.graph.streams import Stream, Values, tensors
 
-__all__ = ["bytes_of_one", "is_separable", "piece"]
+__all__ = ["is_separable", "piece", "piece_size"]
 
+# derivatives are taken of so many samples at once that their values take up this much, or of one
+_PIECE_BYTES = 2**30
 # how far outputs may lie apart, relative to their largest
 _TOLERANCE = 1e-3
 
@@ -38,20 +40,27 @@ def _run(stream: Stream, values: Values) -> Values | None:
     return values
 
 
-def bytes_of_one(stream: Stream, values: Values, length: int) -> int:
-    """Memory of all values for one sample of a batch; 0 if the network does not run on one.
+def piece_size(stream: Stream, values: Values, length: int, most: int) -> int:
+    """Samples to take derivatives of at once: as many as keep values of `_PIECE_BYTES`, one at least.
+
+    Batches stay whole where a sample depends on the others.
 
     Args:
         stream: nothing of it run.
-        values: the graph's inputs for the batch.
+        values: the graph's inputs for a batch.
         length: its number of samples.
+        most: samples of the largest batch, which is returned where all of them may be taken, or must be.
     """
-    found = _run(stream, piece(values, length, 0, 1))
-    return 0 if found is None else sum(value.nbytes for value in tensors(list(found.values())))
+    if most == 1:
+        return most
+    one = _run(stream, piece(values, length, 0, 1))
+    taken = 1 if one is None else sum(value.nbytes for value in tensors(list(one.values())))
+    fitting = max(1, _PIECE_BYTES // max(1, taken))
+    return most if fitting >= most or not is_separable(stream, values, length) else fitting
 
 
 def is_separable(stream: Stream, values: Values, length: int) -> bool:
-    """Whether a network gives for a sample alone what it gives for it among the others; arguments as before.
+    """Whether a network gives for a sample alone what it gives for it among the others.
 
     Tried on the first sample, on the last and on one between.
     """
