@@ -19,7 +19,6 @@ from adaround_plugin.hosts.base import ActivationQuantizer
 
 __all__ = ["activation_quantizers", "write_scales"]
 
-
 # what is observed: origin of the node, scale, zero point, range
 _Observed = tuple[str, float, int, int, int]
 

@@ -207,6 +207,22 @@ def rows(
             yield [str(case), name, str(count), *figures, recipe]
 
 
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Options that benchmarks of accuracy have in common: the grid, options of layers, and threads."""
+    parser.add_argument("--affine", action="store_true", help="affine weights, zero point searched with the scale")
+    parser.add_argument("--max-columns", type=int)
+    parser.add_argument("--column-weighting")
+    parser.add_argument("--damping", type=float, help="ridge on the hessian, relative to its mean diagonal")
+    parser.add_argument("--output-hessian", action=argparse.BooleanOptionalAction, help="rows make up for each other")
+    parser.add_argument("--threads", type=int, default=1)
+
+
+def layers_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of layers that were given."""
+    given = {name: getattr(options, name) for name in _LAYERS}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def main() -> None:
     """Run and print Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -221,30 +237,24 @@ def main() -> None:
     parser.add_argument("--activation-bits", type=int, default=8, help="of the mode with activations")
     parser.add_argument("--host", choices=["fx", "pt2e"], default="fx")
     parser.add_argument("--ends", type=int, help="bits of the first and the last layer")
-    parser.add_argument("--affine", action="store_true", help="affine weights, zero point searched with the scale")
     parser.add_argument("--images", type=int, nargs="+", default=IMAGES, help="calibration images, at most 1024")
     parser.add_argument("--test-images", type=int, default=TEST_IMAGES, help="the first ones of each seed")
     parser.add_argument("--test-seeds", type=int, nargs="+", default=[TEST_SEED], help="10,000 images of each")
-    parser.add_argument("--max-columns", type=int)
-    parser.add_argument("--column-weighting")
-    parser.add_argument("--output-hessian", action=argparse.BooleanOptionalAction, help="rows make up for each other")
     parser.add_argument(
         "--finetune", type=int, nargs="?", const=300, help="steps in which scales and biases are learned in the end"
     )
     parser.add_argument("--finetune-integers", action="store_true", help="learn integers too in these steps")
-    parser.add_argument("--damping", type=float, help="ridge on the hessian, relative to its mean diagonal")
     parser.add_argument("--equalize", choices=["weights", "activations"], help="what gets equal ranges before")
     parser.add_argument("--mixed", type=int, default=0, help="mixed images for each of the calibration images")
     parser.add_argument("--blocks", nargs="+", help="modules to take as blocks")
-    parser.add_argument("--threads", type=int, default=1)
+    add_common_options(parser)
     options = parser.parse_args()
     if options.finetune_integers and options.finetune is None:
         parser.error("--finetune-integers needs --finetune")
     torch.set_num_threads(options.threads)
     drawn = [glyphs.load("test", TEST_IMAGES, seed=seed) for seed in options.test_seeds]
     tests = [(images[: options.test_images], labels[: options.test_images]) for images, labels in drawn]
-    given = {name: getattr(options, name) for name in _LAYERS}
-    layers = {name: value for name, value in given.items() if value is not None}
+    layers = layers_of(options)
     methods = {name: preset_of(name, layers, options.blocks) for name in options.methods}
     finetune = None
     if options.finetune is not None:

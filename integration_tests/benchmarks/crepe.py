@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from adaround_plugin import adaround, get_report
 from adaround_plugin.learning.methods import Preset
-from integration_tests.benchmarks.accuracy import Case, preset_of
+from integration_tests.benchmarks.accuracy import Case, add_common_options, layers_of, preset_of
 from integration_tests.benchmarks.floor_models import Workload, crepe, tones
 
 __all__ = ["Scores", "cents", "logits", "score", "workload"]
@@ -91,17 +91,13 @@ def main() -> None:
     """Run and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--affine", action="store_true", help="affine weights, zero point searched with the scale")
     parser.add_argument("--methods", nargs="+", default=["nearest", "default"], help="methods, or solvers of layers")
     parser.add_argument("--frames", type=int, default=FRAMES, help="to calibrate with")
     parser.add_argument("--test-frames", type=int, default=2000)
-    parser.add_argument("--column-weighting")
-    parser.add_argument("--output-hessian", action=argparse.BooleanOptionalAction, help="rows make up for each other")
-    parser.add_argument("--threads", type=int, default=1)
+    add_common_options(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    given = {name: getattr(options, name) for name in ("column_weighting", "output_hessian")}
-    layers = {name: value for name, value in given.items() if value is not None}
+    layers = layers_of(options)
     methods = {name: preset_of(name, layers) for name in options.methods}
     network = crepe()
     test = tones(options.test_frames, TEST_SEED)

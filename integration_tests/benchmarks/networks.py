@@ -147,12 +147,12 @@ class Attention(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention and a two-layer perceptron, each after a layer norm: (n, tokens, width) to the same shape."""
 
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
+    def __init__(self, width: int, attention: nn.Module, hidden: int, activation: nn.Module) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
+        self.attention = attention
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), activation, nn.Linear(hidden, width))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -174,7 +174,9 @@ class VisionTransformer(nn.Module):
         third = [*conv_bn(2 * stem, width, 3, 2), nn.ReLU()]
         self.patches = nn.Sequential(*first, *second, *third, nn.Conv2d(width, width, 1))
         self.positions = nn.Parameter(torch.zeros(1, (IMAGE_SIZE // 4) ** 2, width))
-        self.blocks = nn.Sequential(*(TransformerBlock(width, heads, hidden) for _ in range(depth)))
+        self.blocks = nn.Sequential(
+            *(TransformerBlock(width, Attention(width, heads), hidden, nn.GELU()) for _ in range(depth))
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 

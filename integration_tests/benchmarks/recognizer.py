@@ -33,9 +33,10 @@ from torch import Tensor, nn
 
 from adaround_plugin import adaround, get_report
 from adaround_plugin.learning.methods import Preset
-from integration_tests.benchmarks.accuracy import Case, preset_of
+from integration_tests.benchmarks.accuracy import Case, add_common_options, layers_of, preset_of
 from integration_tests.benchmarks.floor_models import Workload
 from integration_tests.benchmarks.glyphs import TEST_FONTS, TRAIN_FONTS, Split, font_path
+from integration_tests.benchmarks.networks import TransformerBlock
 
 __all__ = [
     "Recognizer",
@@ -135,29 +136,15 @@ class Attention(nn.Module):
         return projected
 
 
-class TransformerBlock(nn.Module):
-    """Attention and a two-layer perceptron, each after a layer norm: (n, positions, width) to the same."""
-
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        y: Tensor = x + self.mlp(self.norm2(x))
-        return y
-
-
 class Neck(nn.Module):
     """SVTR's global mixing of positions beside what enters it: (n, inputs, 1, positions) to (n, positions, width)."""
 
     def __init__(self, inputs: int, width: int, heads: int, depth: int) -> None:
         super().__init__()
         self.reduce = nn.Sequential(_normalized(inputs, inputs // 8, (1, 3)), _normalized(inputs // 8, width))
-        self.blocks = nn.Sequential(*(TransformerBlock(width, heads, 2 * width) for _ in range(depth)))
+        self.blocks = nn.Sequential(
+            *(TransformerBlock(width, Attention(width, heads), 2 * width, nn.SiLU()) for _ in range(depth))
+        )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.expand = _normalized(width, inputs)
         self.fuse = nn.Sequential(_normalized(2 * inputs, inputs // 8, (1, 3)), _normalized(inputs // 8, width))
@@ -387,18 +374,14 @@ def main() -> None:
     """Run and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--affine", action="store_true", help="affine weights, zero point searched with the scale")
     parser.add_argument("--methods", nargs="+", default=["nearest", "default"], help="methods, or solvers of layers")
     parser.add_argument("--lines", type=int, default=LINES, help="to calibrate with")
     parser.add_argument("--test-lines", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the draw to calibrate with")
-    parser.add_argument("--column-weighting")
-    parser.add_argument("--output-hessian", action=argparse.BooleanOptionalAction, help="rows make up for each other")
-    parser.add_argument("--threads", type=int, default=1)
+    add_common_options(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    given = {name: getattr(options, name) for name in ("column_weighting", "output_hessian")}
-    layers = {name: value for name, value in given.items() if value is not None}
+    layers = layers_of(options)
     network = load()
     test = lines(options.test_lines, "test")
     right = score(network, network, *test).right
