@@ -267,7 +267,7 @@ class Differences(nn.Module):
 def test_rows_make_up_for_each_other(make, solver):
     mix = torch.randn(12, 12, generator=torch.Generator().manual_seed(1))
     error = {True: 0.0, False: 0.0}
-    for seed in range(3):
+    for seed in range(8):
         torch.manual_seed(seed)
         batches = [batch @ mix for batch in data(256, 12)]
         prepared = make(Differences(), batches)
@@ -277,7 +277,7 @@ def test_rows_make_up_for_each_other(make, solver):
             assert report.output_error is not None
             error[coupled] += report.output_error
             assert ("output hessian" in report.recipe) == coupled
-    # measured: 0.46 to 0.82
+    # measured: 0.61 to 0.89
     assert error[True] < 0.9 * error[False]
 
 

@@ -166,7 +166,7 @@ class Columns:
         self._run = run
         # by call site, for each batch the importance of its columns
         self._importance: dict[fx.Node, list[Tensor]] = {}
-        self._known: dict[tuple[int | str, ...], _Chosen] = {}
+        self._known: dict[tuple[int, int, tuple[int | str, ...]], _Chosen] = {}
         self.outputs: dict[str, Tensor] = {}
         if weighting == "fisher" or with_outputs:
             with run.clock("importance"):
@@ -223,15 +223,7 @@ class Columns:
 
     def _chosen(self, batch: int, patches: Patches, sites: int) -> _Chosen:
         """The columns to take: layers of one geometry have them in common."""
-        key = (
-            batch,
-            patches.samples,
-            patches.positions,
-            patches.row_length,
-            patches.groups,
-            sites,
-            str(patches.x.device),
-        )
+        key = batch, sites, patches.geometry
         if key not in self._known:
             sampling = self._run.sampling
             index, position = sampling.columns(batch, patches, sites)

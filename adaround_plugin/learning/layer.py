@@ -29,8 +29,8 @@ __all__ = ["Layer", "Recipe"]
 _OUTPUT_RIDGE = 0.2
 # a row whose scale is below this share of the largest is left alone by the others
 _NO_SCALE = 1e-4
-# blocks of coupled rows are solved several times, and kept only if they are better
-_BRIEF = Annealing(sweeps=10, descent_sweeps=3)
+# of coupled rows that have integers already: what these are is not forgotten
+_AGAIN = Annealing(sweeps=4, hot=0.2, descent_sweeps=3)
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,10 @@ class Layer:
         """Integers whose rows make up for each other."""
         assert self.outputs is not None
 
-        def solve(block: RoundingProblem) -> Tensor:
-            return _BRIEF.anneal(block) if isinstance(solver, Annealing) else solver.solve(block).integers
+        def solve(block: RoundingProblem, present: Tensor | None) -> Tensor:
+            if not isinstance(solver, Annealing):
+                return solver.solve(block).integers
+            return solver.anneal(block) if present is None else _AGAIN.anneal(block, present)
 
         sides = self.outputs.clone()
         sides.diagonal(dim1=1, dim2=2).add_(_OUTPUT_RIDGE)

@@ -20,7 +20,7 @@ from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import ReportBuilder
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.importance import sensitivities
-from adaround_plugin.regions.pieces import is_separable, piece, piece_size
+from adaround_plugin.regions.pieces import is_separable, piece, takes_one
 from adaround_plugin.regions.spread import spread
 
 __all__ = ["choose_recipe"]
@@ -118,9 +118,9 @@ class _Trials:
         """Why the network's output has no derivatives, if it has none."""
         stream, _ = open_streams(self._host)
         whole = stream.bind(self._arguments[0])
-        length = size = Sampling.of(self._arguments[:1], 0, 1, 0).total
-        if self._host.batch_size is None:
-            size = piece_size(stream, whole, length, length)
+        length = Sampling.of(self._arguments[:1], 0, 1, 0).total
+        # operators that have no derivative have none of one sample either
+        size = 1 if self._host.batch_size is None and takes_one(stream, whole, length) else length
         try:
             sampling = Sampling((0,), (size,), 0, 1, 0)
             sensitivities(stream, self._host.nodes, sampling, 0, piece(whole, length, 0, size))

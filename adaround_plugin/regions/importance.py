@@ -111,6 +111,8 @@ def sensitivities(
     path = Path(stream, ends_of(stream), values, {})
     found: dict[fx.Node, Any] = {node: stream.value(node, values) for node in path.entries}
     total: dict[fx.Node, Sensitivity] = {}
+    # layers of one geometry have their columns in common
+    known: dict[tuple[int, tuple[int | str, ...]], tuple[Tensor, Tensor, Tensor]] = {}
     with torch.enable_grad(), _differentiating():
         # added to every operator's output, so that each has a derivative, and no weight needs one
         zero = torch.zeros((), requires_grad=True)
@@ -123,12 +125,14 @@ def sensitivities(
             x = args[0] if args else kwargs["input"]
             weighted.check_input(x, batch)
             patches = weighted.op.patches(x, weighted.weight.shape)
-            columns = sampling.columns(batch, patches, len(weighted.sites))
-            samples = sampling.samples(batch, patches.samples, columns[0].device)[columns[0]]
-            tap = _tap(node, weighted, columns, samples, zero, total, outputs)
+            key = len(weighted.sites), patches.geometry
+            if key not in known:
+                index, position = sampling.columns(batch, patches, len(weighted.sites))
+                known[key] = index, position, sampling.samples(batch, patches.samples, index.device)[index]
+            tap = _tap(node, weighted, known[key], zero, total, outputs)
             found[node] = call.tapped(args, kwargs, weighted.weight, tap)
         for value in _projections(stream, found, _COLUMN_PROJECTIONS, sampling.numbers(batch)):
-            torch.autograd.grad(value, zero, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(value, zero, retain_graph=_COLUMN_PROJECTIONS > 1, allow_unused=True)
     return total
 
 
@@ -141,16 +145,19 @@ def _differentiating() -> AbstractContextManager[None]:
 def _tap(
     site: fx.Node,
     weighted: WeightedNode,
-    columns: tuple[Tensor, Tensor],
-    samples: Tensor,
+    columns: tuple[Tensor, Tensor, Tensor],
     zero: Tensor,
     total: dict[fx.Node, Sensitivity],
     outputs: dict[fx.Node, Tensor] | None,
 ) -> Callable[[Tensor], Tensor]:
-    """What adds the sensitivity to an output to `total`, each time there is a derivative by it."""
+    """What adds the sensitivity to an output to `total`, each time there is a derivative by it.
+
+    `columns` are their indices along the leading axis, their positions and the numbers of their samples.
+    """
+    index, position, samples = columns
 
     def add(gradient: Tensor) -> None:
-        by_output = weighted.op.outputs_at(gradient, weighted.weight.shape, *columns)
+        by_output = weighted.op.outputs_at(gradient, weighted.weight.shape, index, position)
         square = by_output.square().sum(-1)
         if site in total:
             total[site].columns += square

@@ -11,7 +11,7 @@ from adaround_plugin.graph.compat import tree_map
 from adaround_plugin.graph.ends import ends_of
 from adaround_plugin.graph.streams import Stream, Values, tensors
 
-__all__ = ["is_separable", "piece", "piece_size"]
+__all__ = ["is_separable", "piece", "piece_size", "takes_one"]
 
 # derivatives are taken of so many samples at once that their values take up this much, or of one
 _PIECE_BYTES = 2**30
@@ -57,6 +57,14 @@ def piece_size(stream: Stream, values: Values, length: int, most: int) -> int:
     taken = 1 if one is None else sum(value.nbytes for value in tensors(list(one.values())))
     fitting = max(1, _PIECE_BYTES // max(1, taken))
     return most if fitting >= most or not is_separable(stream, values, length) else fitting
+
+
+def takes_one(stream: Stream, values: Values, length: int) -> bool:
+    """Whether a network makes something of the first sample of a batch alone, whatever that is."""
+    if length == 1:
+        return True
+    alone = _run(stream, piece(values, length, 0, 1))
+    return alone is not None and all(output.numel() for output in _outputs(stream, alone))
 
 
 def is_separable(stream: Stream, values: Values, length: int) -> bool:

@@ -180,6 +180,11 @@ class Patches:
         return self.x.shape[1] // self.groups * prod(self.kernel)
 
     @property
+    def geometry(self) -> tuple[int, int, int, int, str]:
+        """All that the choice of columns asks for: the same of any two operators that may take the same ones."""
+        return self.samples, self.positions, self.row_length, self.groups, str(self.x.device)
+
+    @property
     def _takes_values_alone(self) -> bool:
         """Whether a column is what stands at one position, as the tokens of a linear layer."""
         return self.kernel == (1,) and self.stride == (1,) and self.groups == 1 and not any(map(any, self._around))

@@ -43,13 +43,18 @@ class Annealing:
         descent.start_from(torch.where(better, annealed, fed_back))
         return problem.best_of(descent.descend(self.descent_sweeps))
 
-    def anneal(self, problem: RoundingProblem) -> Tensor:
-        """The annealed and descended integers, `(G, R, D)` int64, compared with no others."""
-        return self._annealed(problem).descend(self.descent_sweeps)
+    def anneal(self, problem: RoundingProblem, start: Tensor | None = None) -> Tensor:
+        """The annealed and descended integers, `(G, R, D)` int64, compared with no others.
 
-    def _annealed(self, problem: RoundingProblem) -> Descent:
+        Args:
+            problem: to solve.
+            start: `(G, R, D)`, where sweeps start from; the unrounded target if None.
+        """
+        return self._annealed(problem, start).descend(self.descent_sweeps)
+
+    def _annealed(self, problem: RoundingProblem, start: Tensor | None = None) -> Descent:
         descent = Descent(problem)
-        descent.start_from(problem.clamp(problem.target))
+        descent.start_from(problem.clamp(problem.target) if start is None else start)
         last = max(1, self.sweeps - 1)
         descent.anneal([self.hot * (self.cold / self.hot) ** (i / last) for i in range(self.sweeps)])
         return descent

@@ -38,10 +38,10 @@ def solve_coupled(
     problem: RoundingProblem,
     sides: Tensor,
     start: Tensor,
-    solve: Callable[[RoundingProblem], Tensor],
+    solve: Callable[[RoundingProblem, Tensor | None], Tensor],
     *,
     blocks: int = 8,
-    passes: int = 3,
+    passes: int = 2,
 ) -> Tensor:
     """Lower the coupled loss of integers, block after block of rows.
 
@@ -54,7 +54,7 @@ def solve_coupled(
         problem: of the rows.
         sides: `(G, R, R)`, as in `coupled_loss`.
         start: `(G, R, D)` int64 integers that are known already.
-        solve: from the problem of a block to its integers.
+        solve: from the problem of a block to its integers; in passes after the first it is given the present ones.
         blocks: number of blocks.
         passes: how often all of them are solved, at least once.
 
@@ -67,7 +67,7 @@ def solve_coupled(
     hessian, sides = problem.hessian, sides.float()
     parts = [slice(first, None, blocks) for first in range(min(blocks, rows))]
 
-    def solved(part: slice, shift: Tensor) -> Tensor:
+    def solved(part: slice, shift: Tensor, present: Tensor | None = None) -> Tensor:
         """Integers of a block of rows, whose targets move by `shift`, in the hessian's units."""
         step = problem.step[:, part]
         moved = RoundingProblem(
@@ -78,7 +78,7 @@ def solve_coupled(
             nearest=problem.nearest[:, part],
             step=step,
         )
-        return solve(moved)
+        return solve(moved, present)
 
     def errors(q: Tensor, part: slice = _ALL) -> Tensor:
         return ((q - problem.target[:, part]) * problem.step[:, part]).float()
@@ -98,7 +98,7 @@ def solve_coupled(
     share.diagonal(dim1=1, dim2=2).zero_()
     for _ in range(passes - 1):
         for part in parts:
-            integers = solved(part, -share[:, part] @ error)
+            integers = solved(part, -share[:, part] @ error, found[:, part])
             change = errors(integers, part) - error[:, part]
             change_pulled = hessian.roughly_times(change)
             slope = 2 * (sides[:, part] @ pulled) + sides[:, part, part] @ change_pulled

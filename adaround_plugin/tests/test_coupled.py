@@ -60,7 +60,7 @@ def test_the_loss_is_not_above_that_of_the_start(seed, solver, steps_vary, block
     problem = varied(problem, seed) if steps_vary else problem
     sides = sides_of(2, 7, seed + 1, ridge)
     start = solver.solve(problem).integers
-    found = solve_coupled(problem, sides, start, lambda one: solver.solve(one).integers, blocks=blocks)
+    found = solve_coupled(problem, sides, start, lambda one, _: solver.solve(one).integers, blocks=blocks)
     assert found.dtype == torch.int64
     assert bool(((found >= problem.lower) & (found <= problem.upper)).all())
     before, after = (coupled_loss(problem, sides, q) for q in (start, found))
