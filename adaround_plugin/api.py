@@ -13,6 +13,7 @@ from torch.ao.quantization.backend_config import BackendConfig
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.hosts.base import Host, Skipped
 from adaround_plugin.hosts.open import open_host
+from adaround_plugin.learning.comparison import Comparison
 from adaround_plugin.learning.finetuning import Finetune
 from adaround_plugin.learning.methods import Method, Preset, get_preset
 from adaround_plugin.learning.passes import Pass
@@ -99,14 +100,16 @@ def adaround(
         layers = choose_recipe(chosen, host, arguments, excluded=excluded, seed=seed, report=report)
         chosen = chosen.with_layers(layers)
         trials = time.perf_counter() - start - setup
+        comparison = Comparison(host, arguments, sampling)
         run = Pass(host, arguments, sampling, excluded=excluded, seed=seed, report=report)
-        # from here on the pass alone keeps the batches
+        # from here on the pass alone keeps all batches
         arguments.clear()
         entry = None if preset.finetune is None else run.snapshot()
         chosen.learn(run)
         if preset.finetune is not None and entry is not None:
             preset.finetune.learn(run, layers, entry)
-        output_error = run.finish().mean
+        with run.clock("compare"):
+            output_error, nearest_output_error = comparison.take_back(run)
         model = host.prepared if inplace else host.copy()
         host.write(model, run.roundings, run.scales)
     model.meta[KEY] = report.build(
@@ -115,6 +118,7 @@ def adaround(
         recipe=str(layers.recipe),
         skipped=[*host.skipped, *_excluded_entries(host, excluded)],
         output_error=output_error,
+        nearest_output_error=nearest_output_error,
         seconds={"setup": setup, **run.seconds, "trials": trials, "total": time.perf_counter() - start},
     )
     return model

@@ -110,6 +110,7 @@ class Report:
         output_error: mean squared error of the network's outputs on held-out samples (on all without any), over their
             variance: of each entry about its own mean over samples. Scores are judged instead of probabilities and
             decisions that are made of them, and several outputs count alike.
+        nearest_output_error: the same with all layers rounded to nearest. Where that was less, layers were taken back.
         seconds: wall time by phase: `setup` (checks and the reference conversion), `importance` (of columns),
             `forward`, `moments`, `solve`, `reconstruct` (learning on samples), `finetune`, `trials`, `total`.
     """
@@ -123,6 +124,7 @@ class Report:
     blocks: list[BlockReport] = field(default_factory=list)
     finetuning: BlockReport | None = None
     output_error: float | None = None
+    nearest_output_error: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -141,7 +143,7 @@ class Report:
         seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in self.seconds.items())
         lines.append(
             f"method {self.method}: {kept} of {len(self.layers)} layers learned (solver {self.solver}, {self.recipe}); "
-            f"output error {_number(self.output_error)}; {seconds}"
+            f"output error {_number(self.output_error)}, of nearest {_number(self.nearest_output_error)}; {seconds}"
         )
         return "\n".join(lines)
 

@@ -751,3 +751,19 @@ def arguments_of(prepared: nn.Module, batch: Any) -> list[Any]:
     if isinstance(batch, dict):
         return [batch[str(n.target)] if str(n.target) in batch else n.args[0] for n in placeholders]
     return list(batch) if isinstance(batch, tuple) else [batch]
+
+
+class Uncompared:
+    """In place of the comparison with nearest, which runs the network again."""
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def take_back(self, run: Pass) -> tuple[float, float]:
+        """The error of the pass, and none of nearest."""
+        return run.finish().mean, 0.0
+
+
+def uncompared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let passes end without a comparison with nearest."""
+    monkeypatch.setattr("adaround_plugin.api.Comparison", Uncompared)

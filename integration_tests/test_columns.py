@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from adaround_plugin.hosts.open import open_host
-from adaround_plugin.learning import columns as columns_module
 from adaround_plugin.learning.columns import Columns, LayerMoments
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import Progress, ReportBuilder
 from adaround_plugin.regions.calibration import Sampling
+from adaround_plugin.regions.importance import tempered
 from adaround_plugin.rounding.moments import Moments
 from integration_tests.models import batches, learn, learned, prepared_model
 
@@ -97,7 +97,7 @@ def test_samples_are_tempered_as_far_as_half_of_them_count(decay: float) -> None
     totals = torch.exp(-decay * torch.arange(40.0))
     # one has nothing to say, and gets no say
     totals[3] = 0.0
-    factor = columns_module._tempered(totals)
+    factor = tempered(totals)
     weight = (totals * factor).double()
     share = float(weight.sum().square() / (39 * weight.square().sum()))
     if decay <= 0.0:
@@ -108,4 +108,4 @@ def test_samples_are_tempered_as_far_as_half_of_them_count(decay: float) -> None
     known = totals > 0
     order = totals[known].argsort()
     assert bool((weight[known][order].diff() >= 0).all()), "who had more to say still has"
-    assert bool(columns_module._tempered(torch.exp(-5 * torch.arange(40.0))).isfinite().all())
+    assert bool(tempered(torch.exp(-5 * torch.arange(40.0))).isfinite().all())

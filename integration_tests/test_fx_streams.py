@@ -68,6 +68,7 @@ from integration_tests.models import (
     relative_error,
     run_stream,
     snapshot,
+    uncompared,
 )
 from integration_tests.pairs import pairwise
 
@@ -305,7 +306,7 @@ class Counted(nn.Module):
 
 
 @pytest.mark.parametrize("solver", ["gptq", "nearest"])
-def test_each_node_runs_once_per_batch_and_stream(solver):
+def test_each_node_runs_once_per_batch_and_stream(solver, monkeypatch):
     model = Counted().eval()
     data = batches(*SHAPE)
     custom = PrepareCustomConfig().set_non_traceable_module_classes([Counting])
@@ -313,6 +314,7 @@ def test_each_node_runs_once_per_batch_and_stream(solver):
     for batch in data:
         prepared(batch)
     Counting.calls.clear()
+    uncompared(monkeypatch)
     learn(prepared, data, solver=solver)
     assert Counting.calls == {f"n{i}": 2 * len(data) for i in range(5)}
 
@@ -332,6 +334,7 @@ def test_the_weighted_modules_run_once_per_batch_and_stream(monkeypatch):
 
     monkeypatch.setattr(nn.Conv2d, "forward", counted("float", plain))
     monkeypatch.setattr(torch.ao.nn.quantized.reference.Conv2d, "forward", counted("quantized", reference))
+    uncompared(monkeypatch)
     learn(prepared, data)
     # a and b on the left and on the right side; fused relus call their convolution through these, too
     assert calls == {"float": 4 * len(data), "quantized": 4 * len(data)}

@@ -23,6 +23,7 @@ from integration_tests.models import (
     relative_error,
     run_stream,
     snapshot,
+    uncompared,
 )
 from integration_tests.pairs import pairwise
 from integration_tests.pt2e_models import (
@@ -170,6 +171,7 @@ def test_the_weighted_operators_run_once_per_batch_and_stream(monkeypatch):
         return plain(self, target, args, kwargs)
 
     monkeypatch.setattr(Stream, "call_function", counted)
+    uncompared(monkeypatch)
     learn(prepared, data, solver="gptq")
     # a and b on the left and on the right side, in both streams
     assert calls["aten.conv2d.default"] == 2 * 4 * len(data)
@@ -345,9 +347,10 @@ def test_no_layer_is_worse_than_nearest(name, solver, holdout):
     prepared, data = prepared_net(name)
     for layer in get_report(learn(prepared, data, solver=solver, holdout=holdout)).layers:
         if holdout:
-            assert layer.learned == (layer.learned_holdout <= layer.nearest_holdout)
+            if "the network's output is better" not in layer.note:
+                assert layer.learned == (layer.learned_holdout <= layer.nearest_holdout)
             assert layer.learned or "nearest" in layer.note
-        else:
+        elif "the network's output is better" not in layer.note:
             assert layer.learned == (layer.learned_error <= layer.nearest_error)
         assert 0 <= layer.flipped <= 1
         assert layer.columns > 0

@@ -1,4 +1,5 @@
-"""Where a network's answer is still a continuous value: before it is joined, made probabilities of, or decided on."""
+"""Where a network's answer is still a continuous value: before it is joined, made probabilities of or decided on, and
+before rows are chosen by it."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from torch.fx.node import map_arg
 
 from adaround_plugin.graph.clamps import is_clamp
 from adaround_plugin.graph.compat import operator_name
+from adaround_plugin.graph.selection import chooses, chosen_rows, computed
 from adaround_plugin.graph.streams import Stream, unpacks
 
 __all__ = ["ends_of"]
@@ -32,15 +34,18 @@ _REARRANGING_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)
 def ends_of(stream: Stream) -> list[fx.Node]:
     """The nodes of what a network returns; of scores where it returns joined values, probabilities or decisions.
 
+    Of rows that the network chooses, and of what it makes of them, the ends are where it chooses from, and by what.
+
     The float and the quantized graph of a host have the same ends, in the same order.
     """
     ends: list[fx.Node] = []
     map_arg(stream.output_node.args[0], ends.append)
+    known, lost = computed(stream), chosen_rows(stream, of_samples=True)
     # by what is stored there: a quantized graph may unpack one value several times
     found: dict[fx.Node, fx.Node] = {}
     while ends:
         node = ends.pop(0)
-        behind = _before(stream, node)
+        behind = _sources(stream, node) if node in lost else _before(stream, node, known)
         if behind is None:
             found.setdefault(_stored(stream, node), node)
         else:
@@ -48,8 +53,8 @@ def ends_of(stream: Stream) -> list[fx.Node]:
     return list(found.values())
 
 
-def _before(stream: Stream, node: fx.Node) -> list[fx.Node] | None:
-    """What is joined, made probabilities of or decided on at a node; None where nothing is.
+def _before(stream: Stream, node: fx.Node, known: set[fx.Node]) -> list[fx.Node] | None:
+    """What is joined, made probabilities of, decided on or chosen from at a node; None where nothing is.
 
     What only rearranges it, or stores it in integers, may come between.
     """
@@ -60,9 +65,14 @@ def _before(stream: Stream, node: fx.Node) -> list[fx.Node] | None:
         return None
     if _is_one(stream, end, _PROBABILITIES | _DECISIONS, _PROBABILITY_MODULES):
         return [end.all_input_nodes[0]]
-    if _is_one(stream, end, _JOINS, ()):
-        return [source for source in end.all_input_nodes if stream.varies(source)]
+    if _is_one(stream, end, _JOINS, ()) or chooses(end, known):
+        return _sources(stream, end)
     return None
+
+
+def _sources(stream: Stream, node: fx.Node) -> list[fx.Node]:
+    """The inputs of a node that are no constants."""
+    return [source for source in node.all_input_nodes if stream.varies(source)]
 
 
 def _stored(stream: Stream, node: fx.Node) -> fx.Node:

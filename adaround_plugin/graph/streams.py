@@ -128,6 +128,26 @@ class Stream(fx.Interpreter):
             error.add_note(f"while running node {node.name} ({node.op} {node.target})")
             raise
 
+    def outputs(self, arguments: Iterable[Any], ends: Iterable[fx.Node]) -> list[Any]:
+        """The values of some nodes for one batch, run from its inputs; each value is freed after its last use.
+
+        Nothing of the stream may have run.
+        """
+        ends, values, nodes = list(ends), self.bind(arguments), self.runnable(set())
+        last = {root: node for node in nodes for source in node.all_input_nodes for root in self._roots[source]}
+        needed = {root for end in ends for root in self._roots[end]}
+        dead: dict[fx.Node, list[fx.Node]] = {}
+        for root, node in last.items():
+            if root not in needed:
+                dead.setdefault(node, []).append(root)
+        for node in nodes:
+            self.run_nodes(values, [node])
+            if node not in last and node not in needed:
+                del values[node]
+            for root in dead.get(node, ()):
+                del values[root]
+        return [self.value(end, values) for end in ends]
+
     def finish(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
         """Mark `nodes` as done for every batch; returns the nodes whose values are still needed."""
         self.done.update(nodes)

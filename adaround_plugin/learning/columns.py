@@ -10,11 +10,12 @@ from torch import Tensor, fx
 from adaround_plugin.errors import NonFiniteError
 from adaround_plugin.graph.arguments import input_of
 from adaround_plugin.graph.calls import CallSite
+from adaround_plugin.graph.selection import chosen_rows
 from adaround_plugin.graph.streams import BothValues
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.regions.calibration import Sampling
-from adaround_plugin.regions.importance import Sensitivity, sensitivities
+from adaround_plugin.regions.importance import Sensitivity, sensitivities, tempered
 from adaround_plugin.regions.pieces import piece, piece_size
 from adaround_plugin.rounding.linear_op import Patches
 from adaround_plugin.rounding.moments import HeldOut, Moments, joined
@@ -23,8 +24,6 @@ __all__ = ["Columns", "LayerMoments"]
 
 # what every column weighs beside its importance, relative to the mean of that: derivatives are local
 _EVEN_WEIGHT = 0.3
-# samples that count, at least this share of all, by their weights (`_tempered`)
-_EFFECTIVE_SHARE = 0.5
 # columns of a layer that are taken in together: as many as these are wide, several times, but no more numbers than
 # this; or as many as are worth the calls
 _PENDING_TIMES, _PENDING_NUMBERS, _LEAST_PENDING = 4, 2**24, 2048
@@ -164,6 +163,7 @@ class Columns:
 
     def __init__(self, run: Pass, weighting: str, with_outputs: bool = False) -> None:
         self._run = run
+        self._chosen_rows = chosen_rows(run.streams[1])
         # by call site, for each batch the importance of its columns
         self._importance: dict[fx.Node, list[Tensor]] = {}
         self._known: dict[tuple[int, int, tuple[int | str, ...]], _Chosen] = {}
@@ -192,13 +192,17 @@ class Columns:
             sites = [site.float_node for site in node.sites]
             if not all(site in of_batch for of_batch in found for site in sites):
                 continue
-            if weighs:
+            if weighs and self.is_paired(node):
                 self._importance |= _relative([{site: one.pop(site) for site in sites} for one in found], run.sampling)
             if outputs is not None:
                 moment = torch.stack([outputs.pop(site) for site in sites]).sum(0)
                 mean = moment.diagonal(dim1=1, dim2=2).mean(1)
                 if bool(torch.isfinite(moment).all()) and bool((mean > 0).all()):
                     self.outputs[node.name] = moment / mean[:, None, None]
+
+    def is_paired(self, node: WeightedNode) -> bool:
+        """Whether the columns of both streams belong together: not where the network chooses the rows of its input."""
+        return all(input_of(site.quantized_node) not in self._chosen_rows for site in node.sites)
 
     def gather(self, node: WeightedNode, batch: int, values: BothValues, into: LayerMoments) -> None:
         """Add one batch's columns at every call site."""
@@ -209,17 +213,19 @@ class Columns:
     def _gather(self, node: WeightedNode, site: CallSite, batch: int, values: BothValues, into: LayerMoments) -> None:
         exact_stream, quantized_stream = self._run.streams
         shape = node.weight.shape
-        x_float = exact_stream.value(input_of(site.float_node), values[0])
         x_quantized = quantized_stream.value(input_of(site.quantized_node), values[1])
-        node.check_input(x_float, batch)
+        node.check_input(x_quantized, batch)
         patches = node.op.patches(x_quantized.float(), shape)
         chosen = self._chosen(batch, patches, len(node.sites))
         index, position = chosen.index, chosen.position
-        exact = self._float_columns(node, site, batch, x_float, index, position)
+        exact = quantized = patches.columns(index, position)
+        if self.is_paired(node):
+            x_float = exact_stream.value(input_of(site.float_node), values[0])
+            exact = self._float_columns(node, site, batch, x_float, index, position)
         weight = None
         if site.float_node in self._importance:
             weight = self._importance[site.float_node][batch][:, chosen.order] + _EVEN_WEIGHT
-        into.add(_Gathered(exact, patches.columns(index, position), chosen, patches.samples, weight))
+        into.add(_Gathered(exact, quantized, chosen, patches.samples, weight))
 
     def _chosen(self, batch: int, patches: Patches, sites: int) -> _Chosen:
         """The columns to take: layers of one geometry have them in common."""
@@ -277,7 +283,7 @@ def _inverse_norm(exact: Tensor, index: Tensor, length: int) -> Tensor:
 def _relative(found: list[dict[fx.Node, Sensitivity]], sampling: Sampling) -> dict[fx.Node, list[Tensor]]:
     """The importance of a layer's columns relative to the mean of their group; nothing where it is no number.
 
-    Where few samples carry nearly all of it, their totals are made more alike (`_tempered`).
+    Where few samples carry nearly all of it, their totals are made more alike (`tempered`).
 
     Args:
         found: by batch, at all call sites of the layer.
@@ -293,7 +299,7 @@ def _relative(found: list[dict[fx.Node, Sensitivity]], sampling: Sampling) -> di
     for first, of_batch in zip(sampling.first, found, strict=True):
         for one in of_batch.values():
             totals.index_add_(0, first + one.samples, (one.columns / mean).mean(0))
-    factor = _tempered(totals)
+    factor = tempered(totals)
     return {
         site: [
             of_batch[site].columns / mean * factor[first + of_batch[site].samples]
@@ -301,27 +307,3 @@ def _relative(found: list[dict[fx.Node, Sensitivity]], sampling: Sampling) -> di
         ]
         for site in found[0]
     }
-
-
-def _tempered(totals: Tensor) -> Tensor:
-    """`(S,)` factors for the weights of samples whose totals are `(S,)`: `total^(p - 1)`, times what keeps their sum.
-
-    A mean weighed by `w` is as uncertain as one of `(sum w)^2 / sum w^2` samples that count alike. `p` is the largest
-    up to 1 for which these are a share of `_EFFECTIVE_SHARE` of all.
-    """
-    known = totals > 0
-    # less than a millionth of the largest is no more than that
-    relative = torch.where(known, (totals / totals.max()).clamp_min(1e-6), 1.0).double()
-
-    def suffices(p: float) -> bool:
-        weight = torch.where(known, relative**p, 0.0)
-        return bool(weight.sum().square() >= _EFFECTIVE_SHARE * known.sum() * weight.square().sum())
-
-    if suffices(1.0):
-        return torch.ones_like(totals)
-    low, high = 0.0, 1.0
-    for _ in range(20):
-        p = (low + high) / 2
-        low, high = (p, high) if suffices(p) else (low, p)
-    factor = torch.where(known, relative ** (low - 1), 0.0)
-    return (factor * (totals.sum() / (factor * totals).sum())).to(totals)

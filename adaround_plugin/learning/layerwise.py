@@ -244,7 +244,9 @@ class PendingLayers:
         if self._after is not None and layer.moments.count:
             rounding, further = self._after(node, layer, rounding)
             notes += further
-        if self.recipe.column_weighting == "fisher" and not weighed:
+        if not self._columns.is_paired(node):
+            notes.append("learned from the quantized network's input alone: the network itself chooses its rows")
+        elif self.recipe.column_weighting == "fisher" and not weighed:
             notes.append("columns weighed alike: the network's output has no finite derivative by this layer's output")
         if self.recipe.output_hessian and outputs is None:
             notes.append("rows apart: the network's output has no finite derivative by this layer's output")

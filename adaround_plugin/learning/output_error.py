@@ -24,10 +24,12 @@ class OutputError:
     Attributes:
         samples: `(S,)` float64.
         held_out: `(S,)`, whether a sample was kept out of learning.
+        variances: of each output, over which its errors are taken.
     """
 
     samples: Tensor
     held_out: Tensor
+    variances: Sequence[float] = ()
 
     @property
     def mean(self) -> float:
@@ -45,10 +47,11 @@ class OutputTally:
 
     Args:
         sampling: how many samples there are, and which are held out.
+        variances: of each output, where they are known of more samples.
     """
 
-    def __init__(self, sampling: Sampling) -> None:
-        self._sampling = sampling
+    def __init__(self, sampling: Sampling, variances: Sequence[float] | None = None) -> None:
+        self._sampling, self._variances = sampling, variances
         # by number of the output
         self._spread: dict[int, _Spread] = defaultdict(_Spread)
         self._errors: dict[int, list[Tensor]] = defaultdict(list)
@@ -68,14 +71,17 @@ class OutputTally:
 
     def finish(self) -> OutputError:
         """The errors of all batches."""
-        sampling, total = self._sampling, self._sampling.total
-        found = torch.zeros(total, dtype=torch.float64)
-        for number, parts in self._errors.items():
-            if number not in self._spread:
-                continue
-            found += torch.cat([part.cpu() for part in parts]) / self._spread[number].variance() / len(self._spread)
+        sampling, variances = self._sampling, self._variances
+        if variances is None:
+            variances = [self._spread[number].variance() if number in self._spread else 0.0 for number in self._errors]
+        found = torch.zeros(sampling.total, dtype=torch.float64)
+        # an output that never has an entry has no variance, and no error
+        counted = sum(variance > 0 for variance in variances)
+        for parts, variance in zip(self._errors.values(), variances, strict=True):
+            if variance > 0:
+                found += torch.cat([part.cpu() for part in parts]) / variance / counted
         held = torch.cat([sampling.held_out(batch, size) for batch, size in enumerate(sampling.size)])
-        return OutputError(found, held)
+        return OutputError(found, held, variances)
 
 
 class _Spread:

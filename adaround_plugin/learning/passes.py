@@ -109,6 +109,12 @@ class Pass:
         self.set_rounding(node, rounding)
         self.report.relearned(node, before, rounding)
 
+    def take_back(self, node: WeightedNode, nearest: LayerRounding) -> None:
+        """Let a layer be nearest, as the network's output is better with that, and tell the report."""
+        before = self.roundings[node.name]
+        self.set_rounding(node, nearest)
+        self.report.relearned(node, before, nearest, "nearest: with it the network's output is better")
+
     def plan(self, pending: list[WeightedNode]) -> Plan:
         """The nodes of both streams that depend on no pending weight."""
         sites = [site for node in pending for site in node.sites]
@@ -172,7 +178,7 @@ class Pass:
         return Place(self.host, self.streams, values, self.roundings, self.sampling)
 
     def finish(self) -> OutputError:
-        """Run to the end; the error of the network's ends (`ends_of`) on held-out samples, on all without any."""
+        """Run to the end; the error of the network's ends (`ends_of`)."""
         tally = OutputTally(self.sampling)
 
         def compare(batch: int, values: BothValues) -> None:

@@ -63,6 +63,7 @@ class _Layer:
     seconds: float
     flipped: float
     clipped: float
+    why_nearest: str = ""
 
     def report(self) -> LayerReport:
         """As it is now."""
@@ -70,7 +71,7 @@ class _Layer:
         notes = list(self.notes)
         if not rounding.learned and self.columns:
             judged_on = "learning" if rounding.learned_holdout is None else "held-out"
-            notes.append(f"nearest kept: it is better on the {judged_on} samples")
+            notes.append(self.why_nearest or f"nearest kept: it is better on the {judged_on} samples")
         touched = "corrected" if node.bias == "present" else "added"
         return LayerReport(
             name=node.name,
@@ -131,11 +132,20 @@ class ReportBuilder:
         self._layers[node.name] = entry
         self.progress.layer(entry.report())
 
-    def relearned(self, node: WeightedNode, before: LayerRounding, rounding: LayerRounding) -> None:
-        """A layer's rounding, scale or bias was learned again, with others on samples."""
+    def relearned(
+        self, node: WeightedNode, before: LayerRounding, rounding: LayerRounding, why_nearest: str = ""
+    ) -> None:
+        """A layer's rounding, scale or bias was learned again, with others on samples.
+
+        Args:
+            node: the layer.
+            before, rounding: what it had and has.
+            why_nearest: the reason, if that is nearest.
+        """
         if node.name not in self._layers:
             return
         entry = self._layers[node.name]
+        entry.why_nearest = why_nearest
         # errors stay those that were measured when the layer was decided
         entry.rounding = replace(
             entry.rounding,
@@ -159,6 +169,7 @@ class ReportBuilder:
         recipe: str,
         skipped: Sequence[Skipped],
         output_error: float,
+        nearest_output_error: float,
         seconds: dict[str, float],
     ) -> Report:
         """The report; arguments as in `Report`."""
@@ -172,6 +183,7 @@ class ReportBuilder:
             blocks=self.blocks,
             finetuning=self.finetuning,
             output_error=output_error,
+            nearest_output_error=nearest_output_error,
             seconds=seconds,
         )
 

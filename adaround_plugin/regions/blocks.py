@@ -16,6 +16,8 @@ from torch.fx.node import map_arg
 
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.graph.compat import operator_name
+from adaround_plugin.graph.selection import chosen_rows
+from adaround_plugin.graph.streams import Stream
 from adaround_plugin.graph.transforms import has_origin, origin
 from adaround_plugin.hosts.base import Host, Streams, WeightedNode
 from adaround_plugin.names import select
@@ -95,14 +97,16 @@ class Block:
 
 
 def output_exits(streams: Streams) -> list[Exit]:
-    """The values that the network returns, each once and without constants."""
+    """The values that the network returns, each once, without constants and rows that it chooses."""
     returned: list[list[fx.Node]] = []
     for stream in streams:
         nodes: list[fx.Node] = []
         map_arg(stream.output_node.args, nodes.append)
         returned.append(nodes)
-    pairs = dict.fromkeys(zip(*returned, strict=True))
-    return [Exit(exact, quantized) for exact, quantized in pairs if streams[0].varies(exact)]
+    pairs, chosen = dict.fromkeys(zip(*returned, strict=True)), chosen_rows(streams[1])
+    return [
+        Exit(exact, quantized) for exact, quantized in pairs if streams[0].varies(exact) and quantized not in chosen
+    ]
 
 
 class _Graphs:
@@ -114,6 +118,7 @@ class _Graphs:
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.counterpart = {origin(node): node for node in host.quantized_graph.graph.nodes if has_origin(node)}
         self.sites = {site.float_node: node for node in host.nodes for site in node.sites}
+        self.chosen = chosen_rows(Stream(host.quantized_graph, host.quantized_graph.graph))
         # the nodes that depend on a weight
         self.behind: set[fx.Node] = set()
         for node in self.nodes:
@@ -121,9 +126,9 @@ class _Graphs:
                 self.behind.add(node)
 
     def exit_at(self, node: fx.Node, inner: bool = False) -> Exit | None:
-        """The exit at a node; None where the quantized graph has no such node."""
+        """The exit at a node; None where the quantized graph has no such node, or chooses rows of its own there."""
         counterpart = self.counterpart.get(origin(node))
-        return None if counterpart is None else Exit(node, counterpart, inner)
+        return None if counterpart is None or counterpart in self.chosen else Exit(node, counterpart, inner)
 
     def activation(self, node: fx.Node) -> fx.Node | None:
         """The activation function that alone uses a node's value, if one does."""
@@ -168,6 +173,8 @@ def layer_exits(host: Host, nodes: Iterable[WeightedNode], activation: bool) -> 
     for node in nodes:
         found = []
         for site in node.sites:
+            if site.quantized_node in graphs.chosen:
+                continue
             after = graphs.activation(site.float_node) if activation else None
             end = None if after is None else graphs.exit_at(after)
             fused = site.call is not None and site.call.is_fused
@@ -205,7 +212,9 @@ def find_blocks(host: Host) -> list[Block]:
 def _block(nodes: Sequence[WeightedNode], exits: tuple[Exit, ...]) -> Block:
     name = nodes[0].name if len(nodes) == 1 else f"{nodes[0].name} ... {nodes[-1].name}"
     if not exits:
-        return Block(name, tuple(nodes), (), "the quantized graph has no counterpart of its end")
+        return Block(
+            name, tuple(nodes), (), "the quantized graph has no counterpart of its end, or chooses other rows there"
+        )
     if len(nodes) > _MOST:
         note = f"{len(nodes)} layers with no single node between them, decided one by one: pass smaller blocks"
         return Block(name, tuple(nodes), (), note)

@@ -202,7 +202,8 @@ class Sampling:
         per_sample = length / self.size[batch]
         # the short rows of many groups ask for fewer
         most = max(self.max_columns // min(patches.groups, 4), 4 * patches.row_length)
-        rate = min(1.0, most / (sites * positions * per_sample * self.total))
+        # an expert that no token goes to has none
+        rate = min(1.0, most / max(1.0, sites * positions * per_sample * self.total))
         entry = self.first[batch] * per_sample + torch.arange(length, dtype=torch.float64, device=device)
         share = rate * positions
         count = (((entry + 1) * share + 1e-6).floor() - (entry * share + 1e-6).floor()).long()

@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 from adaround_plugin.graph.calls import CallSite
 from adaround_plugin.graph.compat import learnable_fake_quantize
 from adaround_plugin.graph.paths import Path, fake_quantized, quantizes, run_node
+from adaround_plugin.graph.selection import chosen_rows
 from adaround_plugin.graph.streams import BothValues, Values, unpacks
 from adaround_plugin.graph.transforms import origin
 from adaround_plugin.hosts.base import ActivationQuantizer, Host, Streams, WeightedNode
@@ -150,8 +151,11 @@ class Forward:
     def float_counterparts(self, streams: Streams, of_float: Values) -> list[fx.Node | None]:
         """The nodes of the float stream, with known values, that the entries are the quantized values of."""
         counterpart = {origin(node): node for node in streams[0].nodes if node.op != "output"}
-        found = []
+        chosen, found = chosen_rows(streams[1]), list[fx.Node | None]()
         for node in self.entries:
+            if node in chosen:
+                found.append(None)
+                continue
             source: Any = node
             while isinstance(source, fx.Node) and origin(source) not in counterpart:
                 # behind the host's quantize and dequantize

@@ -25,11 +25,13 @@ from adaround_plugin.graph.streams import Stream, Values, tensors
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.regions.calibration import Sampling
 
-__all__ = ["Sensitivity", "importance", "sensitivities"]
+__all__ = ["Sensitivity", "importance", "sensitivities", "tempered"]
 
 # random projections of the network's output: some for each entry of a region's exits, one for columns, of which there
 # are many (two bring no more than the noise)
 _PROJECTIONS, _COLUMN_PROJECTIONS = 8, 1
+# samples that count, at least this share of all, by their weights
+_EFFECTIVE_SHARE = 0.5
 
 
 def importance(
@@ -134,6 +136,30 @@ def sensitivities(
         for value in _projections(stream, found, _COLUMN_PROJECTIONS, sampling.numbers(batch)):
             torch.autograd.grad(value, zero, retain_graph=_COLUMN_PROJECTIONS > 1, allow_unused=True)
     return total
+
+
+def tempered(totals: Tensor) -> Tensor:
+    """`(S,)` factors for the weights of samples whose totals are `(S,)`: `total^(p - 1)`, times what keeps their sum.
+
+    A mean weighed by `w` is as uncertain as one of `(sum w)^2 / sum w^2` samples that count alike. `p` is the largest
+    up to 1 for which these are a share of `_EFFECTIVE_SHARE` of all.
+    """
+    known = totals > 0
+    # less than a millionth of the largest is no more than that
+    relative = torch.where(known, (totals / totals.max()).clamp_min(1e-6), 1.0).double()
+
+    def suffices(p: float) -> bool:
+        weight = torch.where(known, relative**p, 0.0)
+        return bool(weight.sum().square() >= _EFFECTIVE_SHARE * known.sum() * weight.square().sum())
+
+    if suffices(1.0):
+        return torch.ones_like(totals)
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        p = (low + high) / 2
+        low, high = (p, high) if suffices(p) else (low, p)
+    factor = torch.where(known, relative ** (low - 1), 0.0)
+    return (factor * (totals.sum() / (factor * totals).sum())).to(totals)
 
 
 def _differentiating() -> AbstractContextManager[None]:

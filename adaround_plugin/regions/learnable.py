@@ -157,7 +157,7 @@ def slopes(
         samples: the data.
         inits: the weights.
         error_context: the option and the remedy that an error names where no derivative can be taken.
-        unreached: whether weights that no derivative reaches are no error; theirs is 0.
+        unreached: whether it is no error that no derivative reaches any weight. Of those that none reaches it is 0.
 
     Raises:
         InvalidOptionError: no derivative could be taken.
@@ -170,7 +170,7 @@ def slopes(
         if unreached and not (coordinates and square.requires_grad):
             continue
         with taking_derivatives(*error_context):
-            gradients = torch.autograd.grad(square, coordinates, materialize_grads=unreached)
+            gradients = torch.autograd.grad(square, coordinates, materialize_grads=True)
         for slope, gradient in zip(found, gradients, strict=True):
             slope += gradient
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from adaround_plugin.graph.compat import tree_map
 from adaround_plugin.graph.ends import ends_of
 from adaround_plugin.graph.streams import Stream, Values, tensors
 
-__all__ = ["is_separable", "piece", "piece_size", "takes_one"]
+__all__ = ["is_separable", "piece", "piece_size", "stand_alone", "takes_one"]
 
 # derivatives are taken of so many samples at once that their values take up this much, or of one
 _PIECE_BYTES = 2**30
@@ -79,6 +80,34 @@ def is_separable(stream: Stream, values: Values, length: int) -> bool:
     )
 
 
+def stand_alone(stream: Stream, values: Values, length: int, *, fixed: bool) -> bool:
+    """Whether samples may be put together otherwise than they are.
+
+    Args:
+        stream: nothing of it run.
+        values: the graph's inputs for a batch.
+        length: its number of samples.
+        fixed: whether the graph takes no other number; samples are tried in reverse order then.
+    """
+    if not fixed:
+        return is_separable(stream, values, length)
+
+    def reverse(value: Any) -> Any:
+        is_split = isinstance(value, Tensor) and value.dim() and len(value) == length
+        return value.flip(0) if is_split else value
+
+    whole, other = _run(stream, values), _run(stream, {node: tree_map(reverse, one) for node, one in values.items()})
+    if whole is None or other is None:
+        return False
+    return all(
+        one.dim() > 0
+        and one.shape == two.shape
+        and one.shape[0] % length == 0
+        and _are_close(_by_sample(one, length).flip(0), _by_sample(two, length))
+        for one, two in zip(_outputs(stream, whole), _outputs(stream, other), strict=True)
+    )
+
+
 def _outputs(stream: Stream, values: Values) -> list[Tensor]:
     with torch.no_grad():
         return tensors([stream.value(end, values) for end in ends_of(stream)])
@@ -92,6 +121,17 @@ def _is_same(whole: list[Tensor], stream: Stream, alone: Values | None, number: 
         if not one.dim() or one.shape[0] * length != among.shape[0] or one.shape[1:] != among.shape[1:]:
             return False
         same = among[number * len(one) : (number + 1) * len(one)]
-        if one.numel() and not torch.allclose(one, same, rtol=0, atol=_TOLERANCE * float(same.abs().max())):
+        if not _are_close(one, same):
             return False
     return True
+
+
+def _by_sample(output: Tensor, length: int) -> Tensor:
+    return output.reshape(length, output.shape[0] // length, *output.shape[1:])
+
+
+def _are_close(one: Tensor, other: Tensor) -> bool:
+    if not one.numel():
+        return True
+    largest = float(other.abs().max())
+    return isfinite(largest) and torch.allclose(one, other, rtol=0, atol=_TOLERANCE * largest)

@@ -75,7 +75,9 @@ def reconstruct(
         # at the end only what is not rounded is learned, on the roundings as they will be
         last = int(schedule.iterations * LAST_SHARE) if groups else 0
         first = replace(schedule, iterations=schedule.iterations - last)
-        iterations = descend(softs, groups, loss, first, report=report, error_context=_ERROR_CONTEXT)
+        iterations = 0
+        if softs or groups:
+            iterations = descend(softs, groups, loss, first, report=report, error_context=_ERROR_CONTEXT)
         if last:
             made = iterations
             shifted = None if report is None else lambda step, value: report(made + step, value)
@@ -87,6 +89,7 @@ def reconstruct(
                 report=shifted,
                 error_context=_ERROR_CONTEXT,
             )
+    unreached = sum(one.soft is None for one in learned)
     after = [one.result() for one in learned]
     _, learned_error = learned_errors(samples, after, held_out=False)
     _, learned_holdout = learned_errors(samples, after, held_out=True)
@@ -97,6 +100,7 @@ def reconstruct(
         start_holdout=start_holdout,
         learned_holdout=learned_holdout,
         iterations=iterations,
+        notes=[f"no derivative reaches {unreached} of {len(inits)} weights"] if unreached else [],
     )
 
 
@@ -106,14 +110,21 @@ def _begin(
     """Every weight where it begins."""
     found = [None] * len(inits) if from_weight else slopes(samples, inits, _ERROR_CONTEXT)
     scales = samples.output_scale() if any(init.moves_bias for init in inits) else [0.0] * len(inits)
-    return [
-        LearnableWeight(init, _soft(init, slope, schedule), output_scale, _RATE)
-        for init, slope, output_scale in zip(inits, found, scales, strict=True)
-    ]
+    learned = []
+    for init, slope, output_scale in zip(inits, found, scales, strict=True):
+        soft = _soft(init, slope, schedule)
+        movable = init if soft is not None else replace(init, moves_bias=False, moves_scale=False)
+        learned.append(LearnableWeight(movable, soft, output_scale, _RATE))
+    return learned
 
 
-def _soft(init: WeightInit, slope: Tensor | None, schedule: Schedule) -> SoftRounding:
-    """Soft coordinates between the weight's floor and ceil, or between its integer and a neighbour."""
+def _soft(init: WeightInit, slope: Tensor | None, schedule: Schedule) -> SoftRounding | None:
+    """Soft coordinates between the weight's floor and ceil, or between its integer and a neighbour.
+
+    None where no derivative reaches the weight, as behind the choice of an index.
+    """
+    if slope is not None and not bool(slope.any()):
+        return None
     if schedule.soft_rounding.spans_grid:
         lower, upper = init.lowest, init.highest
     elif slope is None:

@@ -16,8 +16,9 @@ from torch import Tensor, fx
 
 from adaround_plugin.graph.streams import unpacks
 from adaround_plugin.hosts.base import ActivationQuantizer, WeightedNode
+from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.forward import Exit, Forward, Place, Targets
-from adaround_plugin.regions.importance import importance
+from adaround_plugin.regions.importance import importance, tempered
 from adaround_plugin.regions.minibatches import Minibatch
 from adaround_plugin.regions.samples import Rows, gathered, stack
 
@@ -129,6 +130,8 @@ class Region:
         self.has_samples = all(
             sampling.has_samples(i, target.shape[0]) for i, part in enumerate(parts) for target in part.targets
         )
+        if self.has_samples:
+            _temper([part.importance for part in parts], sampling)
         stacked = _stacked(parts, sampling.size)
         self.resampled = stacked is not None and self._separable(stacked.entries, parts)
         held = [sampling.held_out(batch, size) & self.has_samples for batch, size in enumerate(sampling.size)]
@@ -243,6 +246,29 @@ class Region:
             weights, none = [node.weight for node in self.nodes], [None] * len(self.nodes)
             self._forward(part.entries, weights, none, squares=squares)
         return [float(torch.stack(squares[node.name]).mean().sqrt()) for node in self.nodes]
+
+
+def _temper(importance: list[list[Tensor]], sampling: Sampling) -> None:
+    """Where few samples carry nearly all of the weights of entries, make their totals more alike, in place.
+
+    Args:
+        importance: of each batch, at every exit.
+        sampling: of the batches.
+    """
+    if not any(importance):
+        return
+    samples = [
+        [sampling.first[batch] + sampling.samples(batch, one.shape[0], one.device) for one in of_batch]
+        for batch, of_batch in enumerate(importance)
+    ]
+    totals = torch.zeros(sampling.total, device=importance[0][0].device)
+    for weights, numbers in zip(importance, samples, strict=True):
+        for one, number in zip(weights, numbers, strict=True):
+            totals.index_add_(0, number.to(totals.device), one.flatten(1).sum(1).to(totals))
+    factor = tempered(totals)
+    for weights, numbers in zip(importance, samples, strict=True):
+        for one, number in zip(weights, numbers, strict=True):
+            one.mul_(factor.to(one)[number].reshape(-1, *[1] * (one.dim() - 1)))
 
 
 def _stacked(parts: list[_Part], sizes: Sequence[int]) -> _Part | None:

@@ -11,14 +11,13 @@ from torch import Tensor
 from adaround_plugin.graph.compat import tree_flatten, tree_unflatten
 from adaround_plugin.regions.calibration import input_tensors, sample_count
 
-__all__ = ["spread"]
+__all__ = ["gathered", "spread", "whole"]
 
 
 def spread(arguments: list[list[Any]], wanted: int, size: int, offset: float = 0.5) -> list[list[Any]]:
     """About `wanted` samples that are spread evenly over all batches, in batches of `size`.
 
-    Where samples cannot be put together, whole batches are taken: inputs of several shapes, or what is no axis of
-    samples and differs from batch to batch, or what may be one or not.
+    Where samples cannot be put together, whole batches are taken.
 
     Args:
         arguments: of each batch.
@@ -26,10 +25,36 @@ def spread(arguments: list[list[Any]], wanted: int, size: int, offset: float = 0
         size: samples of a batch of the result, at most as many as there are.
         offset: at least 0 and below 1, where between two samples that are taken the first lies.
     """
-    lengths = [sample_count(of_batch) for of_batch in arguments]
-    total = sum(lengths)
+    total = sum(map(sample_count, arguments))
     if total <= wanted:
         return arguments
+    count = min(-(-wanted // size), total // size)
+    chosen = _evenly(count * size, total, offset)
+    # every batch of the result is spread over all samples itself
+    found = gathered(arguments, [number for start in range(count) for number in chosen[start::count]], size)
+    return [arguments[batch] for batch in whole(arguments, wanted, offset)] if found is None else found
+
+
+def whole(arguments: list[list[Any]], wanted: int, offset: float = 0.5) -> list[int]:
+    """The numbers of evenly spaced batches that have about `wanted` samples; at least one."""
+    total = sum(map(sample_count, arguments))
+    count = min(len(arguments), max(1, wanted * len(arguments) // total))
+    return _evenly(count, len(arguments), offset)
+
+
+def gathered(arguments: list[list[Any]], numbers: Sequence[int], size: int) -> list[list[Any]] | None:
+    """Samples put together to batches of `size`; the last is smaller where they do not come out even.
+
+    Args:
+        arguments: of each batch.
+        numbers: of the samples, numbered through all batches, in the order in which they are taken.
+        size: samples of a batch of the result.
+
+    Returns:
+        None where samples cannot be put together: inputs of several shapes, or what is no axis of samples and differs
+        from batch to batch, or what may be one or not.
+    """
+    lengths = [sample_count(of_batch) for of_batch in arguments]
     flat = [tree_flatten(of_batch) for of_batch in arguments]
     structure = flat[0][1]
     # of each input, its values in all batches
@@ -37,14 +62,11 @@ def spread(arguments: list[list[Any]], wanted: int, size: int, offset: float = 0
     counted = input_tensors(arguments[0])[0]
     axes = [_has_samples(values, lengths, values[0] is counted) for values in inputs]
     if None in axes or any(other != structure for _, other in flat):
-        return [arguments[i] for i in _evenly(max(1, wanted * len(arguments) // total), len(arguments), offset)]
-    count = min(-(-wanted // size), total // size)
+        return None
     places = [(batch, row) for batch, length in enumerate(lengths) for row in range(length)]
-    chosen = [places[i] for i in _evenly(count * size, total, offset)]
     found: list[list[Any]] = []
-    for number in range(count):
-        # every batch of the result is spread over all samples itself
-        rows = chosen[number::count]
+    for start in range(0, len(numbers), size):
+        rows = [places[number] for number in numbers[start : start + size]]
         leaves = [
             torch.stack([values[batch][row] for batch, row in rows]) if has_samples else values[0]
             for values, has_samples in zip(inputs, axes, strict=True)

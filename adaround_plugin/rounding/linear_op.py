@@ -78,7 +78,7 @@ class LinearOp:
             `(groups, n, rows)`.
         """
         if self.kind == "linear":
-            y = y.reshape(1, 1, 1, -1) if y.dim() == 1 else y.reshape(y.shape[0], prod(y.shape[1:-1]), 1, -1)
+            y = y.reshape(1, 1, 1, -1) if y.dim() == 1 else y.reshape(y.shape[0], prod(y.shape[1:-1]), 1, y.shape[-1])
         else:
             y = y if y.dim() == len(weight_shape) else y.unsqueeze(0)
             y = y.reshape(y.shape[0], self.groups, y.shape[1] // self.groups, prod(y.shape[2:])).permute(0, 3, 1, 2)
@@ -100,7 +100,7 @@ class LinearOp:
             weight_shape: shape of the operator's weight.
         """
         if self.kind == "linear":
-            x = x.reshape(1, 1, -1) if x.dim() == 1 else x.reshape(x.shape[0], -1, x.shape[-1])
+            x = x.reshape(1, 1, -1) if x.dim() == 1 else x.reshape(x.shape[0], prod(x.shape[1:-1]), x.shape[-1])
             return Patches(x.transpose(1, 2), (1,), (1,), (1,), 1)
         kernel = tuple(weight_shape[2:])
         if x.dim() == len(kernel) + 1:

@@ -59,7 +59,9 @@ def builder() -> ReportBuilder:
 
 
 def layers(builder: ReportBuilder) -> list[LayerReport]:
-    report = builder.build(method="m", solver="s", recipe="r", skipped=[], output_error=0.0, seconds={})
+    report = builder.build(
+        method="m", solver="s", recipe="r", skipped=[], output_error=0.0, nearest_output_error=0.0, seconds={}
+    )
     return report.layers
 
 
@@ -179,6 +181,7 @@ def test_everything_told_is_in_the_report(builder):
         recipe="errors propagated",
         skipped=[Skipped("c", "Embedding", "not supported")],
         output_error=0.25,
+        nearest_output_error=0.5,
         seconds={"total": 1.0},
     )
     assert (report.method, report.solver, report.recipe) == ("blocks", "Annealing", "errors propagated")
@@ -188,7 +191,7 @@ def test_everything_told_is_in_the_report(builder):
     assert [block.name for block in report.blocks] == ["a ... b"]
     assert report.finetuning is not None
     assert report.finetuning.name == "network"
-    assert (report.output_error, report.seconds) == (0.25, {"total": 1.0})
+    assert (report.output_error, report.nearest_output_error, report.seconds) == (0.25, 0.5, {"total": 1.0})
 
 
 def test_steps_are_shown_as_they_come(monkeypatch):

@@ -1,0 +1,107 @@
+"""Rows that a network chooses by what it computes: experts that tokens go to, tokens pruned, the best of many boxes.
+
+A quantized network may choose others, in another order, or another number of them: what it computes of them has no
+counterpart in the float network, until it is written back to the places that the rows came from.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from adaround_plugin.graph.arguments import argument
+from adaround_plugin.graph.compat import operator_name
+from adaround_plugin.graph.streams import Stream
+
+__all__ = ["chooses", "chosen_rows", "computed"]
+
+# take entries of the first argument by an index, or a mask, in another
+_TAKES = {"index", "index_select", "gather", "take", "take_along_dim", "masked_select", "getitem"}
+# put entries in an order that depends on them, or find those that are not zero
+_SORTS = {"topk", "sort", "msort", "argsort", "kthvalue", "unique", "unique2", "unique_consecutive"} | {
+    *("nonzero", "argwhere", "nms"),
+}
+# write rows to places of the first argument
+_WRITES = {
+    *("index_add", "index_copy", "index_put", "index_reduce", "scatter", "scatter_add", "scatter_reduce"),
+    "masked_scatter",
+}
+
+# read how many entries there are
+_SIZES = {"size", "sym_size", "shape", "numel", "sym_numel", "dim", "ndim", "len"}
+
+
+def _name(node: fx.Node) -> str:
+    if node.op == "call_method":
+        return str(node.target).strip("_")
+    if node.target is getattr:
+        return str(node.args[1])
+    # torch ends names of operators in place with an underscore, and begins names of variants with one
+    return operator_name(node)[0].split(".")[0].strip("_") if node.op == "call_function" else ""
+
+
+def computed(stream: Stream) -> set[fx.Node]:
+    """The nodes that depend on an input by way of a weight or another tensor of the network, but for sizes."""
+    found: set[fx.Node] = set()
+    for node in stream.nodes:
+        if not stream.varies(node) or _name(node) in _SIZES:
+            continue
+        sources = node.all_input_nodes
+        if node.op == "call_module":
+            has_weight = any(True for _ in stream.fetch_attr(str(node.target)).parameters())
+        else:
+            has_weight = any(not stream.varies(source) for source in sources)
+        if has_weight or not found.isdisjoint(sources):
+            found.add(node)
+    return found
+
+
+def chooses(node: fx.Node, computed: set[fx.Node]) -> bool:
+    """Whether a node's rows depend on what was computed: on an index, or on values that it sorts."""
+    name, sources = _name(node), node.all_input_nodes
+    if name in _SORTS:
+        return not computed.isdisjoint(sources)
+    if name not in _TAKES or not sources:
+        return False
+    taken = node.args[0] if node.args else node.kwargs.get("input")
+    return any(source in computed for source in sources if source is not taken)
+
+
+def _along(node: fx.Node) -> int | None:
+    """The axis along which a node takes or sorts, if it says so."""
+    name = _name(node)
+    place = {"gather": 1, "index_select": 1, "take_along_dim": 2, "topk": 2, "kthvalue": 2, "sort": 1, "argsort": 1}
+    if name not in place:
+        return None
+    axis = argument(node, place[name], "dim", None if name == "take_along_dim" else -1)
+    return axis if isinstance(axis, int) else None
+
+
+def _keeps_samples(node: fx.Node, computed: set[fx.Node]) -> bool:
+    """Whether what a node gives for a sample, an entry of the leading axis, is of that sample."""
+    name = _name(node)
+    if name in ("index", "getitem"):
+        index = node.args[1]
+        leading = index[0] if isinstance(index, list | tuple) else index
+        # all of the axis, or entries that are not computed, such as those of `arange`
+        return isinstance(index, list | tuple) and leading not in computed
+    axis = _along(node)
+    return axis is not None and axis != 0
+
+
+def chosen_rows(stream: Stream, *, of_samples: bool = False) -> set[fx.Node]:
+    """The nodes whose rows were chosen by what the network computed, and have not been put back.
+
+    Args:
+        stream: whose nodes.
+        of_samples: leave out where rows of each sample are chosen apart from those of others.
+    """
+    known = computed(stream)
+    found: set[fx.Node] = set()
+    for node in stream.nodes:
+        sources = node.all_input_nodes
+        if _name(node) in _WRITES:
+            sources = sources[:1]
+        chosen_here = chooses(node, known) and not (of_samples and _keeps_samples(node, known))
+        if chosen_here or not found.isdisjoint(sources):
+            found.add(node)
+    return found

@@ -1,0 +1,170 @@
+"""The network's output after learning beside that of round-to-nearest: what is worse there is taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from math import isfinite
+from typing import Any
+
+import torch
+
+from adaround_plugin.graph.ends import ends_of
+from adaround_plugin.graph.streams import Stream, tensors
+from adaround_plugin.hosts.base import Host, WeightedNode, open_streams
+from adaround_plugin.learning.output_error import OutputTally
+from adaround_plugin.learning.passes import Pass
+from adaround_plugin.regions.calibration import Sampling
+from adaround_plugin.regions.pieces import stand_alone
+from adaround_plugin.regions.spread import gathered, whole
+from adaround_plugin.rounding.result import LayerRounding
+
+__all__ = ["Comparison"]
+
+# samples to compare on where whole batches are, as many as there are
+_LEAST_SAMPLES = 128
+# layers are taken back one by one, or, where there are more than this, in so many runs of neighbours
+_RUNS = 16
+
+
+class Comparison:
+    """Compares outputs on held-out samples, on all without any.
+
+    Held-out samples are put together to batches of their own. Where that cannot be done, or where a network mixes its
+    samples, they are judged among the others of their batches, of as many batches as have at least 128 samples.
+
+    Args:
+        host: of the network.
+        arguments: of each batch, as the host's graphs take them.
+        sampling: which samples are held out.
+    """
+
+    def __init__(self, host: Host, arguments: list[list[Any]], sampling: Sampling) -> None:
+        self._host = host
+        self._exact, self._quantized = open_streams(host)
+        values = self._exact.bind(arguments[0])
+        alone = stand_alone(self._exact, values, sampling.size[0], fixed=host.batch_size is not None)
+        self._batches, self._judged = _part(arguments, sampling, host.batch_size, alone)
+        # the float network's outputs of each batch, once they are known
+        self._answers: list[list[torch.Tensor]] = []
+
+    def error(
+        self, roundings: Mapping[str, LayerRounding], scales: Mapping[str, float], variances: Sequence[float]
+    ) -> float:
+        """The error of the network's ends (`ends_of`), relative to their variances.
+
+        Args:
+            roundings: by name of the weighted node; others are nearest.
+            scales: of activations, by name of the observer; others are as observed.
+            variances: of the ends, over all samples.
+        """
+        stream = self._quantized
+        for node in self._host.nodes:
+            node.set_quantized(stream.module, roundings.get(node.name) or _nearest(node))
+        for quantizer in self._host.quantizers:
+            quantizer.set_scale(stream, scales.get(quantizer.names[0], quantizer.scale))
+        tally = OutputTally(Sampling.of(self._batches, 0, 1, 0), variances)
+        for number, batch in enumerate(self._batches):
+            if number == len(self._answers):
+                self._answers.append(self._outputs(self._exact, batch))
+            tally.add(number, self._answers[number], self._outputs(stream, batch))
+        return replace(tally.finish(), held_out=self._judged).mean
+
+    @staticmethod
+    def _outputs(stream: Stream, batch: list[Any]) -> list[torch.Tensor]:
+        return tensors(stream.outputs(batch, ends_of(stream)))
+
+    def take_back(self, run: Pass) -> tuple[float, float]:
+        """Let layers be nearest again until the output is not worse than with all of them nearest.
+
+        Layers, or runs of neighbours where there are many, are tried alone; those that do most harm go first, and all
+        with the scales of activations if that is not enough.
+
+        Args:
+            run: the pass that decided them; its roundings and scales are changed.
+
+        Returns:
+            The error of what is left, and that of nearest.
+        """
+        variances = run.finish().variances
+        nearest = found = self.error({}, {}, variances)
+        changed = [node for node in run.nodes if not _is_nearest(node, run.roundings[node.name])]
+        if changed or run.scales:
+            found = self.error(run.roundings, run.scales, variances)
+        if not _is_worse(found, nearest):
+            return found, nearest
+        run.report.progress.say("taking back what is worse than nearest")
+        runs = _runs(changed)
+        gains = [found - self._without(run, nodes, variances) for nodes in runs]
+        for gain, nodes in sorted(zip(gains, runs, strict=True), key=lambda one: -one[0]):
+            if gain <= 0 or not _is_worse(found, nearest):
+                break
+            again = self._without(run, nodes, variances)
+            if again < found:
+                self._take(run, nodes)
+                found = again
+        if _is_worse(found, nearest):
+            self._take(run, changed)
+            run.scales.clear()
+            found = nearest
+        return found, nearest
+
+    def _without(self, run: Pass, nodes: Sequence[WeightedNode], variances: Sequence[float]) -> float:
+        """The error with these nearest."""
+        names = {node.name for node in nodes}
+        return self.error(
+            {name: one for name, one in run.roundings.items() if name not in names}, run.scales, variances
+        )
+
+    @staticmethod
+    def _take(run: Pass, nodes: Sequence[WeightedNode]) -> None:
+        for node in nodes:
+            run.take_back(node, _nearest(node))
+
+
+def _nearest(node: WeightedNode) -> LayerRounding:
+    return LayerRounding(node.grid, node.grid.nearest(node.weight))
+
+
+def _is_worse(error: float, nearest: float) -> bool:
+    """Whether an error is above that of nearest, or no number where that is one."""
+    return error > nearest or (isfinite(nearest) and not isfinite(error))
+
+
+def _is_nearest(node: WeightedNode, rounding: LayerRounding) -> bool:
+    is_own = rounding.grid is node.grid and rounding.bias_correction is None
+    return is_own and torch.equal(rounding.integers, node.grid.nearest(node.weight))
+
+
+def _runs(nodes: Sequence[WeightedNode]) -> list[Sequence[WeightedNode]]:
+    """Neighbours in at most `_RUNS` runs, as equal as they can be."""
+    count = min(_RUNS, len(nodes))
+    ends = [len(nodes) * number // count for number in range(count + 1)] if nodes else []
+    return [nodes[begin:end] for begin, end in pairwise(ends)]
+
+
+def _part(
+    arguments: list[list[Any]], sampling: Sampling, batch_size: int | None, alone: bool
+) -> tuple[list[list[Any]], torch.Tensor]:
+    """Batches to compare on, and which of their samples are judged.
+
+    Args:
+        arguments, sampling: as of `Comparison`.
+        batch_size: the number of samples that the graphs are made for; None for any.
+        alone: whether samples may be put together otherwise.
+    """
+    held = torch.cat([sampling.held_out(batch, size) for batch, size in enumerate(sampling.size)])
+    if alone and bool(held.any()):
+        numbers = held.nonzero().squeeze(1).tolist()
+        judged = len(numbers)
+        if batch_size is not None:
+            # the graph takes no fewer
+            others = (~held).nonzero().squeeze(1).tolist()
+            numbers += others[: -judged % batch_size]
+        found = gathered(arguments, numbers, batch_size or sampling.size[0])
+        if found is not None:
+            return found, torch.arange(len(numbers)) < judged
+    chosen = whole(arguments, max(_LEAST_SAMPLES, int(held.sum())))
+    of_batch = torch.split(held, list(sampling.size))
+    return [arguments[batch] for batch in chosen], torch.cat([of_batch[batch] for batch in chosen])
