@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from adaround_plugin.errors import InvalidOptionError
 
-__all__ = ["check_bool", "check_choice", "check_integer", "check_number", "check_solver", "named"]
+__all__ = [
+    "check_bool",
+    "check_choice",
+    "check_integer",
+    "check_mapping",
+    "check_number",
+    "check_seed",
+    "check_solver",
+    "named",
+]
+
+# what torch's generators take, with room for seeds that are counted up from one
+_MOST_SEED = 2**62
 
 
 def named(owner: object, name: str) -> tuple[str, Any]:
@@ -16,12 +28,19 @@ def named(owner: object, name: str) -> tuple[str, Any]:
     return f"{type(owner).__name__}.{name}", getattr(owner, name)
 
 
-def check_integer(argument: str, value: Any, least: int | None = None) -> None:
-    """Raise `InvalidOptionError` unless `value` is an integer, and no smaller than `least`."""
+def check_integer(argument: str, value: Any, least: int | None = None, most: int | None = None) -> None:
+    """Raise `InvalidOptionError` unless `value` is an integer from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidOptionError(argument, f"{value!r} is not an integer", "Pass an integer.")
     if least is not None and value < least:
         raise InvalidOptionError(argument, f"{value!r} is too small", f"Pass at least {least}.")
+    if most is not None and value > most:
+        raise InvalidOptionError(argument, f"{value!r} is too large", f"Pass at most {most}.")
+
+
+def check_seed(argument: str, value: Any) -> None:
+    """Raise `InvalidOptionError` unless `value` is an integer that a generator takes."""
+    check_integer(argument, value, least=-_MOST_SEED, most=_MOST_SEED)
 
 
 def check_number(
@@ -46,6 +65,12 @@ def check_bool(argument: str, value: Any) -> None:
     """Raise `InvalidOptionError` unless `value` is a bool."""
     if not isinstance(value, bool):
         raise InvalidOptionError(argument, f"{value!r} is not known", "Pass True or False.")
+
+
+def check_mapping(argument: str, value: Any) -> None:
+    """Raise `InvalidOptionError` unless `value` is a mapping by names."""
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise InvalidOptionError(argument, f"{value!r} is no mapping by names", "Pass a dict whose keys are strings.")
 
 
 def check_choice(argument: str, value: Any, choices: Collection[Any]) -> None:

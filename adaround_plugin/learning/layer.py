@@ -16,7 +16,7 @@ from adaround_plugin.rounding.grid import Grid
 from adaround_plugin.rounding.hessian import Hessian
 from adaround_plugin.rounding.linear_op import LinearOp
 from adaround_plugin.rounding.moments import HeldOut, Moments
-from adaround_plugin.rounding.problem import RoundingProblem, Solver
+from adaround_plugin.rounding.problem import RoundingProblem, Solver, solved
 from adaround_plugin.rounding.result import LayerRounding
 from adaround_plugin.rounding.schemes import up_or_down as floor_and_next
 from adaround_plugin.solvers import Annealing, Nearest
@@ -132,13 +132,16 @@ class Layer:
             up_or_down: restrict to floor and ceil of the weight on its grid, as the paper does.
             is_trial: learn quickly what a recipe leads to: by one pass of GPTQ, of fewer scales, not compared with
                 nearest; errors are NaN.
+
+        Raises:
+            InvalidOptionError: the solver's answer is none.
         """
         hessian, target = self._form(recipe)
         grid = self.grid
         if search_scale and self.can_search_scale:
             grid = self._search(hessian, target, up_or_down, is_trial)
         problem = self._problem(grid, hessian, target, up_or_down)
-        found = round_in_order(problem)[0] if is_trial else solver.solve(problem).integers
+        found = round_in_order(problem)[0] if is_trial else solved(solver, problem)
         if recipe.output_hessian and self.outputs is not None:
             found = self._coupled(problem, grid, found, solver)
         if search_scale and self.can_search_scale and not (up_or_down or is_trial or isinstance(solver, Nearest)):
@@ -158,7 +161,7 @@ class Layer:
 
         def solve(block: RoundingProblem, present: Tensor | None) -> Tensor:
             if not isinstance(solver, Annealing):
-                return solver.solve(block).integers
+                return solved(solver, block)
             return solver.anneal(block) if present is None else _AGAIN.anneal(block, present)
 
         sides = self.outputs.clone()

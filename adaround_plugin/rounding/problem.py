@@ -22,7 +22,7 @@ from torch import Tensor
 from adaround_plugin.errors import InvalidOptionError, NonFiniteError
 from adaround_plugin.rounding.hessian import Hessian
 
-__all__ = ["Rounding", "RoundingProblem", "Solver"]
+__all__ = ["Rounding", "RoundingProblem", "Solver", "solved"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class RoundingProblem:
     lower: Tensor
     upper: Tensor
     nearest: Tensor
-    step: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.float64))
+    step: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.float64, device="cpu"))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step", self.step.to(self.target.device).expand(self.target.shape))
@@ -113,3 +113,27 @@ class Solver(Protocol):
     def solve(self, problem: RoundingProblem) -> Rounding:
         """Solve `problem`."""
         ...
+
+
+def solved(solver: Solver, problem: RoundingProblem) -> Tensor:
+    """The integers of a solver's answer, which is not believed but checked: `(G, R, D)` int64.
+
+    Raises:
+        InvalidOptionError: they are no answer to the problem; the solver is named.
+    """
+    found = getattr(solver.solve(problem), "integers", None)
+    shape, device = tuple(problem.target.shape), problem.target.device
+    if not isinstance(found, Tensor):
+        wrong = f"returned {type(found).__name__} in place of integers"
+    elif found.dtype != torch.int64 or found.shape != shape or found.device != device:
+        wrong = (
+            f"returned {found.dtype} of shape {tuple(found.shape)} on {found.device}, "
+            f"not torch.int64 of shape {shape} on {device}"
+        )
+    elif bool(((found < problem.lower) | (found > problem.upper)).any()):
+        wrong = "returned integers below problem.lower or above problem.upper"
+    else:
+        return found
+    raise InvalidOptionError(
+        f"solver {type(solver).__name__}", wrong, "Let solve return a Rounding, as problem.best_of(...) does."
+    )

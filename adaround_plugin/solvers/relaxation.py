@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adaround_plugin.errors import InvalidOptionError, taking_derivatives
 from adaround_plugin.options import check_integer, check_number, check_solver, named
-from adaround_plugin.rounding.problem import Rounding, RoundingProblem, Solver
+from adaround_plugin.rounding.problem import Rounding, RoundingProblem, Solver, solved
 from adaround_plugin.rounding.soft_rounding import RectifiedSigmoid, SoftRounding, bracket
 
 __all__ = ["Relaxation", "Schedule", "check_exponents", "check_soft_rounding", "descend"]
@@ -93,7 +93,7 @@ class Relaxation(Schedule):
     def solve(self, problem: RoundingProblem) -> Rounding:
         """Relax on second moments, all rows and all data at once."""
         target, matrix, step = problem.target.float(), problem.hessian.matrix.float(), problem.step.float()
-        found = problem.nearest if self.start is None else self.start.solve(problem).integers
+        found = problem.nearest if self.start is None else solved(self.start, problem)
         # rows are problems of their own: each counts relative to the rounding it starts from
         scale = problem.loss(found).float().clamp_min(torch.finfo(torch.float32).tiny)
         if self.start is None:

@@ -10,14 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.graph.operators import module_op
 from adaround_plugin.learning.layer import Layer, Recipe
 from adaround_plugin.rounding.grid import GridSpec, integer_range
 from adaround_plugin.rounding.linear_op import LinearOp
 from adaround_plugin.rounding.moments import HeldOut, Moments
+from adaround_plugin.rounding.problem import Rounding
 from adaround_plugin.rounding.ranges import min_mse_grid
 from adaround_plugin.rounding.result import LayerRounding
-from adaround_plugin.solvers import GPTQ, Annealing, CoordinateDescent, Nearest
+from adaround_plugin.solvers import GPTQ, Annealing, CoordinateDescent, Nearest, Relaxation
 
 MODULES = {
     "linear": lambda: nn.Linear(12, 6),
@@ -187,6 +189,53 @@ def test_a_scale_along_the_inputs_is_solved_in_its_own_form(name):
     change = layer.op.rows(layer.grid.dequantize(found.integers)).double() - target
     loss = torch.einsum("grj,gjk,grk->gr", change, hessian, change)
     torch.testing.assert_close(spy.found.loss, loss, rtol=1e-3, atol=0)
+
+
+WRONG = {
+    "above": (lambda found: replace(found, integers=found.integers + 8), "above problem.upper"),
+    "below": (lambda found: replace(found, integers=found.integers - 8), "below problem.lower"),
+    "one": (lambda found: replace(found, integers=found.integers.index_fill(2, torch.tensor([3]), 99)), "above"),
+    "floats": (lambda found: replace(found, integers=found.integers.double() + 0.5), "torch.float64"),
+    "int32": (lambda found: replace(found, integers=found.integers.int()), "torch.int32"),
+    "bits": (lambda found: replace(found, integers=found.integers > 0), "torch.bool"),
+    "shape": (lambda found: replace(found, integers=found.integers.flatten(1)), "of shape"),
+    "part": (lambda found: replace(found, integers=found.integers[:, :0]), "of shape"),
+    "device": (lambda found: replace(found, integers=found.integers.to("meta")), "on meta"),
+    "list": (lambda found: Rounding(found.integers.tolist(), found.loss), "returned list"),
+    "tensor": (lambda found: found.integers, "returned NoneType"),
+    "nothing": (lambda found: None, "returned NoneType"),
+}
+
+
+@pytest.mark.parametrize("coupled", [False, True], ids=["alone", "coupled"])
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_a_solver_returns_is_checked(kind, coupled):
+    change, match = WRONG[kind]
+
+    class Untrue:
+        calls = 0
+
+        def solve(self, problem):
+            self.calls += 1
+            found = problem.best_of()
+            return change(found) if self.calls > coupled else found
+
+    layer, *_ = make("grouped")
+    groups, rows, _ = layer.op.rows(layer.weight).shape
+    layer = replace(layer, outputs=torch.eye(rows, dtype=torch.float64).expand(groups, -1, -1))
+    with pytest.raises(InvalidOptionError, match=f"solver Untrue: .*{match}.*best_of") as caught:
+        layer.learn(Recipe(output_hessian=coupled), Untrue(), search_scale=False)
+    assert caught.value.subject == "solver Untrue"
+
+
+def test_what_a_solver_to_start_from_returns_is_checked():
+    class Untrue:
+        def solve(self, problem):
+            return Rounding(problem.upper + 1, problem.loss(problem.upper))
+
+    layer, *_ = make("linear")
+    with pytest.raises(InvalidOptionError, match=r"solver Untrue: .*above problem\.upper"):
+        layer.learn(Recipe(), Relaxation(start=Untrue(), iterations=2), search_scale=False)
 
 
 @pytest.mark.parametrize("name", MODULES)

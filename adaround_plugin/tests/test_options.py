@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.options import check_bool, check_choice, check_integer, check_number, check_solver, named
+from adaround_plugin.options import (
+    check_bool,
+    check_choice,
+    check_integer,
+    check_mapping,
+    check_number,
+    check_seed,
+    check_solver,
+    named,
+)
 from adaround_plugin.paper.cross_entropy import CrossEntropy
 from adaround_plugin.solvers import Annealing, Nearest
 
@@ -40,6 +49,32 @@ def test_what_is_no_integer_is_refused(value):
 def test_integers_that_are_too_small_are_refused_with_the_least(value, least):
     assert f"at least {least}" in refused(check_integer, value, least)
     check_integer("argument", value)
+
+
+def test_integers_that_are_too_large_are_refused_with_the_most():
+    assert "at most 4" in refused(check_integer, 5, 0, 4)
+    check_integer("argument", 4, 0, 4)
+
+
+@pytest.mark.parametrize("value", [0, 7, -3, 2**62, -(2**62)])
+def test_seeds_pass_that_a_generator_takes(value):
+    check_seed("argument", value)
+    torch.Generator().manual_seed(value)
+
+
+@pytest.mark.parametrize("value", [2**70, -(2**70), "x", 1.0, None, True])
+def test_other_seeds_are_refused(value):
+    refused(check_seed, value)
+
+
+@pytest.mark.parametrize("value", [{}, {"a": 1}])
+def test_mappings_by_names_pass(value):
+    check_mapping("argument", value)
+
+
+@pytest.mark.parametrize("value", [[("a", 1)], "a", 3, None, {1: "a"}, {"a"}])
+def test_what_is_no_mapping_by_names_is_refused(value):
+    assert "dict" in refused(check_mapping, value)
 
 
 @pytest.mark.parametrize(
