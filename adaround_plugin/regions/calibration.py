@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -87,7 +91,19 @@ def _bind(
         ) from None
     bound.apply_defaults()
     for name, value in bound.arguments.items():
-        for tensor in filter(Tensor.is_floating_point, input_tensors(value)):
+        if (foreign := _array(value)) is not None:
+            raise InvalidBatchError(
+                f"batch {index}",
+                f"input {name!r} is a {type(foreign).__name__}, not a tensor",
+                "Pass inputs= to make tensors, for example inputs=torch.from_numpy.",
+            )
+        for tensor in input_tensors(value):
+            if tensor.is_meta:
+                raise InvalidBatchError(
+                    f"batch {index}", f"input {name!r} lies on the device meta, without values", "Pass data."
+                )
+            if not tensor.is_floating_point():
+                continue
             # a lone number may come from anywhere; so may indices and lengths, which some operators want elsewhere
             if tensor.dim() and device not in (None, tensor.device):
                 raise InvalidBatchError(
@@ -108,6 +124,16 @@ def _bind(
         raise InvalidBatchError(
             f"batch {index}", f"does not fit the model ({error})", "Pass batches like the example inputs."
         ) from None
+
+
+def _array(value: Any) -> Any:
+    """The first array of numpy in a nested input; None if there is none."""
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    found = (_array(item) for item in value) if isinstance(value, list | tuple) else ()
+    return next((one for one in found if one is not None), None)
 
 
 def input_tensors(value: Any) -> list[Tensor]:
@@ -134,7 +160,8 @@ class Sampling:
 
     Attributes:
         first, size: number of the first sample of each batch, and how many it has.
-        every: one of each run of `every` samples is held out; 0 holds out none.
+        every: one of each run of `every` samples is held out, of as many whole ones where that is no integer; 0 holds
+            out none.
         max_columns: at most about this many columns per layer, a quarter of that for a convolution of four groups or
             more, or four per weight of a row where that is more.
         seed: shifts the output positions that are used where not all are.
@@ -142,18 +169,24 @@ class Sampling:
 
     first: tuple[int, ...]
     size: tuple[int, ...]
-    every: int
+    every: Fraction | int
     max_columns: int
     seed: int
 
     @classmethod
     def of(cls, bound: list[list[Any]], holdout: float, max_columns: int, seed: int) -> Sampling:
-        """The sampling of bound batches with a share `holdout` held out (at least one sample, if there are two)."""
+        """The sampling of bound batches with a share `holdout` held out (at least one sample, if there are two).
+
+        A share of one in `k` is one of each `k` samples; any other one is met to the nearest sample.
+        """
         size = tuple(sample_count(arguments) for arguments in bound)
-        total = sum(size)
-        first = tuple(sum(size[:i]) for i in range(len(size)))
-        every = min(max(2, round(1 / holdout)), total) if holdout > 0 and total > 1 else 0
-        return cls(first, size, every, max_columns, seed)
+        *first, total = accumulate(size, initial=0)
+        every: Fraction | int = 0
+        if holdout > 0 and total > 1:
+            run = round(1 / holdout)
+            is_one_in = math.isclose(run * holdout, 1)
+            every = min(run, total) if is_one_in else Fraction(total, max(1, round(holdout * total)))
+        return cls(tuple(first), size, every, max_columns, seed)
 
     @property
     def total(self) -> int:
@@ -179,18 +212,21 @@ class Sampling:
         """Whether a leading axis of this length can be one of the batch's samples, or of equal runs of them."""
         return length % self.size[batch] == 0
 
-    def samples(self, batch: int, length: int, device: torch.device | None = None) -> Tensor:
+    def samples(self, batch: int, length: int, device: torch.device | str = "cpu") -> Tensor:
         """For each of `length` entries of a leading axis the number of its sample in this batch: int64."""
         return torch.arange(length, device=device) * self.size[batch] // max(1, length)
 
-    def held_out(self, batch: int, length: int, device: torch.device | None = None) -> Tensor:
+    def held_out(self, batch: int, length: int, device: torch.device | str = "cpu") -> Tensor:
         """For each of `length` entries of a leading axis in this batch, whether its sample is held out: bool."""
         if not self.every:
             return torch.zeros(length, dtype=torch.bool, device=device)
         sample = self.first[batch] + self.samples(batch, length, device)
+        long, by = self.every.numerator, self.every.denominator
+        run = sample * by // long
+        start, end = (-(-number * long // by) for number in (run, run + 1))
         # which one of each run moves with the golden ratio, so that it cannot fall in step with `columns`
-        chosen = ((sample // self.every + 1).double() * _GOLDEN).frac() * self.every
-        return sample % self.every == chosen.long()
+        chosen = ((run + 1).double() * _GOLDEN).frac() * (end - start)
+        return sample - start == chosen.long()
 
     def columns(self, batch: int, patches: Patches, sites: int) -> tuple[Tensor, Tensor]:
         """Chosen columns of one call site out of `sites`: `(n,)` leading indices and `(n,)` output positions.

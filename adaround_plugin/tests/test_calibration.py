@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import namedtuple
 from collections.abc import Iterable
 from typing import Any
@@ -281,8 +282,38 @@ def test_the_share_of_samples_held_out(sizes, holdout, fold):
         assert share == 0
     else:
         assert 0 < share < 1
-        assert abs(share - 1 / found.every) <= 1 / total
-        assert found.every == min(total, max(2, round(1 / holdout)))
+        assert abs(share - 1 / float(found.every)) <= 1 / total
+
+
+@given(splits, st.integers(2, 60))
+def test_one_in_so_many_is_one_of_each_run_of_them(sizes, run):
+    found, total = sampling(sizes, 1 / run), sum(sizes)
+    held = torch.cat([found.held_out(batch, size) for batch, size in enumerate(sizes)])
+    if total > 1:
+        assert found.every == min(run, total)
+        chosen = [int(((i + 1) * 0.6180339887498949 % 1) * found.every) for i in range(-(-total // found.every))]
+        assert held.nonzero().flatten().tolist() == [
+            at for i, one in enumerate(chosen) if (at := i * found.every + one) < total
+        ]
+
+
+@pytest.mark.parametrize("holdout", [0.4, 0.3, 0.15, 0.45, 0.22, 0.01])
+@pytest.mark.parametrize("total", [2, 5, 16, 100, 997])
+def test_what_was_asked_for_is_held_out_to_the_nearest_sample(holdout, total):
+    held = sampling([total], holdout).held_out(0, total)
+    count = int(held.sum())
+    assert count == max(1, round(holdout * total))
+    # evenly: any run of samples has its share, but for one at each end
+    counted = torch.cat([torch.zeros(1, dtype=torch.long), held.cumsum(0)])
+    expected = torch.arange(total + 1) * count / total
+    assert (counted - expected).abs().max() <= 1
+
+
+def test_numbering_many_batches_is_linear():
+    start = time.perf_counter()
+    found = Sampling.of([[X]] * 50_000, 0.125, 100, 0)
+    assert found.first[-1] == 2 * 49_999
+    assert time.perf_counter() - start < 5
 
 
 @given(splits, splits)
