@@ -10,6 +10,7 @@ __all__ = [
     "InvalidOptionError",
     "MissingDependencyError",
     "NonFiniteError",
+    "is_out_of_memory",
     "taking_derivatives",
 ]
 
@@ -50,6 +51,17 @@ class MissingDependencyError(AdaRoundError, ImportError):
     """An optional dependency of this package is not installed."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, Python's or that of a device: whoever takes an error for another must let this pass."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "allocate memory" in text
+        or "ALLOC_FAILED" in text
+    )
+
+
 @contextmanager
 def taking_derivatives(option: str, remedy: str) -> Iterator[None]:
     """Raise `InvalidOptionError` about the option that asks for derivatives where torch cannot take one.
@@ -59,6 +71,6 @@ def taking_derivatives(option: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise
         raise InvalidOptionError(option, f"no derivative could be taken ({error})", remedy) from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_plugin.equalization.layer_pairs import LayerPair
-from adaround_plugin.errors import InvalidBatchError, NonFiniteError
+from adaround_plugin.errors import InvalidBatchError, NonFiniteError, is_out_of_memory
 from adaround_plugin.regions.calibration import bind_batches
 
 __all__ = ["activation_ranges"]
@@ -54,6 +54,8 @@ def activation_ranges(
                 # a model may write into its inputs
                 model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 raise InvalidBatchError(
                     f"batch {index}", f"the model does not run on it ({error})", "Pass batches like the example inputs."
                 ) from error
@@ -81,7 +83,7 @@ class _Total:
 
     def __init__(self, pair: LayerPair) -> None:
         self.pair = pair
-        self.ranges = torch.zeros((), dtype=torch.float64)
+        self.ranges = torch.zeros((), dtype=torch.float64, device="cpu")
         self.activations = 0
         self.is_finite = True
 

@@ -9,7 +9,7 @@ from torch import fx, nn
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from adaround_plugin.api import adaround
-from adaround_plugin.errors import InvalidModelError, InvalidOptionError
+from adaround_plugin.errors import InvalidModelError, InvalidOptionError, is_out_of_memory
 from adaround_plugin.inc.compat import Quantizer
 from adaround_plugin.inc.layers import weighted_layers
 from adaround_plugin.inc.packing import pack
@@ -77,6 +77,8 @@ def _exported(model: nn.Module, batches: list[Batch]) -> fx.GraphModule:
         # without strict, functional calls inside modules are lost
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=True).module()
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise InvalidModelError(
             "model", f"torch.export fails on it ({error})", "Change what it names, or leave the code out of the model."
         ) from error

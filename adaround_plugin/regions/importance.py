@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from adaround_plugin.errors import taking_derivatives
+from adaround_plugin.graph.compat import tree_map
 from adaround_plugin.graph.ends import ends_of
 from adaround_plugin.graph.paths import Path, run_node
 from adaround_plugin.graph.streams import Stream, Values, tensors
@@ -55,14 +56,15 @@ def importance(
     """
     path = Path(stream, ends_of(stream), {*values, *nodes}, {})
     total: list[Tensor | None] = [None] * len(nodes)
-    with torch.enable_grad(), _differentiating():
+    with torch.enable_grad():
         leaves = [value.detach().requires_grad_() for value in at]
         found: dict[fx.Node, Any] = {node: stream.value(node, values) for node in path.entries if node not in nodes}
         found.update(zip(nodes, leaves, strict=True))
         for node in path.order:
-            found[node] = run_node(stream, node, found)
+            found[node] = _run(stream, node, found)
         for value in _projections(stream, found, _PROJECTIONS, samples):
-            gradients = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+            with _differentiating():
+                gradients = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
             squares = [None if gradient is None else gradient.square() / _PROJECTIONS for gradient in gradients]
             total = [square if one is None else one + square for one, square in zip(total, squares, strict=True)]
     return [one if one is not None and bool(torch.isfinite(one).all()) else None for one in total]
@@ -115,12 +117,12 @@ def sensitivities(
     total: dict[fx.Node, Sensitivity] = {}
     # layers of one geometry have their columns in common
     known: dict[tuple[int, tuple[int | str, ...]], tuple[Tensor, Tensor, Tensor]] = {}
-    with torch.enable_grad(), _differentiating():
+    with torch.enable_grad():
         # added to every operator's output, so that each has a derivative, and no weight needs one
-        zero = torch.zeros((), requires_grad=True)
+        zero = torch.zeros((), requires_grad=True, device="cpu")
         for node in path.order:
             if node not in sites:
-                found[node] = run_node(stream, node, found)
+                found[node] = _run(stream, node, found)
                 continue
             call, weighted = sites[node]
             args, kwargs = map_arg(call.arguments(node), found.__getitem__)
@@ -134,7 +136,8 @@ def sensitivities(
             tap = _tap(node, weighted, known[key], zero, total, outputs)
             found[node] = call.tapped(args, kwargs, weighted.weight, tap)
         for value in _projections(stream, found, _COLUMN_PROJECTIONS, sampling.numbers(batch)):
-            torch.autograd.grad(value, zero, retain_graph=_COLUMN_PROJECTIONS > 1, allow_unused=True)
+            with _differentiating():
+                torch.autograd.grad(value, zero, retain_graph=_COLUMN_PROJECTIONS > 1, allow_unused=True)
     return total
 
 
@@ -160,6 +163,25 @@ def tempered(totals: Tensor) -> Tensor:
         low, high = (p, high) if suffices(p) else (low, p)
     factor = torch.where(known, relative ** (low - 1), 0.0)
     return (factor * (totals.sum() / (factor * totals).sum())).to(totals)
+
+
+def _run(stream: Stream, node: fx.Node, found: Values) -> Any:
+    """The value of one node, with a derivative.
+
+    What it raises for values without one, too, is the network's own error, and no matter of derivatives.
+    """
+    try:
+        return run_node(stream, node, found)
+    except RuntimeError:
+        plain = {source: tree_map(_detached, found[source]) for source in node.all_input_nodes}
+        with torch.no_grad():
+            run_node(stream, node, plain)
+        with _differentiating():
+            raise
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _differentiating() -> AbstractContextManager[None]:
@@ -242,7 +264,7 @@ def _signs(output: Tensor, seeds: Sequence[int]) -> Tensor:
     if not output.dim() or output.shape[0] % len(seeds):
         seeds = seeds[:1]
     shape = (output.shape[0] // len(seeds), *output.shape[1:]) if output.dim() else ()
-    drawn = [torch.randint(2, shape, generator=generator.manual_seed(seed)) for seed in seeds]
+    drawn = [torch.randint(2, shape, generator=generator.manual_seed(seed), device="cpu") for seed in seeds]
     return (torch.cat(drawn) if output.dim() else drawn[0]).to(output) * 2 - 1
 
 

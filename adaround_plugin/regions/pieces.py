@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaround_plugin.errors import is_out_of_memory
 from adaround_plugin.graph.compat import tree_map
 from adaround_plugin.graph.ends import ends_of
 from adaround_plugin.graph.streams import Stream, Values, tensors
@@ -36,7 +37,9 @@ def _run(stream: Stream, values: Values) -> Values | None:
     try:
         with torch.no_grad():
             stream.run_nodes(values, stream.runnable(set()))
-    except (RuntimeError, IndexError, ValueError, AssertionError):
+    except (RuntimeError, IndexError, ValueError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
         return None
     return values
 

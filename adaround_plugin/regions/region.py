@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from adaround_plugin.errors import is_out_of_memory
 from adaround_plugin.graph.streams import unpacks
 from adaround_plugin.hosts.base import ActivationQuantizer, WeightedNode
 from adaround_plugin.regions.calibration import Sampling
@@ -172,13 +173,15 @@ class Region:
         some = parts[:1] if self._batch_size else parts[:2]
         count = sum(self._sampling.size[: len(some)])
         # in another order, and one less where the graphs take any number
-        index = torch.arange(count).flip(0)[: count if self._batch_size else max(1, count - 1)]
+        index = torch.arange(count, device="cpu").flip(0)[: count if self._batch_size else max(1, count - 1)]
         try:
             with torch.no_grad():
                 apart = [self._forward(part.entries, weights, none) for part in some]
                 together = self._forward(gathered(stacked, index), weights, none)
         except Exception as error:
             # whatever a graph raises whose values depend on the size of the batch
+            if is_out_of_memory(error):
+                raise
             _log.debug("samples cannot be told apart: %s", error)
             return False
         pairs = list(zip(zip(*apart, strict=True), together, strict=True))
@@ -194,11 +197,11 @@ class Region:
         """Some learning samples at random: of all, or one of the caller's batches where these cannot be taken apart."""
         if not self.resampled:
             usable = [batch for batch, held in enumerate(self._held) if not held.all()]
-            batch = usable[int(torch.randint(len(usable), (), generator=generator))]
+            batch = usable[int(torch.randint(len(usable), (), generator=generator, device="cpu"))]
             return self._minibatch(self._parts[batch], ~self._held[batch], generator)
         learning = (~self._held[0]).nonzero().flatten()
         size = self._batch_size or min(self._drawing.batch_size, self._sampling.total)
-        chosen = learning[torch.randperm(len(learning), generator=generator)[:size]]
+        chosen = learning[torch.randperm(len(learning), generator=generator, device="cpu")[:size]]
         return self._taken(chosen, generator)
 
     def all(self, held_out: bool) -> Iterator[Minibatch]:
@@ -217,7 +220,7 @@ class Region:
     def _taken(self, index: Tensor, generator: torch.Generator | None) -> Minibatch:
         """Some of all samples; filled up with one that does not count, if the graphs want more."""
         missing = 0 if self._batch_size is None else self._batch_size - len(index)
-        kept = torch.arange(len(index) + missing) < len(index)
+        kept = torch.arange(len(index) + missing, device="cpu") < len(index)
         index = torch.cat([index, index[:1].expand(missing)])
         return self._minibatch(self._parts[0].gathered(index), kept, generator)
 
@@ -239,7 +242,7 @@ class Region:
 
     def output_scale(self) -> list[float]:
         """Root mean square of the output of each weight's operator, over some samples."""
-        index = torch.arange(self._batch_size or min(_CHUNK, len(self._held[0])))
+        index = torch.arange(self._batch_size or min(_CHUNK, len(self._held[0])), device="cpu")
         part = self._parts[0].gathered(index) if self.resampled else self._parts[0]
         squares: dict[str, list[Tensor]] = {}
         with torch.no_grad():

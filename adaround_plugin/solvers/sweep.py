@@ -18,6 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from adaround_plugin.errors import is_out_of_memory
 from adaround_plugin.solvers.coordinates import Coordinates, Coupling
 
 __all__ = ["settle", "sweep", "visit"]
@@ -111,9 +112,9 @@ def _visitor(device: torch.device) -> tuple[Callable[..., None], int]:
             from adaround_plugin.solvers import sweep_triton
 
             sweep_triton.try_out(device)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             # not installed, no compiler, no driver that it knows: whatever it is, the loop works
             _log.warning("Triton does not run here (%s): sweeps on the GPU are many times slower.", error)
         else:

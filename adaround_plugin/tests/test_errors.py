@@ -7,6 +7,7 @@ import inspect
 import pickle
 
 import pytest
+import torch
 
 from adaround_plugin import errors
 from adaround_plugin.errors import (
@@ -16,6 +17,8 @@ from adaround_plugin.errors import (
     InvalidOptionError,
     MissingDependencyError,
     NonFiniteError,
+    is_out_of_memory,
+    taking_derivatives,
 )
 
 FAMILY = [
@@ -48,7 +51,7 @@ def test_errors_can_be_copied_and_pickled(kind, way):
 def test_every_error_belongs_to_one_family():
     found = [value for _, value in inspect.getmembers(errors, inspect.isclass) if issubclass(value, Exception)]
     assert set(found) == set(FAMILY)
-    assert {kind.__name__ for kind in FAMILY} | {"taking_derivatives"} == set(errors.__all__)
+    assert {kind.__name__ for kind in FAMILY} | {"is_out_of_memory", "taking_derivatives"} == set(errors.__all__)
     assert all(issubclass(kind, AdaRoundError) for kind in FAMILY)
 
 
@@ -65,3 +68,27 @@ def test_every_error_belongs_to_one_family():
 def test_each_is_also_the_builtin_that_callers_expect(kind, builtin):
     with pytest.raises(builtin):
         raise kind("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["python", "cuda", "cpu", "cublas"],
+)
+def test_running_out_of_memory_stays_what_it_is(error):
+    assert is_out_of_memory(error)
+    with pytest.raises(type(error)) as caught, taking_derivatives("option", "Remedy."):
+        raise error
+    assert caught.value is error
+
+
+def test_what_torch_raises_where_there_is_no_memory_is_known():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**46)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
