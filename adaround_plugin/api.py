@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import distributed, fx, nn
 from torch.ao.quantization.backend_config import BackendConfig
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.hosts.base import Host, Skipped
+from adaround_plugin.hosts.base import Host, Skipped, handed_over
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.comparison import Comparison
 from adaround_plugin.learning.finetuning import Finetune
@@ -20,7 +20,7 @@ from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import Progress, ReportBuilder
 from adaround_plugin.learning.trials import choose_recipe
 from adaround_plugin.names import select
-from adaround_plugin.options import check_bool, check_integer
+from adaround_plugin.options import check_bool, check_seed
 from adaround_plugin.regions.calibration import Sampling, bind_batches
 from adaround_plugin.report import KEY
 from adaround_plugin.solvers import get_solver
@@ -65,7 +65,7 @@ def adaround(
         inputs: maps a batch to the model's inputs, such as `lambda batch: batch[0]` to drop labels.
         seed: of the columns and minibatches that are drawn. The same seed, data and machine give the same integers.
         progress: show a progress bar.
-        inplace: change `prepared` itself instead of a deep copy.
+        inplace: change `prepared` itself, as a whole when all is done, instead of returning a deep copy.
         backend_config: the one given to `prepare_fx`, if any (the weight-only one is recognized).
 
     Returns:
@@ -73,8 +73,9 @@ def adaround(
         `get_report` reads what was done.
 
     Raises:
-        InvalidOptionError: an option is out of range, a name in `exclude` or of a block matches nothing, or blocks
-            share a layer or have no single end.
+        InvalidOptionError: an option is out of range, an entry of `exclude` or the name of a block matches nothing,
+            blocks share a layer or have no single end, a solver's answer is none, or this is one of several processes
+            of `torch.distributed`.
         InvalidModelError: not prepared, not calibrated, in train mode, not float32, or nothing to quantize.
         InvalidBatchError: no batches, or one that does not fit the model or lies on another device.
         NonFiniteError: NaN or infinity in weights or activations; the layer is named.
@@ -82,13 +83,10 @@ def adaround(
     start = time.perf_counter()
     preset = _preset(method, finetune)
     chosen = preset.method
-    check_integer("seed", seed)
+    check_seed("seed", seed)
     check_bool("progress", progress)
     check_bool("inplace", inplace)
-    if backend_config is not None and not isinstance(backend_config, BackendConfig):
-        raise InvalidOptionError(
-            "backend_config", f"{backend_config!r} is not a BackendConfig", "Pass a torch.ao BackendConfig."
-        )
+    _check_alone()
     host = open_host(prepared, backend_config)
     excluded = _excluded(host, exclude)
     chosen.check(host)
@@ -110,7 +108,7 @@ def adaround(
             preset.finetune.learn(run, layers, entry)
         with run.clock("compare"):
             output_error, nearest_output_error = comparison.take_back(run)
-        model = host.prepared if inplace else host.copy()
+        model = host.copy()
         host.write(model, run.roundings, run.scales)
     model.meta[KEY] = report.build(
         method=method if isinstance(method, str) else type(chosen).__name__,
@@ -121,7 +119,19 @@ def adaround(
         nearest_output_error=nearest_output_error,
         seconds={"setup": setup, **run.seconds, "trials": trials, "total": time.perf_counter() - start},
     )
-    return model
+    return handed_over(host, model, inplace)
+
+
+def _check_alone() -> None:
+    """Raise `InvalidOptionError` where several processes would each learn another model, from their own shards."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    if (processes := distributed.get_world_size()) > 1:
+        raise InvalidOptionError(
+            "torch.distributed",
+            f"joins {processes} processes, of which each would learn another model from its own data",
+            "Learn in a process of its own, without a process group, save the result, and load it in the others.",
+        )
 
 
 def _preset(method: str | Method | Preset, finetune: bool | Finetune | None) -> Preset:
@@ -138,19 +148,30 @@ def _excluded(host: Host, exclude: Exclude) -> frozenset[str]:
     """Names of the weighted nodes that the caller excludes."""
     if isinstance(exclude, str | type):
         exclude = (exclude,)
-    if not isinstance(exclude, Iterable) or not all(isinstance(entry, str | type) for entry in exclude):
+    entries = list(exclude) if isinstance(exclude, Iterable) else [exclude]
+    if not all(isinstance(entry, str) or _is_module_type(entry) for entry in entries):
         raise InvalidOptionError(
             "exclude", f"{exclude!r} has no names or types", "Pass a list of names and module types."
         )
     node_of = {name: node.name for node in host.nodes for name in node.names}
     skipped = [entry.name for entry in host.skipped]
     found: set[str] = set()
-    for entry in exclude:
+    for entry in entries:
         if isinstance(entry, str):
             found.update(node_of.get(name, "") for name in select(entry, [*node_of, *skipped], "exclude"))
-        else:
-            found.update(node.name for node in host.nodes if host.is_type(node, entry))
+            continue
+        of_type = [node.name for node in host.nodes if host.is_type(node, entry)]
+        kinds = dict.fromkeys([*(node.kind for node in host.nodes), *(one.kind for one in host.skipped)])
+        if not of_type and entry.__name__ not in kinds:
+            raise InvalidOptionError(
+                "exclude", f"no layer is a {entry.__name__}; there are {list(kinds)}", "Leave it out, or name layers."
+            )
+        found.update(of_type)
     return frozenset(found - {""})
+
+
+def _is_module_type(entry: Any) -> bool:
+    return isinstance(entry, type) and issubclass(entry, nn.Module)
 
 
 def _excluded_entries(host: Host, excluded: frozenset[str]) -> list[Skipped]:

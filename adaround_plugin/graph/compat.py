@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 from torch.ao.nn.quantized.reference.modules.utils import ReferenceQuantizedModule
+from torch.ao.quantization.fx.utils import assert_and_get_unique_device
 from torch.ao.quantization.observer import _is_activation_post_process
 from torch.utils import _pytree as pytree
 
@@ -21,6 +22,7 @@ __all__ = [
     "Normalization",
     "export_inputs",
     "flatten_inputs",
+    "forget_models",
     "guards_of",
     "is_guards",
     "is_observed",
@@ -30,6 +32,8 @@ __all__ = [
     "operator_name",
     "returns_view",
     "share_attributes",
+    "take_outs",
+    "take_over",
     "tree_flatten",
     "tree_map",
     "tree_unflatten",
@@ -82,6 +86,33 @@ def share_attributes(prepared: fx.GraphModule, sources: dict[fx.Node, fx.Node]) 
     prepared.meta["_observed_graph_module_attrs"] = replace(attributes, **extended)
 
 
+def forget_models() -> None:
+    """Let torch.ao's conversion, which remembers the device of each model, keep none of them in memory."""
+    assert_and_get_unique_device.cache_clear()
+
+
+def take_over(model: fx.GraphModule, changed: fx.GraphModule) -> None:
+    """Let a graph become a changed copy of itself: as a whole, or, where that is interrupted, not at all.
+
+    Hooks and what a copy lacks stay as they are. The copy is used up.
+    """
+    before, state = vars(model), {**vars(model), **vars(changed)}
+    state.update({name: value for name, value in before.items() if "hooks" in name})
+    for name in ("_parameters", "_buffers", "_modules"):
+        # a copy lacks what no node reads
+        state[name] = {**before[name], **vars(changed)[name]}
+    kind = type(model)
+    changed.graph.owning_module = model
+    try:
+        object.__setattr__(model, "__dict__", state)
+        # the code of its forward
+        object.__setattr__(model, "__class__", type(changed))
+    except BaseException:
+        object.__setattr__(model, "__dict__", before)
+        object.__setattr__(model, "__class__", kind)
+        raise
+
+
 def learnable_fake_quantize(x: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:
     """Fake quantization with gradients by the value and, as in LSQ (arXiv 1902.08153), by the scale `()`."""
     offset = torch.tensor([float(zero_point)], device=x.device)
@@ -112,6 +143,25 @@ def returns_view(node: fx.Node) -> bool:
     """Whether an operator's schema says that its result may be a view of an argument that it does not write to."""
     aliases = [returned.alias_info for returned in node.target._schema.returns]  # type: ignore[union-attr]
     return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def take_outs(node: fx.Node) -> list[fx.Node]:
+    """The values that a function is told to write its results into (`out=`); it is told no more."""
+    if node.op != "call_function":
+        return []
+    names = ["out"]
+    if isinstance(node.target, torch._ops.OpOverload):
+        arguments = node.target._schema.arguments
+        names = [one.name for one in arguments if one.kwarg_only and one.alias_info is not None]
+    given = [node.kwargs[name] for name in names if node.kwargs.get(name) is not None]
+    if not given:
+        return []
+    node.kwargs = {name: value for name, value in node.kwargs.items() if name not in names}
+    if isinstance(node.target, torch._ops.OpOverload):
+        # the overload that returns its results
+        node.target = node.target.overloadpacket
+    outs = [out for value in given for out in (value if isinstance(value, list | tuple) else [value])]
+    return [out for out in outs if isinstance(out, fx.Node)]
 
 
 def export_inputs(program: fx.GraphModule) -> tuple[list[str], int]:

@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from adaround_plugin.errors import InvalidModelError
 from adaround_plugin.graph.arguments import owner_of
-from adaround_plugin.graph.compat import Dropout, operator_name, returns_view
+from adaround_plugin.graph.compat import Dropout, operator_name, returns_view, take_outs
 
 __all__ = ["erase_unused", "functionalize", "has_origin", "inline", "origin", "separate", "strip"]
 
@@ -155,6 +155,9 @@ def functionalize(module: fx.GraphModule) -> fx.GraphModule:
     Raises:
         InvalidModelError: a value is overwritten and read later under another name (a view).
     """
+    for node in list(module.graph.nodes):
+        if outs := take_outs(node):
+            _write_afterwards(module, node, outs)
     position = {node: i for i, node in enumerate(module.graph.nodes)}
     for node in list(module.graph.nodes):
         if not _is_inplace(module, node):
@@ -180,6 +183,26 @@ def functionalize(module: fx.GraphModule) -> fx.GraphModule:
             if position.get(user, -1) > position[node]:
                 user.replace_input_with(target, node)
     return module
+
+
+def _write_afterwards(module: fx.GraphModule, node: fx.Node, outs: list[fx.Node]) -> None:
+    """Let nodes of their own, in place in the graph, write into `outs` what a node returns."""
+    name = origin(node)
+    results, names = [node], [name]
+    if len(outs) > 1:
+        with module.graph.inserting_after(node):
+            results = [module.graph.call_function(operator.getitem, (node, i)) for i in range(len(outs))]
+        names = [f"{name}:out {i}" for i in range(len(outs))]
+    for out, result, own in zip(outs, results, names, strict=True):
+        with module.graph.inserting_after(result):
+            written = module.graph.call_function(_write_, (out, result))
+        result.replace_all_uses_with(written, delete_user_cb=written.__ne__)
+        written.meta[_ORIGIN], result.meta[_ORIGIN] = own, f"{own}:result"
+
+
+def _write_(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Overwrite a tensor as `out=` does, which makes another of one that has another shape."""
+    return target.copy_(value) if target.shape == value.shape else value.to(target.dtype)
 
 
 def _aliases(module: fx.GraphModule, node: fx.Node) -> set[fx.Node]:

@@ -1,7 +1,7 @@
 """What a host must tell about a prepared model: the contract between graphs and learning.
 
-Nothing but `write` changes a host. Quantized streams have modules of their own (`open_streams`), and float streams
-share `float_graph`, whose modules are not the caller's.
+Nothing changes a host: `write` takes a copy of the prepared model. Quantized streams have modules of their own
+(`open_streams`), and float streams share `float_graph`, whose modules are not the caller's.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from torch import Tensor, fx, nn
 
 from adaround_plugin.errors import InvalidBatchError
 from adaround_plugin.graph.calls import CallSite
+from adaround_plugin.graph.compat import take_over
 from adaround_plugin.graph.streams import Stream
 from adaround_plugin.graph.transforms import separate
 from adaround_plugin.rounding.grid import Grid
 from adaround_plugin.rounding.linear_op import LinearOp
 from adaround_plugin.rounding.result import LayerRounding
 
-__all__ = ["ActivationQuantizer", "Host", "Skipped", "Streams", "WeightedNode", "open_streams"]
+__all__ = ["ActivationQuantizer", "Host", "Skipped", "Streams", "WeightedNode", "handed_over", "open_streams"]
 
 # the float and the quantized stream
 Streams = tuple[Stream, Stream]
@@ -57,6 +58,12 @@ class WeightedNode:
 
     def check_input(self, x: Tensor, batch: int) -> None:
         """Raise `InvalidBatchError` if an input of the float operator does not fit the weight."""
+        if not x.is_floating_point():
+            raise InvalidBatchError(
+                f"layer {self.name!r}",
+                f"its input in batch {batch} is {x.dtype}, its weight {self.weight.dtype}",
+                "Pass float32 batches.",
+            )
         if not self.op.accepts(x, self.weight.shape):
             raise InvalidBatchError(
                 f"layer {self.name!r}",
@@ -102,7 +109,7 @@ class Host(Protocol):
     """A calibrated model of one toolkit.
 
     Attributes:
-        prepared: the model; it is read, and changed only by `write`.
+        prepared: the model; it is read only.
         signature: the model's inputs.
         float_graph: its graph without observers, the modules separate from those of `prepared`.
         quantized_graph: the host's own conversion of it. Streams run its nodes on modules of their own.
@@ -131,8 +138,8 @@ class Host(Protocol):
         """Whether a weighted node is, or belongs to, a module of this type."""
 
     def write(self, model: fx.GraphModule, roundings: Mapping[str, LayerRounding], scales: Mapping[str, float]) -> None:
-        """Write roundings, by name of the weighted node, and scales of activations, by name of the observer, into
-        `prepared` or a deep copy of it."""
+        """Write roundings, by name of the weighted node, and scales of activations, by name of the observer, into a
+        copy of `prepared`."""
 
 
 def open_streams(host: Host) -> Streams:
@@ -142,3 +149,11 @@ def open_streams(host: Host) -> Streams:
     """
     exact, quantized = host.float_graph, host.quantized_graph
     return Stream(exact, exact.graph), Stream(separate(quantized), quantized.graph)
+
+
+def handed_over(host: Host, written: fx.GraphModule, inplace: bool) -> fx.GraphModule:
+    """What a caller gets: the copy that was written, or the prepared model itself, which becomes it as a whole."""
+    if not inplace:
+        return written
+    take_over(host.prepared, written)
+    return host.prepared

@@ -9,6 +9,7 @@ from torch import fx, nn
 from torch.ao.quantization.quantize_fx import convert_fx
 
 from adaround_plugin.api import adaround
+from adaround_plugin.graph.compat import forget_models
 from adaround_plugin.inc.compat import Quantizer
 from adaround_plugin.inc.layers import weighted_layers
 from adaround_plugin.inc.observed import observed
@@ -49,6 +50,7 @@ class NativeQuantizer(Quantizer):
         batches = Recording.taken(model)
         learned = adaround(model, batches, **pass_options(self.quant_config))
         quantized: Any = convert_fx(learned.cpu())
+        forget_models()
         quantized.meta[KEY] = get_report(learned)
         quantized.meta[META] = dict(self.quant_config)
         # INC's save() asks for both

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import io
 import os
+import pickle
 import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.ao.quantization.quantize_fx import convert_fx
 
-from adaround_plugin.errors import InvalidModelError
+from adaround_plugin.errors import InvalidModelError, NonFiniteError, is_out_of_memory
+from adaround_plugin.graph.compat import forget_models
 from adaround_plugin.inc.config import AdaRoundConfig
 from adaround_plugin.inc.layers import weighted_layers
 from adaround_plugin.inc.observed import observed
@@ -19,12 +24,13 @@ from adaround_plugin.inc.parts import META, ROOT, Parts
 
 __all__ = ["load", "save"]
 
-_STATE = "adaround_state.pt"
-_CONFIG = "adaround_config.json"
+# one file, so that configuration and weights are always those of one model
+_FILE = "adaround_model.pt"
+_KEYS = {"parts", "structure", "state"}
 
 
 def save(model: fx.GraphModule, folder: str | os.PathLike[str]) -> None:
-    """Write integers, scales, biases and the configuration of a quantized model into a folder.
+    """Write integers, scales, biases and the configuration of a quantized model into a folder, all or nothing.
 
     Args:
         model: what `quantize`, `convert` or `autotune` returned for an eager model and an `AdaRoundConfig`.
@@ -38,9 +44,18 @@ def save(model: fx.GraphModule, folder: str | os.PathLike[str]) -> None:
         raise InvalidModelError("model", "was not quantized with AdaRoundConfig", "Save what quantize returned.")
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    entries = [{"layer": layer, "config": part.get_params_dict()} for layer, part in parts.items()]
-    (path / _CONFIG).write_text(json.dumps(entries, indent=2), encoding="utf-8")
-    torch.save(model.state_dict(), path / _STATE)
+    content = {
+        "parts": [(layer, part.get_params_dict()) for layer, part in parts.items()],
+        "structure": _structure(model),
+        "state": model.state_dict(),
+    }
+    unfinished = path / f"{_FILE}.{os.getpid()}"
+    try:
+        torch.save(content, unfinished)
+        unfinished.replace(path / _FILE)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def load(folder: str | os.PathLike[str], original_model: nn.Module) -> fx.GraphModule:
@@ -53,11 +68,12 @@ def load(folder: str | os.PathLike[str], original_model: nn.Module) -> fx.GraphM
 
     Raises:
         FileNotFoundError: `folder` does not hold such a model.
-        InvalidModelError: `original_model` has other layers, or is in train mode.
+        InvalidModelError: the file is damaged, or `original_model` has other layers or settings, or is in train mode.
+        NonFiniteError: a weight or a scale in the file is no number.
     """
-    path = Path(folder)
-    entries = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
-    parts = {tuple(entry["layer"]): AdaRoundConfig(**entry["config"], white_list=None) for entry in entries}
+    content = _read(Path(folder) / _FILE)
+    parts = {tuple(layer): AdaRoundConfig(**config, white_list=None) for layer, config in content["parts"]}
+    state = content["state"]
     if missing := parts.keys() - {ROOT, *weighted_layers(original_model)}:
         raise InvalidModelError(
             "original_model", f"lacks {sorted(missing)}", "Pass the float model that was quantized."
@@ -67,13 +83,68 @@ def load(folder: str | os.PathLike[str], original_model: nn.Module) -> fx.GraphM
         # ranges come from the file
         warnings.filterwarnings("ignore", "must run observer before calling calculate_qparams", UserWarning)
         quantized = convert_fx(prepared)
-    # packed weights of functional calls
-    with torch.serialization.safe_globals([torch.ScriptObject]):
-        state = torch.load(path / _STATE, weights_only=True)
+        forget_models()
     if differing := state.keys() ^ quantized.state_dict().keys():
         raise InvalidModelError(
             "original_model", f"differs in {sorted(differing)}", "Pass the float model that was quantized."
         )
+    found, wanted = _structure(quantized), content["structure"]
+    if found != wanted:
+        differing = {name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)}
+        raise InvalidModelError(
+            "original_model",
+            f"has other settings in {sorted(differing)}",
+            "Pass the float model that was quantized, with the same strides, paddings and activation functions.",
+        )
     quantized.load_state_dict(state)
     quantized.meta[META] = parts
     return quantized
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What `save` wrote, checked."""
+    damaged, data = "Quantize the model and save it again.", path.read_bytes()
+    subject = f"file {str(path)!r}"
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        raise InvalidModelError(subject, "is cut off" if data else "is empty", damaged)
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if (entry := archive.testzip()) is not None:
+            raise InvalidModelError(subject, f"is damaged in {entry!r}", damaged)
+    try:
+        # packed weights of functional calls
+        with torch.serialization.safe_globals([torch.ScriptObject]):
+            content = torch.load(io.BytesIO(data), weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise InvalidModelError(subject, f"cannot be read ({error})", damaged) from error
+    if not isinstance(content, dict) or content.keys() != _KEYS:
+        raise InvalidModelError(subject, "is not what save writes", damaged)
+    for name, values in _floats(content["state"]):
+        if not bool(torch.isfinite(values).all()):
+            raise NonFiniteError(f"{name!r} in {subject}", "holds NaN or infinity", damaged)
+    return content
+
+
+def _floats(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The floats of a quantized model's state, scales of weights among them, and what they are called."""
+    for name, entry in state.items():
+        for value in entry if isinstance(entry, tuple) else (entry,):
+            if not isinstance(value, Tensor):
+                continue
+            if not value.is_quantized:
+                yield name, value
+            elif value.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric):
+                yield name, value.q_per_channel_scales()
+            else:
+                yield name, torch.tensor(value.q_scale(), device="cpu")
+
+
+def _structure(model: fx.GraphModule) -> dict[str, str]:
+    """The code of a quantized model, and of each module what is not in the state, by name."""
+    found = {}
+    for name, module in model.named_modules():
+        plain = (one for one in vars(module).items() if isinstance(one[1], int | float | str | tuple))
+        settings = {key: value for key, value in plain if key not in ("scale", "zero_point")}
+        found[name] = f"{type(module).__name__} {settings}" if name else model.code
+    return found

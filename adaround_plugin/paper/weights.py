@@ -14,9 +14,10 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization.backend_config import BackendConfig
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.hosts.base import Host, WeightedNode
+from adaround_plugin.hosts.base import Host, WeightedNode, handed_over
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.names import select
+from adaround_plugin.options import check_bool, check_integer, check_mapping, check_seed
 from adaround_plugin.report import KEY
 from adaround_plugin.rounding.result import LayerRounding
 from adaround_plugin.rounding.schemes import Scheme, get_scheme
@@ -50,6 +51,7 @@ def round_weights(
         InvalidModelError: the model is not ready, see `adaround`.
     """
     rounded = get_scheme(scheme, seed)
+    check_bool("inplace", inplace)
     host = open_host(prepared, backend_config)
     chosen = _selected(host, layers)
     return _written(host, {node.name: rounded(node.grid, node.weight) for node in chosen}, inplace)
@@ -74,6 +76,8 @@ def write_integers(
         InvalidOptionError: a name that is no quantized layer's, or integers that do not fit it.
         InvalidModelError: the model is not ready, see `adaround`.
     """
+    check_mapping("integers", integers)
+    check_bool("inplace", inplace)
     host = open_host(prepared, backend_config)
     given: dict[str, Tensor] = {}
     for name, values in integers.items():
@@ -121,8 +125,10 @@ def best_of_draws(
         InvalidOptionError: `draws` is not positive, `score` returns NaN, or as in `round_weights`.
         InvalidModelError: the model is not ready, see `adaround`.
     """
-    if not (isinstance(draws, int) and draws > 0):
-        raise InvalidOptionError("draws", f"{draws!r} is not a positive integer", "Pass at least 1.")
+    check_integer("draws", draws, least=1)
+    check_seed("seed", seed)
+    if not callable(score):
+        raise InvalidOptionError("score", f"{score!r} is not callable", "Pass a function of one prepared model.")
     host = open_host(prepared, backend_config)
     chosen = _selected(host, layers)
 
@@ -156,15 +162,18 @@ def _selected(host: Host, layers: Iterable[str] | None) -> list[WeightedNode]:
     """The weighted nodes that patterns select, in the order of the graph."""
     if layers is None:
         return host.nodes
-    if isinstance(layers, str) or not isinstance(layers, Iterable):
+    patterns = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else None
+    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
         raise InvalidOptionError("layers", f"{layers!r} is not a list of names", "Pass a list, or None for all.")
     names = [name for node in host.nodes for name in node.names]
-    found = {name for pattern in layers for name in select(pattern, names, "layers")}
+    found = {name for pattern in patterns for name in select(pattern, names, "layers")}
     return [node for node in host.nodes if found.intersection(node.names)]
 
 
 def _check_fits(name: str, values: Tensor, node: WeightedNode) -> None:
     """Raise `InvalidOptionError` unless the values are integers of the layer's shape and range."""
+    if not isinstance(values, Tensor):
+        raise InvalidOptionError(f"integers of {name!r}", f"are {type(values).__name__}", "Pass an integer tensor.")
     if values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
         raise InvalidOptionError(f"integers of {name!r}", f"are {values.dtype}", "Pass an integer tensor.")
     if values.shape != node.weight.shape:
@@ -182,8 +191,8 @@ def _written(host: Host, integers: Mapping[str, Tensor], inplace: bool) -> fx.Gr
         values = integers[node.name] if node.name in integers else node.grid.nearest(node.weight)
         roundings[node.name] = LayerRounding(node.grid, values)
     with torch.no_grad():
-        model = host.prepared if inplace else host.copy()
+        model = host.copy()
         host.write(model, roundings, {})
     # a report that the model carries is about other integers
     model.meta.pop(KEY, None)
-    return model
+    return handed_over(host, model, inplace)

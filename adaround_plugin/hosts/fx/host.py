@@ -9,18 +9,20 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.ao.quantization import QConfig
 from torch.ao.quantization.backend_config import BackendConfig
 from torch.ao.quantization.observer import PlaceholderObserver
 from torch.ao.quantization.quantize_fx import convert_to_reference_fx
 
 from adaround_plugin.graph.arguments import attribute, owner_of
-from adaround_plugin.graph.compat import is_observed, is_observer, unfused, unordered_signature
+from adaround_plugin.graph.clamps import is_clamp
+from adaround_plugin.graph.compat import forget_models, is_observed, is_observer, unfused, unordered_signature
+from adaround_plugin.graph.paths import quantizes
 from adaround_plugin.graph.transforms import functionalize, inline, strip
 from adaround_plugin.hosts.activation_quantizers import activation_quantizers, write_scales
 from adaround_plugin.hosts.base import WeightedNode
@@ -39,7 +41,7 @@ class PreparedFX:
     """A calibrated model from `prepare_fx`.
 
     Args:
-        prepared: the model; it is read, and changed only by `write`.
+        prepared: the model; it is read only.
         backend_config: what `prepare_fx` was given. None takes the default, or the weight-only configuration if
             no activation of the model is observed.
 
@@ -73,9 +75,13 @@ class PreparedFX:
         self.quantizers = activation_quantizers(graph, flat_reference)
         self.quantized_graph = functionalize(strip(flat_reference, is_observer))
         self.float_graph = functionalize(strip(graph, is_observer))
+        self._float_inputs = _float_inputs(self.quantized_graph, self.nodes)
 
     def flatten(self, arguments: inspect.BoundArguments) -> list[Any]:
         """Arguments in the order of the graph's placeholders."""
+        for name, value in arguments.arguments.items():
+            if name in self._float_inputs and isinstance(value, Tensor) and not value.is_floating_point():
+                raise ValueError(f"input {name!r} is {value.dtype}, but the model quantizes it from float32")
         return list(arguments.arguments.values())
 
     def copy(self) -> fx.GraphModule:
@@ -89,7 +95,7 @@ class PreparedFX:
 
     def write(self, model: fx.GraphModule, roundings: Mapping[str, LayerRounding], scales: Mapping[str, float]) -> None:
         """Write roundings (by name of the weighted node) and scales of activations (by name of the observer) into
-        `model`, this prepared model or a deep copy of it."""
+        `model`, a copy of this prepared model."""
         # a module may have several names
         written: set[object] = set()
         for node in self.nodes:
@@ -128,6 +134,17 @@ def _observes_activations(graph: fx.GraphModule) -> bool:
     )
 
 
+def _float_inputs(quantized: fx.GraphModule, nodes: Sequence[WeightedNode]) -> set[str]:
+    """Names of the inputs that are quantized as they come, or enter a weighted operator so."""
+    sites = {site.quantized_node for node in nodes for site in node.sites}
+    found = set()
+    for node in quantized.graph.nodes:
+        users = [further for user in node.users for further in (user.users if is_clamp(user) else [user])]
+        if node.op == "placeholder" and any(quantizes(user) or user in sites for user in users):
+            found.add(str(node.target))
+    return found
+
+
 def _reference(prepared: fx.GraphModule, backend_config: BackendConfig | None) -> fx.GraphModule:
     """The host's reference conversion of a copy."""
     prepared = copy.deepcopy(prepared)
@@ -136,7 +153,10 @@ def _reference(prepared: fx.GraphModule, backend_config: BackendConfig | None) -
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # the host's advice on deprecated flows and unused ranges; the caller sees it at their own convert
         warnings.simplefilter("ignore")
-        return convert_to_reference_fx(prepared, backend_config=backend_config)
+        try:
+            return convert_to_reference_fx(prepared, backend_config=backend_config)
+        finally:
+            forget_models()
 
 
 def _write(model: fx.GraphModule, name: str, rounding: LayerRounding) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torchao.quantization.pt2e import DerivedObserverOrFakeQuantize
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
@@ -48,7 +49,7 @@ class PreparedPT2E:
     """A calibrated model from `prepare_pt2e`.
 
     Args:
-        prepared: the model; it is read, and changed only by `write`.
+        prepared: the model; it is read only.
 
     Attributes are those of `Host`.
 
@@ -117,14 +118,13 @@ class PreparedPT2E:
         return result
 
     def is_type(self, node: WeightedNode, kind: type[nn.Module]) -> bool:
-        """Whether a node stands in the code of a module of exactly this type."""
-        return any(
-            innermost_module(site.float_node)[1] == f"{kind.__module__}.{kind.__qualname__}" for site in node.sites
-        )
+        """Whether a node stands in the code of a module of this type."""
+        names = _names_of(kind)
+        return any(innermost_module(site.float_node)[1] in names for site in node.sites)
 
     def write(self, model: fx.GraphModule, roundings: Mapping[str, LayerRounding], scales: Mapping[str, float]) -> None:
         """Write roundings (by name of the weighted node) and scales of activations (by name of the observer) into
-        `model`, this prepared model or a deep copy of it."""
+        `model`, a copy of this prepared model."""
         by_name = {node.name: node for node in model.graph.nodes}
         for node in self.nodes:
             if node.name in roundings:
@@ -132,6 +132,12 @@ class PreparedPT2E:
                 _write(model, calls, roundings[node.name])
         write_scales(model, scales)
         model.recompile()
+
+
+def _names_of(kind: type[nn.Module]) -> set[str]:
+    """Qualified names of a type and of all that are derived from it: a program knows its modules' types by name."""
+    derived = [_names_of(one) for one in kind.__subclasses__()]
+    return {f"{kind.__module__}.{kind.__qualname__}"}.union(*derived)
 
 
 def _sources_of_derived(model: nn.Module) -> set[nn.Module]:
@@ -173,7 +179,8 @@ def _check(prepared: fx.GraphModule) -> None:
 
 def _converted(prepared: fx.GraphModule) -> fx.GraphModule:
     """The host's conversion, which uses the prepared model up."""
-    with warnings.catch_warnings():
+    # modules are born with random weights, which must not cost the caller's generator a step
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # the host's own advice; the caller sees it at their own convert
         warnings.simplefilter("ignore")
         converted = convert_pt2e(prepared, fold_quantize=False)
