@@ -663,7 +663,6 @@ def _nearest_of_nested() -> fx.GraphModule:
         ([nn.Linear], {"head"}),
         (nn.Conv2d, {"stem", "body.0", "body.2"}),
         ([nn.Conv2d, "head"], {"stem", "body.0", "body.2", "head"}),
-        ([nn.LSTM], set()),
         ((), set()),
     ],
 )

@@ -547,7 +547,6 @@ def test_names_and_kinds_are_those_of_the_float_model():
         ([nn.Linear], {"head"}),
         (nn.Conv2d, {"stem", "body.0", "body.3"}),
         ([nn.Conv2d, "head"], {"stem", "body.0", "body.3", "head"}),
-        ([nn.LSTM], set()),
         ((), set()),
     ],
 )

@@ -8,6 +8,7 @@ of few bits, those of the activations.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
@@ -21,8 +22,9 @@ from adaround_plugin.equalization.homogeneous import cap_of
 from adaround_plugin.equalization.layer_pairs import LayerPair, PairFinder
 from adaround_plugin.equalization.report import KEY, EqualizationReport, EqualizedPair, difference, spread
 from adaround_plugin.equalization.scaled_layers import ScaledLayer
-from adaround_plugin.errors import InvalidModelError, InvalidOptionError, NonFiniteError
+from adaround_plugin.errors import InvalidModelError, InvalidOptionError, NonFiniteError, is_out_of_memory
 from adaround_plugin.graph.compat import is_observed
+from adaround_plugin.options import check_bool, check_choice, check_integer, check_number
 
 __all__ = ["equalize"]
 
@@ -89,7 +91,7 @@ def equalize(
         InvalidBatchError: no batches in `activations`, or one that does not fit the model.
         NonFiniteError: a weight or an activation is NaN or infinite.
     """
-    _check_options(relu6, iterations, tolerance, limit)
+    _check_options(relu6, absorb_bias, iterations, tolerance, limit)
     if inputs is not None and activations is None:
         raise InvalidOptionError("inputs", "there are no batches to map", "Pass activations= too.")
     _check_model(model, (torch.float32, torch.float64) if activations is None else (torch.float32,))
@@ -129,24 +131,29 @@ def equalize(
     return equalized
 
 
-def _check_options(relu6: str, iterations: int, tolerance: float, limit: float) -> None:
-    if relu6 not in get_args(ReLU6):
-        raise InvalidOptionError("relu6", f"{relu6!r} is not known", f"Choose one of {', '.join(get_args(ReLU6))}.")
-    if iterations < 1:
-        raise InvalidOptionError("iterations", f"{iterations} sweeps do nothing", "Give 1 or more.")
-    if not tolerance >= 0:
-        raise InvalidOptionError("tolerance", f"{tolerance} is no relative change", "Give 0 or more.")
-    if not limit >= 1:
-        raise InvalidOptionError("limit", f"{limit} leaves no scale", "Give 1 or more; math.inf for no limit.")
+def _check_options(relu6: str, absorb_bias: bool, iterations: int, tolerance: float, limit: float) -> None:
+    check_choice("relu6", relu6, get_args(ReLU6))
+    check_bool("absorb_bias", absorb_bias)
+    check_integer("iterations", iterations, least=1)
+    check_number("tolerance", tolerance, least=0)
+    # infinity is for no limit
+    if limit != math.inf:
+        check_number("limit", limit, least=1)
 
 
 def _check_model(model: nn.Module, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(model, nn.Module):
+        raise InvalidModelError("model", f"is a {type(model).__name__}, no module", "Pass the float model.")
     if is_observed(model):
         raise InvalidModelError("model", "is prepared already", "Equalize the float model, then prepare it.")
     for name, module in model.named_modules():
         if module.training:
             raise InvalidModelError(f"module {name!r}" if name else "model", "is in train mode", "Call .eval() first.")
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise InvalidModelError(
+                f"parameter {name!r}", "lies on the device meta, where there are no values", "Load the weights first."
+            )
         if parameter.is_floating_point() and parameter.dtype not in dtypes:
             raise InvalidModelError(
                 f"parameter {name!r}", f"is {parameter.dtype}", "Convert the model with .float() before equalizing it."
@@ -157,6 +164,8 @@ def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise InvalidModelError(
             "model",
             f"cannot be copied ({error})",
@@ -168,6 +177,8 @@ def _trace(model: nn.Module) -> fx.Graph:
     try:
         return fx.Tracer().trace(model)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise InvalidModelError(
             "model",
             f"torch.fx cannot trace it ({error})",
@@ -183,6 +194,8 @@ def _run(model: nn.Module, example_inputs: Sequence[Any]) -> Any:
     try:
         return model(*copy.deepcopy(tuple(example_inputs)))
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise InvalidOptionError(
             "example_inputs", f"the model does not run on them ({error})", "Pass the arguments of one call."
         ) from error

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.options import check_integer
 from adaround_plugin.rounding.ranges import min_mse_qparams
 
 __all__ = ["AdaRoundActivationMixin", "grid_ends"]
@@ -42,6 +43,8 @@ class AdaRoundActivationMixin:
             raise InvalidOptionError(
                 "qscheme", f"{qscheme} wastes levels of activations", "Pass torch.per_tensor_affine."
             )
+        for end in (quant_min, quant_max):
+            check_integer("quant_min, quant_max", end)
         if quant_min != 0 or not 0 < quant_max <= 255:
             raise InvalidOptionError(
                 "quant_min, quant_max", f"[{quant_min}, {quant_max}] does not fit", "Pass 0 and at most 255."
@@ -82,6 +85,6 @@ class AdaRoundActivationMixin:
 
 def grid_ends(scale: float, zero_point: int, quant_min: int, quant_max: int) -> tuple[float, float]:
     """The least and the greatest value of an affine grid, as float32 has them."""
-    ends = torch.tensor([quant_min - zero_point, quant_max - zero_point])
-    low, high = (ends * torch.tensor(scale, dtype=torch.float32)).tolist()
+    ends = torch.tensor([quant_min - zero_point, quant_max - zero_point], device="cpu")
+    low, high = (ends * torch.tensor(scale, dtype=torch.float32, device="cpu")).tolist()
     return low, high

@@ -35,7 +35,14 @@ def check_prepared_fx(prepared: nn.Module) -> None:
 
 
 def check_values(prepared: nn.Module, is_observer: Callable[[nn.Module], bool]) -> None:
-    """Raise unless the parameters are float32 and finite, and every observer has seen finite data."""
+    """Raise unless the parameters are there, float32 and finite, and every observer has seen finite data."""
+    for name, value in (*prepared.named_parameters(), *prepared.named_buffers()):
+        if value.is_meta:
+            raise InvalidModelError(
+                f"parameter or buffer {name!r}",
+                "lies on the device meta, where there are no values",
+                "Load the weights before the model is prepared.",
+            )
     for name, parameter in prepared.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise InvalidModelError(

@@ -19,10 +19,14 @@ def open_host(prepared: nn.Module, backend_config: BackendConfig | None = None) 
 
     Raises:
         InvalidModelError: the model is not ready for the pass.
-        InvalidOptionError: a backend configuration for a PT2E model.
+        InvalidOptionError: a backend configuration for a PT2E model, or something else in its place.
         MissingDependencyError: torchao is not installed.
         NonFiniteError: a weight holds NaN or infinity.
     """
+    if backend_config is not None and not isinstance(backend_config, BackendConfig):
+        raise InvalidOptionError(
+            "backend_config", f"{backend_config!r} is not a BackendConfig", "Pass a torch.ao BackendConfig."
+        )
     if not is_exported(prepared):
         return PreparedFX(prepared, backend_config)
     if backend_config is not None:

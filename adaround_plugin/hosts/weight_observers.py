@@ -15,14 +15,37 @@ from torch import Tensor, nn
 
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError
 from adaround_plugin.graph.compat import MoveListener
+from adaround_plugin.options import check_choice, check_integer
 from adaround_plugin.rounding.grid import Grid, GridSpec
 from adaround_plugin.rounding.ranges import min_max_grid, min_mse_grid
 
-__all__ = ["AdaRoundWeightMixin", "FrozenMixin"]
+__all__ = ["AdaRoundWeightMixin", "FrozenMixin", "check_weight_grid", "check_weight_range"]
 
 _GRID_OF = {"mse": min_mse_grid, "minmax": min_max_grid}
 _PER_CHANNEL = (torch.per_channel_symmetric, torch.per_channel_affine)
 _SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+_SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# of a convolution in three dimensions
+_LAST_AXIS = 4
+
+
+def check_weight_grid(ch_axis: int, scale: str, scale_dtype: torch.dtype) -> None:
+    """Raise `InvalidOptionError` unless a weight can have a grid with such scales."""
+    check_integer("ch_axis", ch_axis, least=0, most=_LAST_AXIS)
+    check_choice("scale", scale, sorted(_GRID_OF))
+    check_choice("scale_dtype", scale_dtype, _SCALE_DTYPES)
+
+
+def check_weight_range(quant_min: int, quant_max: int) -> None:
+    """Raise `InvalidOptionError` unless these are the ends of a range of int8 with 0 and more in it."""
+    for end in (quant_min, quant_max):
+        check_integer("quant_min, quant_max", end)
+    if not -128 <= quant_min <= 0 < quant_max <= 127:
+        raise InvalidOptionError(
+            "quant_min, quant_max",
+            f"[{quant_min}, {quant_max}] is not inside [-128, 127] around 0",
+            "Pass a narrower range.",
+        )
 
 
 class AdaRoundWeightMixin(nn.Module):
@@ -37,8 +60,7 @@ class AdaRoundWeightMixin(nn.Module):
     _weight: Tensor | None
 
     def _configure(self, ch_axis: int, scale: str, scale_dtype: torch.dtype = torch.float32) -> None:
-        if scale not in _GRID_OF:
-            raise InvalidOptionError("scale", f"{scale!r} is not known", f"Pass one of {sorted(_GRID_OF)}.")
+        check_weight_grid(ch_axis, scale, scale_dtype)
         if self.qscheme not in (*_PER_CHANNEL, torch.per_tensor_symmetric, torch.per_tensor_affine):
             raise InvalidOptionError(
                 "qscheme", f"{self.qscheme} has no integer zero point", "Pass a per-tensor or per-channel scheme."
@@ -68,6 +90,12 @@ class AdaRoundWeightMixin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Remember the weight and pass it on; the grid is chosen when it is asked for."""
+        if self.spec.ch_axis is not None and self.ch_axis >= x.dim():
+            raise InvalidOptionError(
+                "ch_axis",
+                f"a weight of shape {tuple(x.shape)} has no axis {self.ch_axis}",
+                "Pass 0, or 1 if transposed.",
+            )
         self._weight = x.detach()
         return x
 

@@ -202,7 +202,7 @@ class _Network:
             for init, soft, output_scale in zip(inits, softs, output_scales, strict=True)
         ]
         self._softs = [soft for soft in softs if soft is not None]
-        self._logarithms = [torch.zeros((), requires_grad=True) for _ in range(activations)]
+        self._logarithms = [torch.zeros((), requires_grad=True, device="cpu") for _ in range(activations)]
 
     def _factors(self) -> list[Tensor]:
         return [logarithm.exp() for logarithm in self._logarithms]

@@ -61,7 +61,7 @@ class OutputTally:
         size = self._sampling.size[batch]
         for number, (one, other) in enumerate(zip(exact, quantized, strict=True)):
             if not one.numel():
-                self._errors[number].append(torch.zeros(size, dtype=torch.float64))
+                self._errors[number].append(torch.zeros(size, dtype=torch.float64, device="cpu"))
                 continue
             # an output without an axis of samples is one for all of them
             split = one.dim() > 0 and self._sampling.has_samples(batch, one.shape[0])
@@ -74,7 +74,7 @@ class OutputTally:
         sampling, variances = self._sampling, self._variances
         if variances is None:
             variances = [self._spread[number].variance() if number in self._spread else 0.0 for number in self._errors]
-        found = torch.zeros(sampling.total, dtype=torch.float64)
+        found = torch.zeros(sampling.total, dtype=torch.float64, device="cpu")
         # an output that never has an entry has no variance, and no error
         counted = sum(variance > 0 for variance in variances)
         for parts, variance in zip(self._errors.values(), variances, strict=True):
@@ -94,8 +94,8 @@ class _Spread:
     def add(self, values: Tensor) -> None:
         """Take in `(n, ...)` values."""
         values = values.double()
-        count, total, square = self._seen.get(values.shape[1:], (0, torch.zeros((), dtype=torch.float64), 0.0))
         new = values.sum(0)
+        count, total, square = self._seen.get(values.shape[1:], (0, torch.zeros_like(new), 0.0))
         self._seen[values.shape[1:]] = (
             count + len(values),
             total.to(new.device) + new,

@@ -107,7 +107,7 @@ class RegionStep:
             run.relearn(node, rounding)
         for quantizer, factor in zip(region.quantizers, found.scale_factors, strict=True):
             # a number of float32, as the host's observers have it
-            scale = float(torch.tensor(quantizer.scale * factor, dtype=torch.float32))
+            scale = float(torch.tensor(quantizer.scale * factor, dtype=torch.float32, device="cpu"))
             quantizer.set_scale(run.streams[1], scale)
             run.scales |= dict.fromkeys(quantizer.names, scale)
         if self.start is not None:

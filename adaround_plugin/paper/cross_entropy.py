@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaround_plugin.options import check_integer, check_number, named
+from adaround_plugin.options import check_integer, check_number, check_seed, named
 from adaround_plugin.rounding.problem import Rounding, RoundingProblem
 from adaround_plugin.rounding.qubo import two_levels
 
@@ -54,7 +54,7 @@ class CrossEntropy:
         check_integer(*named(self, "iterations"), least=1)
         check_number(*named(self, "elite"), above=0, most=1)
         check_number(*named(self, "smoothing"), above=0, most=1)
-        check_integer(*named(self, "seed"))
+        check_seed(*named(self, "seed"))
 
     def solve(self, problem: RoundingProblem) -> Rounding:
         """Search every row; groups and rows go together, as many as fit in memory."""
@@ -79,7 +79,8 @@ class CrossEntropy:
         generator = torch.Generator().manual_seed(self.seed)
         moving = torch.ones_like(best_loss, dtype=torch.bool)
         for _ in range(self.iterations):
-            drawn = torch.rand(self.samples, chance.shape[2], generator=generator, dtype=chance.dtype)
+            size = self.samples, chance.shape[2]
+            drawn = torch.rand(size, generator=generator, dtype=chance.dtype, device="cpu")
             bits = drawn.to(chance.device) < chance.unsqueeze(2)  # (G, R, samples, D)
             loss = _losses(problem, low, bits)
             elite = loss.topk(max(1, round(self.elite * self.samples)), dim=2, largest=False)

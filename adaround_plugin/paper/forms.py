@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.ao.quantization.backend_config import BackendConfig
 
-from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.graph.arguments import input_of
 from adaround_plugin.graph.streams import Stream
 from adaround_plugin.hosts.base import Host, WeightedNode
 from adaround_plugin.hosts.open import open_host
+from adaround_plugin.options import check_number
 from adaround_plugin.paper.task_loss import Loss, TaskLoss, expand_task_loss
 from adaround_plugin.paper.weights import named_node
 from adaround_plugin.regions.calibration import Sampling, bind_batches
@@ -81,8 +81,7 @@ class LayerForms:
             InvalidBatchError: no batches, or one that does not fit the model.
             InvalidOptionError: the damping is not positive.
         """
-        if not damping > 0:
-            raise InvalidOptionError("damping", f"{damping!r} is not positive", "Pass a positive number.")
+        check_number("damping", damping, above=0)
         host = self.host
         bound = bind_batches(host.prepared, host.signature, host.flatten, batches, inputs, argument="batches")
         op, weight = self.node.op, self.node.weight

@@ -20,6 +20,7 @@ from torch.func import functional_call
 
 from adaround_plugin.errors import InvalidBatchError, InvalidModelError, InvalidOptionError, NonFiniteError
 from adaround_plugin.graph.compat import Dropout, Normalization
+from adaround_plugin.options import check_integer, check_number
 from adaround_plugin.rounding.grid import Grid
 from adaround_plugin.rounding.hessian import Hessian
 from adaround_plugin.rounding.problem import RoundingProblem
@@ -75,8 +76,7 @@ class TaskLoss:
         Raises:
             InvalidOptionError: the damping is not positive.
         """
-        if not damping > 0:
-            raise InvalidOptionError("damping", f"{damping!r} is not positive", "Pass a positive number.")
+        check_number("damping", damping, above=0)
         values, vectors = torch.linalg.eigh(self.hessian)
         # half of it: the loss is 1/2 d H d^T
         projected = (vectors * (0.5 * values.clamp_min(0))) @ vectors.T
@@ -108,8 +108,7 @@ def expand_task_loss(model: nn.Module, name: str, loss: Loss, batches: Iterable[
         InvalidBatchError: there are no batches.
         NonFiniteError: the loss or a derivative of it holds NaN or infinity.
     """
-    if not (isinstance(chunk, int) and chunk > 0):
-        raise InvalidOptionError("chunk", f"{chunk!r} is not a positive integer", "Pass at least 1.")
+    check_integer("chunk", chunk, least=1)
     _check_eval(model)
     parameter = _parameter(model, name)
     weight = dict(model.named_parameters(remove_duplicate=False))[parameter].detach()

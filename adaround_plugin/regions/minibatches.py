@@ -45,7 +45,7 @@ class Samples(Protocol):
 
 def squared_error(batch: Minibatch, outputs: Sequence[Tensor]) -> Tensor:
     """Sum of squared errors at the exits."""
-    total = torch.zeros(())
+    total = torch.zeros((), device="cpu")
     for i, (target, output) in enumerate(zip(batch.target, outputs, strict=True)):
         square = (output - target).square()
         weighed = square if batch.importance is None else square * batch.importance[i]

@@ -85,12 +85,23 @@ class LinearOp:
         return y[sample, position].transpose(0, 1)
 
     def accepts(self, x: Tensor, weight_shape: torch.Size) -> bool:
-        """Whether an input's dimensions and channels fit a weight of this shape."""
+        """Whether an input's dimensions and channels fit a weight of this shape, and the kernel has a place in it."""
         if self.kind == "linear":
             return x.dim() >= 1 and x.shape[-1] == weight_shape[1]
         spatial = len(weight_shape) - 2
         channels = weight_shape[0] if self.kind == "conv_transpose" else weight_shape[1] * self.groups
-        return x.dim() in (spatial + 1, spatial + 2) and x.shape[-spatial - 1] == channels
+        if x.dim() not in (spatial + 1, spatial + 2) or x.shape[-spatial - 1] != channels:
+            return False
+        return all(self._fits(i, size, weight_shape[2 + i]) for i, size in enumerate(x.shape[-spatial:]))
+
+    def _fits(self, i: int, size: int, kernel: int) -> bool:
+        """Whether a spatial dimension of this size is long enough."""
+        reach, around = self.dilation[i] * (kernel - 1) + 1, self.padding[i]
+        if self.kind == "conv_transpose":
+            return size > 0 and (size - 1) * self.stride[i] + reach + self.output_padding[i] > sum(around)
+        # a reflection leaves the edge out, a turn takes each entry once
+        most = {"reflect": size - 1, "circular": size}.get(self.padding_mode, max(around))
+        return size > 0 and size + sum(around) >= reach and max(around) <= most
 
     def patches(self, x: Tensor, weight_shape: torch.Size) -> Patches:
         """The design matrix of input `x`, not yet materialized.

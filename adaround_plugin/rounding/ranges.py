@@ -21,7 +21,7 @@ _PART = 2**18
 # entries of a channel whose squares are added in float32; sums of these are added in float64
 _RUN = 4096
 # candidate scales of activations, as shares of the one that clips nothing: down to 1/152 in steps of one percent
-_SHARES = 0.99 ** torch.arange(501, dtype=torch.float64)
+_SHARES = 0.99 ** torch.arange(501, dtype=torch.float64, device="cpu")
 
 
 def _grid(spec: GridSpec, low: Tensor, high: Tensor) -> Grid:
@@ -104,7 +104,7 @@ def min_mse_qparams(histogram: Tensor, low: float, high: float, quant_min: int, 
     if low_end == high_end:
         return 0.0, quant_min
     steps, bins = quant_max - quant_min, len(histogram)
-    middles = low + (high - low) / bins * (torch.arange(bins, dtype=torch.float64) + 0.5)
+    middles = low + (high - low) / bins * (torch.arange(bins, dtype=torch.float64, device="cpu") + 0.5)
     scales = (high_end - low_end) / steps * _SHARES
     errors = _squared_errors(histogram.double().cpu(), middles, scales, steps)
     first, last = (0, 0) if low >= 0 else (steps, steps) if high <= 0 else (0, steps)
@@ -120,8 +120,9 @@ def _squared_errors(histogram: Tensor, middles: Tensor, scales: Tensor, steps: i
     """
     powers = torch.stack([histogram * middles**power for power in range(3)])
     sums = F.pad(powers.cumsum(1), (1, 0))
-    lattice = scales[:, None] * torch.arange(-steps, steps + 1)
-    edges = torch.searchsorted(middles, scales[:, None] * (torch.arange(-steps, steps + 2) - 0.5))
+    levels = torch.arange(-steps, steps + 2, device=scales.device)
+    lattice = scales[:, None] * levels[:-1]
+    edges = torch.searchsorted(middles, scales[:, None] * (levels - 0.5))
     # sums of the values left of each edge: (scales, 2 steps + 2)
     left = [total[edges] for total in sums]
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.options import check_choice, check_seed
 from adaround_plugin.rounding.grid import Grid
 
 __all__ = ["Scheme", "ceil", "floor", "floor_coordinates", "get_scheme", "nearest", "stochastic", "up_or_down"]
@@ -45,7 +45,7 @@ def stochastic(grid: Grid, weight: Tensor, generator: torch.Generator) -> Tensor
     """
     coordinates = _coordinates(grid, weight)
     low = coordinates.floor()
-    drawn = torch.rand(weight.shape, generator=generator, dtype=torch.float64).to(weight.device)
+    drawn = torch.rand(weight.shape, generator=generator, dtype=torch.float64, device="cpu").to(weight.device)
     return _clip(grid, low + (drawn < coordinates - low))
 
 
@@ -62,12 +62,10 @@ def get_scheme(scheme: str, seed: int = 0) -> Callable[[Grid, Tensor], Tensor]:
         InvalidOptionError: no scheme has that name, or the seed is not an integer.
     """
     schemes = {"nearest": nearest, "floor": floor, "ceil": ceil}
+    check_choice("scheme", scheme, (*schemes, "stochastic"))
+    check_seed("seed", seed)
     if scheme in schemes:
         return schemes[scheme]
-    if scheme != "stochastic":
-        raise InvalidOptionError("scheme", f"{scheme!r} is not known", f"Pass one of {[*schemes, 'stochastic']}.")
-    if not isinstance(seed, int):
-        raise InvalidOptionError("seed", f"{seed!r} is not an integer", "Pass an integer.")
     generator = torch.Generator().manual_seed(seed)
     return lambda grid, weight: stochastic(grid, weight, generator)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adaround_plugin.options import check_integer, check_number, named
 from adaround_plugin.rounding.problem import Rounding, RoundingProblem
 from adaround_plugin.solvers.coordinate_descent import Descent
 from adaround_plugin.solvers.gptq import round_in_order
@@ -28,12 +29,21 @@ class Annealing:
         sweeps: number of annealed sweeps.
         hot, cold: first and last temperature, in grid steps.
         descent_sweeps: upper bound on the hard sweeps that follow.
+
+    Raises:
+        InvalidOptionError: a setting is out of range.
     """
 
     sweeps: int = 20
     hot: float = 0.5
     cold: float = 0.05
     descent_sweeps: int = 10
+
+    def __post_init__(self) -> None:
+        check_integer(*named(self, "sweeps"), least=0)
+        check_number(*named(self, "hot"), above=0)
+        check_number(*named(self, "cold"), above=0)
+        check_integer(*named(self, "descent_sweeps"), least=0)
 
     def solve(self, problem: RoundingProblem) -> Rounding:
         """Anneal from the unrounded target."""

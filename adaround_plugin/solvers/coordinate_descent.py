@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from adaround_plugin.options import check_integer, named
 from adaround_plugin.rounding.problem import Rounding, RoundingProblem
 from adaround_plugin.solvers.coordinates import Coordinates, Coupling
 from adaround_plugin.solvers.sweep import settle, sweep
@@ -47,9 +48,15 @@ class CoordinateDescent:
 
     Attributes:
         sweeps: upper bound on the number of sweeps; descent stops earlier when nothing changes.
+
+    Raises:
+        InvalidOptionError: it is no integer, or negative.
     """
 
     sweeps: int = 30
+
+    def __post_init__(self) -> None:
+        check_integer(*named(self, "sweeps"), least=0)
 
     def solve(self, problem: RoundingProblem) -> Rounding:
         """Descend from the problem's nearest rounding."""

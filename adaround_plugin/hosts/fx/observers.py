@@ -9,7 +9,7 @@ from torch.ao.quantization.observer import HistogramObserver, UniformQuantizatio
 
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.hosts.activation_observers import AdaRoundActivationMixin
-from adaround_plugin.hosts.weight_observers import AdaRoundWeightMixin, FrozenMixin
+from adaround_plugin.hosts.weight_observers import AdaRoundWeightMixin, FrozenMixin, check_weight_range
 from adaround_plugin.rounding.grid import Grid, check_bits, integer_range
 
 __all__ = ["AdaRoundActivationObserver", "AdaRoundObserver", "FrozenObserver"]
@@ -82,10 +82,7 @@ class AdaRoundObserver(AdaRoundWeightMixin, UniformQuantizationObserverBase):
     ) -> None:
         low, high = integer_range(bits)
         low, high = low if quant_min is None else quant_min, high if quant_max is None else quant_max
-        if not -128 <= low <= 0 < high <= 127:
-            raise InvalidOptionError(
-                "quant_min, quant_max", f"[{low}, {high}] is not inside [-128, 127] around 0", "Pass a narrower range."
-            )
+        check_weight_range(low, high)
         if dtype != torch.qint8:
             raise InvalidOptionError("dtype", f"{dtype} does not hold signed weights in FX", "Pass torch.qint8.")
         super().__init__(dtype=dtype, qscheme=qscheme, quant_min=low, quant_max=high, **kwargs)

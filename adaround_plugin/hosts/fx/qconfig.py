@@ -16,6 +16,7 @@ from torch.ao.quantization.observer import HistogramObserver, PlaceholderObserve
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.hosts.fx.observers import AdaRoundActivationObserver, AdaRoundObserver
 from adaround_plugin.names import compiled, select
+from adaround_plugin.options import check_bool, check_choice, check_mapping
 from adaround_plugin.rounding.grid import check_bits, is_symmetric_by_default
 
 __all__ = ["get_adaround_qconfig_mapping", "get_weight_only_backend_config"]
@@ -57,8 +58,13 @@ def get_adaround_qconfig_mapping(
     Raises:
         InvalidOptionError: unknown backend, bits out of range, or a name in `layer_bits` that `model` lacks.
     """
-    if backend not in _BACKENDS:
-        raise InvalidOptionError("backend", f"{backend!r} is not known", f"Pass one of {list(_BACKENDS)}.")
+    check_choice("backend", backend, _BACKENDS)
+    check_bool("per_channel", per_channel)
+    check_choice("symmetric", symmetric, (None, True, False))
+    if layer_bits is not None:
+        check_mapping("layer_bits", layer_bits)
+    if model is not None and not isinstance(model, nn.Module):
+        raise InvalidOptionError("model", f"{model!r} is no module", "Pass the float model.")
     weight_only = activation_bits is None
     takes_affine = backend != "onednn" or weight_only
     if symmetric is False and not takes_affine:

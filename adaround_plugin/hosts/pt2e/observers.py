@@ -10,7 +10,8 @@ from torch import fx
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError, MissingDependencyError
 from adaround_plugin.graph.arguments import attribute
 from adaround_plugin.hosts.activation_observers import AdaRoundActivationMixin
-from adaround_plugin.hosts.weight_observers import AdaRoundWeightMixin, FrozenMixin
+from adaround_plugin.hosts.weight_observers import AdaRoundWeightMixin, FrozenMixin, check_weight_range
+from adaround_plugin.options import check_integer
 from adaround_plugin.rounding.grid import Grid
 
 try:
@@ -94,12 +95,7 @@ class AdaRoundObserver(AdaRoundWeightMixin, UniformQuantizationObserverBase):
     ) -> None:
         if dtype != torch.int8:
             raise InvalidOptionError("dtype", f"{dtype} does not hold signed weights", "Pass torch.int8.")
-        if not -128 <= quant_min <= 0 < quant_max <= 127:
-            raise InvalidOptionError(
-                "quant_min, quant_max",
-                f"[{quant_min}, {quant_max}] is not inside [-128, 127] around 0",
-                "Pass a narrower range.",
-            )
+        check_weight_range(quant_min, quant_max)
         super().__init__(dtype=dtype, qscheme=qscheme, quant_min=quant_min, quant_max=quant_max, **kwargs)
         self._configure(ch_axis, scale, scale_dtype)
 
@@ -156,8 +152,7 @@ class AdaRoundGroupObserver(AdaRoundObserver):
 
     def __init__(self, group_size: int = 128, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if group_size < 1:
-            raise InvalidOptionError("group_size", f"{group_size} is not positive", "Pass at least 1.")
+        check_integer("group_size", group_size, least=1)
         self.group_size = group_size
 
     def convert(self, model: fx.GraphModule, observer_node: fx.Node) -> None:

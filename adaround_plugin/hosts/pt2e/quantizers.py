@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,7 +16,9 @@ from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.graph.operators import is_transposed, is_weighted_function
 from adaround_plugin.hosts.pt2e.compat import annotate_inputs
 from adaround_plugin.hosts.pt2e.observers import AdaRoundActivationObserver, AdaRoundGroupObserver, AdaRoundObserver
+from adaround_plugin.hosts.weight_observers import check_weight_grid
 from adaround_plugin.names import select
+from adaround_plugin.options import check_bool, check_choice, check_integer, check_mapping
 from adaround_plugin.rounding.grid import check_bits, integer_range, is_symmetric_by_default
 
 __all__ = ["AdaRoundWeightOnlyQuantizer", "get_adaround_weight_spec", "get_adaround_x86_inductor_config"]
@@ -45,8 +48,13 @@ def get_adaround_weight_spec(
     Raises:
         InvalidOptionError: bits out of range, an unknown scale, or groups where there is one scale per tensor.
     """
+    check_bits(weight_bits, "weight_bits")
+    check_bool("per_channel", per_channel)
+    check_choice("symmetric", symmetric, (None, True, False))
+    check_weight_grid(ch_axis, scale, scale_dtype)
     observer = AdaRoundObserver.with_args(ch_axis=ch_axis, scale=scale, scale_dtype=scale_dtype)
     if group_size is not None:
+        check_integer("group_size", group_size, least=1)
         if not per_channel or ch_axis:
             raise InvalidOptionError("group_size", "is for rows of a matrix", "Leave per_channel and ch_axis alone.")
         observer = AdaRoundGroupObserver.with_args(group_size=group_size, scale=scale, scale_dtype=scale_dtype)
@@ -88,6 +96,7 @@ def get_adaround_x86_inductor_config(
     Raises:
         InvalidOptionError: bits out of range.
     """
+    check_bool("is_dynamic", is_dynamic)
     if is_dynamic and activation_bits is None:
         raise InvalidOptionError("is_dynamic", "there are no activations to quantize", "Pass activation_bits=8.")
     default = get_default_x86_inductor_quantization_config(is_dynamic=is_dynamic)
@@ -125,14 +134,22 @@ class AdaRoundWeightOnlyQuantizer(Quantizer):
             ignore `group_size`, and `ch_axis` is set for each operator.
 
     Raises:
-        InvalidOptionError: at `prepare_pt2e`, where a name in `layers` matches nothing or an option is out of range.
+        InvalidOptionError: an option is out of range; at `prepare_pt2e`, where a name in `layers` matches nothing.
     """
 
     def __init__(
         self, layers: Mapping[str, Mapping[str, Any] | None] | None = None, linear_only: bool = False, **options: Any
     ) -> None:
         super().__init__()
-        get_adaround_weight_spec(**options)  # complains now, if it must
+        check_bool("linear_only", linear_only)
+        if layers is not None:
+            check_mapping("layers", layers)
+        # complains now, if it must
+        _check_options(options)
+        for pattern, changed in (layers or {}).items():
+            if changed is not None:
+                check_mapping(f"layers[{pattern!r}]", changed)
+                _check_options(changed)
         self.layers, self.linear_only = dict(layers or {}), linear_only
         self.options = {"symmetric": None, **options}
 
@@ -161,3 +178,11 @@ class AdaRoundWeightOnlyQuantizer(Quantizer):
 
     def validate(self, model: fx.GraphModule) -> None:
         """Called by `prepare_pt2e`; every annotation is fine for every operator."""
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raise `InvalidOptionError` unless `get_adaround_weight_spec` takes these options."""
+    known = list(inspect.signature(get_adaround_weight_spec).parameters)
+    for name in options:
+        check_choice("options", name, known)
+    get_adaround_weight_spec(**options)
