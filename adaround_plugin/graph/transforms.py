@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -196,7 +197,7 @@ def _write_afterwards(module: fx.GraphModule, node: fx.Node, outs: list[fx.Node]
     for out, result, own in zip(outs, results, names, strict=True):
         with module.graph.inserting_after(result):
             written = module.graph.call_function(_write_, (out, result))
-        result.replace_all_uses_with(written, delete_user_cb=written.__ne__)
+        result.replace_all_uses_with(written, delete_user_cb=partial(operator.is_not, written))
         written.meta[_ORIGIN], result.meta[_ORIGIN] = own, f"{own}:result"
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, fx, nn
 from torch.ao.quantization.backend_config import BackendConfig
 
@@ -28,13 +31,21 @@ def open_host(prepared: nn.Module, backend_config: BackendConfig | None = None) 
             "backend_config", f"{backend_config!r} is not a BackendConfig", "Pass a torch.ao BackendConfig."
         )
     if not is_exported(prepared):
-        return PreparedFX(prepared, backend_config)
+        with _device(prepared):
+            return PreparedFX(prepared, backend_config)
     if backend_config is not None:
         raise InvalidOptionError("backend_config", "is for prepare_fx only", "Leave it out: PT2E has a quantizer.")
     from adaround_plugin.hosts.pt2e.host import PreparedPT2E
 
     assert isinstance(prepared, fx.GraphModule)
-    return PreparedPT2E(prepared)
+    with _device(prepared):
+        return PreparedPT2E(prepared)
+
+
+def _device(model: Any) -> torch.device:
+    """Where a model lies: what a host makes for it belongs there, whatever torch's default device is."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    return next((parameter.device for parameter in parameters), torch.get_default_device())
 
 
 def learned_weights(prepared: nn.Module) -> dict[str, tuple[Tensor, Grid]]:

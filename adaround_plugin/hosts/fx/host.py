@@ -89,9 +89,13 @@ class PreparedFX:
         return copy.deepcopy(self.prepared)
 
     def is_type(self, node: WeightedNode, kind: type[nn.Module]) -> bool:
-        """Whether a node's module, or the weighted module fused into it, is of a type."""
+        """Whether a node's module, the weighted module fused into it, or that whose code calls a function, is of a
+        type."""
         found = attribute(self.prepared, node.name)
-        return isinstance(found, kind) or isinstance(unfused(found), kind)
+        if isinstance(found, kind) or isinstance(unfused(found), kind):
+            return True
+        stacks = [site.float_node.meta.get("nn_module_stack") for site in node.sites]
+        return any(issubclass(list(stack.values())[-1][1], kind) for stack in stacks if stack)
 
     def write(self, model: fx.GraphModule, roundings: Mapping[str, LayerRounding], scales: Mapping[str, float]) -> None:
         """Write roundings (by name of the weighted node) and scales of activations (by name of the observer) into

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from torch import fx
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec
+from torchao.utils import _assert_and_get_unique_device
 
-__all__ = ["annotate_inputs"]
+__all__ = ["annotate_inputs", "forget_models"]
 
 
 def annotate_inputs(node: fx.Node, specs: dict[fx.Node, QuantizationSpec]) -> None:
     """Tell `prepare_pt2e` which inputs of a node to observe, and how; the node then counts as annotated."""
     node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=specs, _annotated=True)
+
+
+def forget_models() -> None:
+    """Let torchao's conversion, which remembers the device of each model, keep none of them in memory."""
+    _assert_and_get_unique_device.cache_clear()

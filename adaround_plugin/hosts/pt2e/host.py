@@ -35,6 +35,7 @@ from adaround_plugin.graph.transforms import functionalize, inline, origin, stri
 from adaround_plugin.hosts.activation_quantizers import activation_quantizers, write_scales
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.hosts.checks import check_values
+from adaround_plugin.hosts.pt2e.compat import forget_models
 from adaround_plugin.hosts.pt2e.nodes import PT2EFinder, innermost_module, is_torchao_observer, parameter_node
 from adaround_plugin.hosts.pt2e.observers import frozen_observer
 from adaround_plugin.rounding.result import LayerRounding
@@ -183,7 +184,10 @@ def _converted(prepared: fx.GraphModule) -> fx.GraphModule:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # the host's own advice; the caller sees it at their own convert
         warnings.simplefilter("ignore")
-        converted = convert_pt2e(prepared, fold_quantize=False)
+        try:
+            converted = convert_pt2e(prepared, fold_quantize=False)
+        finally:
+            forget_models()
     assert isinstance(converted, fx.GraphModule)
     return converted
 
