@@ -14,6 +14,7 @@ from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.inc.compat import DEFAULT_WHITE_LIST
 from adaround_plugin.learning.layerwise import LayerWise
 from adaround_plugin.learning.methods import METHODS, Preset, get_preset
+from adaround_plugin.options import check_seed
 from adaround_plugin.solvers import SOLVERS
 
 __all__ = ["LAYER_PARAMETERS", "PARAMETERS", "PASS_PARAMETERS", "check", "method_of", "signature"]
@@ -104,6 +105,9 @@ def check(name: str, value: Any) -> Any:
     if name in {field.name for field in fields(LayerWise)} and value is not None:
         for one in value if isinstance(value, list) else [value]:
             LayerWise(**{name: one})
+    if name == "seed":
+        for one in value if isinstance(value, list) else [value]:
+            check_seed("seed", one)
     return value
 
 

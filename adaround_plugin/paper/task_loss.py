@@ -109,7 +109,11 @@ def expand_task_loss(model: nn.Module, name: str, loss: Loss, batches: Iterable[
         NonFiniteError: the loss or a derivative of it holds NaN or infinity.
     """
     check_integer("chunk", chunk, least=1)
-    _check_eval(model)
+    if not callable(loss):
+        raise InvalidOptionError("loss", f"{loss!r} is not callable", "Pass a function of a stand-in and a batch.")
+    if not isinstance(batches, Iterable):
+        raise InvalidBatchError("batches", f"{type(batches).__name__} is not iterable", "Pass a list of batches.")
+    _check_model(model)
     parameter = _parameter(model, name)
     weight = dict(model.named_parameters(remove_duplicate=False))[parameter].detach()
     size = weight.numel()
@@ -174,8 +178,10 @@ def _add_curvature(hessian: Tensor, slope: Tensor, point: Tensor, chunk: int) ->
         hessian[start:stop] += found
 
 
-def _check_eval(model: nn.Module) -> None:
-    """Raise unless the modules that behave differently in training are in eval mode."""
+def _check_model(model: nn.Module) -> None:
+    """Raise unless it is a module, and what behaves differently in training is in eval mode."""
+    if not isinstance(model, nn.Module):
+        raise InvalidModelError("model", f"is a {type(model).__name__}, no module", "Pass the float model.")
     for name, module in model.named_modules():
         if module.training and isinstance(module, Dropout | Normalization):
             raise InvalidModelError(f"module {name!r}", "is in train mode", "Call .eval() first.")
