@@ -362,6 +362,7 @@ def test_the_users_float_model_is_untouched_even_where_prepare_shares_it():
     learn(prepared, data)
     assert_unchanged(before, model)
     learn(prepared, data, inplace=True)
+    assert_unchanged(before, model)
     assert "qconfig" not in vars(model) or model.qconfig is None
 
 
