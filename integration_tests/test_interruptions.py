@@ -21,8 +21,8 @@ from adaround_plugin.hosts.fx import host as fx_host
 from adaround_plugin.hosts.pt2e import host as pt2e_host
 from adaround_plugin.inc import AdaRoundConfig, load, save
 from adaround_plugin.paper.weights import round_weights
-from integration_tests.inc_models import RECIPE, calibrate, data, network
-from integration_tests.models import learn, prepared_net
+from integration_tests.inc_models import RECIPE, Layers, calibrate, data, network
+from integration_tests.models import assert_unchanged, images, learn, prepared_net, snapshot
 from integration_tests.pt2e_models import Unchanged, convert
 from integration_tests.pt2e_models import prepared_net as prepared_pt2e_net
 
@@ -108,6 +108,29 @@ def test_what_is_changed_in_place_runs_and_converts_like_the_copy(kind):
     assert torch.equal(prepared(given[0]), apart(given[0]))
     converted = convert_to_reference_fx if kind == "fx" else convert
     assert torch.equal(converted(copy.deepcopy(prepared))(given[0]), converted(apart)(given[0]))
+
+
+def test_layers_are_packed_all_or_none(monkeypatch):
+    model = Layers().eval()
+    config = AdaRoundConfig(act_dtype="fp32", **RECIPE)
+    prepared = inc.prepare(model, config, inplace=True)
+    calibrate([images(4, 48)])(prepared)
+    modules, weights = dict(model.named_modules()), snapshot(model)
+    plain, calls = nn.Module.set_submodule, []
+
+    def set_submodule(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        plain(module, *args, **kwargs)
+        if module is model:
+            calls.append(args)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(nn.Module, "set_submodule", set_submodule)
+    with pytest.raises(KeyboardInterrupt):
+        inc.convert(prepared)
+    assert len(calls) > 2
+    assert dict(model.named_modules()) == modules
+    assert_unchanged(weights, model)
 
 
 # --- folders

@@ -8,13 +8,15 @@ kept value (`dequantize`, parameters) is made again when asked for, so that the 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from adaround_plugin.graph.compat import operator_name
+from adaround_plugin.errors import InvalidModelError
+from adaround_plugin.graph.compat import operator_name, tree_flatten, tree_map
 
 __all__ = ["BothValues", "Stream", "Values", "tensors", "unpacks"]
 
@@ -51,6 +53,7 @@ class Stream(fx.Interpreter):
                 self._remade.add(node)
             of_inputs = (self._roots[source] for source in node.all_input_nodes)
             self._roots[node] = frozenset[fx.Node]().union(*of_inputs) if node in self._remade else frozenset([node])
+        self._opaque = {node for node in self.nodes if _is_opaque(module, node)}
         self._replaced: dict[fx.Node, tuple[Any, ...]] = {}
         self.done: set[fx.Node] = set(self.placeholders)
         self._kept: set[fx.Node] = set()
@@ -123,6 +126,8 @@ class Stream(fx.Interpreter):
     def apply(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """What a node makes of values for its arguments; an error tells which node it was."""
         try:
+            if node in self._opaque:
+                return self._run_opaque(node, args, kwargs)
             return getattr(self, node.op)(node.target, args, kwargs)
         except Exception as error:
             error.add_note(f"while running node {node.name} ({node.op} {node.target})")
@@ -148,6 +153,22 @@ class Stream(fx.Interpreter):
                 del values[root]
         return [self.value(end, values) for end in ends]
 
+    def _run_opaque(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """What code that nobody traced makes of copies: of what it writes into them, no other node would know.
+
+        Raises:
+            InvalidModelError: it writes into them.
+        """
+        copies = tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, (args, kwargs))
+        result = getattr(self, node.op)(node.target, *copies)
+        for one in tree_flatten(copies)[0]:
+            # autograd counts what is written into a tensor, but for those of inference mode
+            if isinstance(one, torch.Tensor) and not one.is_inference() and one._version:
+                raise InvalidModelError(
+                    f"node {node.name!r}", "writes into its input, and is not traced", "Let it write into a copy."
+                )
+        return result
+
     def finish(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
         """Mark `nodes` as done for every batch; returns the nodes whose values are still needed."""
         self.done.update(nodes)
@@ -155,6 +176,17 @@ class Stream(fx.Interpreter):
         return self._kept.union(
             root for node in waiting for source in node.all_input_nodes for root in self._roots[source]
         )
+
+
+def _is_opaque(module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node calls a module or a function of somebody else than torch, whose code is not in the graph."""
+    if node.op == "call_module":
+        home = type(module.get_submodule(str(node.target))).__module__
+    elif node.op == "call_function" and isinstance(node.target, FunctionType):
+        home = node.target.__module__
+    else:
+        return False
+    return not home.startswith(("torch", "adaround_plugin"))
 
 
 def unpacks(node: fx.Node) -> bool:

@@ -38,7 +38,7 @@ class IntegerLinear:
 
 
 def pack(model: nn.Module, layers: Mapping[str, IntegerLinear]) -> nn.Module:
-    """Replace linear layers of `model`, in place, by packed ones.
+    """Replace linear layers of `model`, in place, by packed ones: all, or, where that is interrupted, none.
 
     A packed layer multiplies by `(integers - zero_point) * scale` rounded to float16: that is INC's own arithmetic.
 
@@ -54,9 +54,15 @@ def pack(model: nn.Module, layers: Mapping[str, IntegerLinear]) -> nn.Module:
     """
     labels = _labels(model, layers)
     packed = {id(model.get_submodule(name)): _packed(name, model, weight) for name, weight in layers.items()}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in packed:
+    named = model.named_modules(remove_duplicate=False)
+    replaced = {name: module for name, module in named if id(module) in packed}
+    try:
+        for name, module in replaced.items():
             model.set_submodule(name, packed[id(module)])
+    except BaseException:
+        for name, module in replaced.items():
+            model.set_submodule(name, module)
+        raise
     result: Any = model
     result.qconfig = labels
     result.save = MethodType(save_weight_only, model)
