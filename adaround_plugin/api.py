@@ -119,7 +119,7 @@ def adaround(
         nearest_output_error=nearest_output_error,
         seconds={"setup": setup, **run.seconds, "trials": trials, "total": time.perf_counter() - start},
     )
-    return handed_over(host, model, inplace)
+    return handed_over(host, model, inplace, KEY)
 
 
 def _check_alone() -> None:

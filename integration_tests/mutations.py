@@ -363,8 +363,8 @@ FAULTS: Final = (
     Fault(
         "the user's model is changed though inplace is off",
         "api.py",
-        "return handed_over(host, model, inplace)",
-        "return handed_over(host, model, True)",
+        "return handed_over(host, model, inplace, KEY)",
+        "return handed_over(host, model, True, KEY)",
         (f"{_WHOLE}test_fx_streams.py::test_learning_leaves_everything_else_as_it_was",),
     ),
     # --- learning on samples

@@ -87,7 +87,8 @@ def test_a_scheme_is_written_as_a_whole(kind, monkeypatch):
 
 def test_what_is_changed_in_place_keeps_hooks_and_what_no_node_reads():
     _, prepared, given = prepared_net("Residual")
-    seen = []
+    seen, prepared.meta["note"] = [], object()
+    note = prepared.meta["note"]
     prepared.register_forward_pre_hook(lambda module, args: seen.append(module))
     prepared.extra, prepared.note = nn.Linear(2, 2), "mine"
     extra = prepared.extra
@@ -97,6 +98,13 @@ def test_what_is_changed_in_place_keeps_hooks_and_what_no_node_reads():
     assert seen == [prepared]
     assert torch.equal(prepared.extra.weight, extra.weight)
     assert prepared.note == "mine"
+    assert prepared.meta["note"] is note
+    report = get_report(prepared)
+    learn(prepared, given, inplace=True)
+    assert get_report(prepared) is not report
+    round_weights(prepared, "floor", inplace=True)
+    with pytest.raises(InvalidModelError, match="no AdaRound report"):
+        get_report(prepared)
 
 
 @pytest.mark.parametrize("kind", HOSTS)

@@ -45,6 +45,8 @@ Convolution = nn.modules.conv._ConvNd
 Dropout = nn.modules.dropout._DropoutNd
 Normalization = nn.modules.batchnorm._NormBase
 
+# what a prepare step leaves in the meta of a graph
+_ATTRIBUTES = "_observed_graph_module_attrs"
 # the submodule that torch.export calls in front of a program, to check the shapes of its inputs
 _GUARDS = "_guards_fn"
 
@@ -66,7 +68,7 @@ class MoveListener(nn.Module):
 
 def is_observed(module: nn.Module) -> bool:
     """Whether `module` is a graph that a prepare step returned, or a standalone module inside one."""
-    return isinstance(module, fx.GraphModule) and "_observed_graph_module_attrs" in module.meta
+    return isinstance(module, fx.GraphModule) and _ATTRIBUTES in module.meta
 
 
 def is_observer(module: nn.Module) -> bool:
@@ -76,14 +78,14 @@ def is_observer(module: nn.Module) -> bool:
 
 def share_attributes(prepared: fx.GraphModule, sources: dict[fx.Node, fx.Node]) -> None:
     """Tell the host's convert of nodes that were added to a prepared graph: each has its source's qconfig and scope."""
-    attributes = prepared.meta["_observed_graph_module_attrs"]
+    attributes = prepared.meta[_ATTRIBUTES]
     extended = {}
     for field in ("node_name_to_qconfig", "node_name_to_scope"):
         known = getattr(attributes, field)
         added = {node.name: known[source.name] for node, source in sources.items() if source.name in known}
         extended[field] = {**known, **added}
     # a new object: copies of a graph share the old one
-    prepared.meta["_observed_graph_module_attrs"] = replace(attributes, **extended)
+    prepared.meta[_ATTRIBUTES] = replace(attributes, **extended)
 
 
 def forget_models() -> None:
@@ -91,13 +93,15 @@ def forget_models() -> None:
     assert_and_get_unique_device.cache_clear()
 
 
-def take_over(model: fx.GraphModule, changed: fx.GraphModule) -> None:
+def take_over(model: fx.GraphModule, changed: fx.GraphModule, entry: str) -> None:
     """Let a graph become a changed copy of itself: as a whole, or, where that is interrupted, not at all.
 
-    Hooks and what a copy lacks stay as they are. The copy is used up.
+    Hooks, what a copy lacks, and all of `meta` but one entry stay what they are, and not copies. The copy is used up.
     """
     before, state = vars(model), {**vars(model), **vars(changed)}
     state.update({name: value for name, value in before.items() if "hooks" in name})
+    own = {name: value for name, value in model.meta.items() if name in changed.meta.keys() - {_ATTRIBUTES, entry}}
+    state["meta"] = {**changed.meta, **own}
     for name in ("_parameters", "_buffers", "_modules"):
         # a copy lacks what no node reads
         state[name] = {**before[name], **vars(changed)[name]}

@@ -151,9 +151,16 @@ def open_streams(host: Host) -> Streams:
     return Stream(exact, exact.graph), Stream(separate(quantized), quantized.graph)
 
 
-def handed_over(host: Host, written: fx.GraphModule, inplace: bool) -> fx.GraphModule:
-    """What a caller gets: the copy that was written, or the prepared model itself, which becomes it as a whole."""
+def handed_over(host: Host, written: fx.GraphModule, inplace: bool, entry: str) -> fx.GraphModule:
+    """What a caller gets: the copy that was written, or the prepared model itself, which becomes it as a whole.
+
+    Args:
+        host: of the prepared model.
+        written: the copy.
+        inplace: whether the prepared model is asked for.
+        entry: of the copy's `meta`, which was written, too.
+    """
     if not inplace:
         return written
-    take_over(host.prepared, written)
+    take_over(host.prepared, written, entry)
     return host.prepared

@@ -195,4 +195,4 @@ def _written(host: Host, integers: Mapping[str, Tensor], inplace: bool) -> fx.Gr
         host.write(model, roundings, {})
     # a report that the model carries is about other integers
     model.meta.pop(KEY, None)
-    return handed_over(host, model, inplace)
+    return handed_over(host, model, inplace, KEY)
