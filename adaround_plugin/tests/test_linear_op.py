@@ -252,3 +252,34 @@ def test_all_tokens_may_be_taken_in_another_order():
     patches = LinearOp("linear").patches(x, torch.Size((2, 5)))
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     assert torch.equal(patches.columns(order // 4, order % 4)[0], x.reshape(12, 5)[order])
+
+
+@settings(max_examples=300)
+@given(
+    st.sampled_from(["zeros", "reflect", "replicate", "circular", "transposed"]),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.integers(0, 3),
+    st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    st.integers(2, 4),
+)
+def test_an_input_is_accepted_where_torch_s_own_operator_takes_it(
+    mode, kernel, stride, dilation, padding, size, channels
+):
+    settings = {"stride": stride, "padding": padding, "dilation": dilation}
+    if mode == "transposed":
+        module = nn.ConvTranspose2d(3, 2, kernel, **settings)
+    else:
+        module = nn.Conv2d(3, 2, kernel, padding_mode=mode, **settings)
+    x = torch.zeros(2, channels, *size)
+    try:
+        with torch.no_grad():
+            runs = module(x).numel() > 0
+    except (RuntimeError, AssertionError):
+        runs = False
+    assert module_op(module).accepts(x, module.weight.shape) == runs
+
+
+def test_an_axis_without_entries_is_not_accepted():
+    assert not LinearOp("conv", (1,), ((2, 2),), (1,)).accepts(torch.zeros(2, 3, 0), torch.Size((4, 3, 3)))
