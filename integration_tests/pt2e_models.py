@@ -250,16 +250,56 @@ class Buffers(nn.Module):
         return self.b(self.a(x) + self.shift + torch.ones(4, 1, 1))
 
 
+class PartAssigned(nn.Module):
+    """Parts of an activation are assigned, as decoders of boxes do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv(4, 2)
+
+    def forward(self, x):
+        y = self.a(x).view(x.shape[0], 2, 2, 6, 6).permute(0, 1, 3, 4, 2).contiguous()
+        y[..., 0:1] = y[..., 0:1] * 2.0 - 0.5
+        y[..., 1:2] = (y[..., 1:2] * 2.0) ** 2
+        return self.b(torch.relu(x)), y
+
+
+class MaskAssigned(PartAssigned):
+    """A constant is made part by part, as the mask of shifted windows is."""
+
+    def forward(self, x):
+        mask = x.new_zeros((6, 6))
+        mask[:4].fill_(1.0)
+        mask[4:, 2:] = 2.0
+        mask.view(2, 3, 2, 3)[0, :, 1] = 0.5
+        return self.b(self.a(x) * mask)
+
+
+class ViewsOverwritten(PartAssigned):
+    """Views of views are overwritten, and read beside views that were taken earlier."""
+
+    def forward(self, x):
+        y = self.a(x)
+        flat = y.view(x.shape[0], -1)
+        part, channel = flat[:, 3:9], y[:, 0]
+        flat.mul_(2.0)
+        part.add_(1.0)
+        return self.b(y + 0.0) + channel.mean() + flat.sum() * 1e-3 + part.mean()
+
+
+# control flow that no export follows, in-place operations that have no derivative, and nets that are others again
+_NOT_EXPORTED = ("WithOpaque", "PartsOverwritten", "Standalone", "Int32Tokens")
+
 NETS: dict[str, Make] = {
-    # without control flow that no export follows, and what is another net again to an export
-    **{name: make for name, make in FX_NETS.items() if name not in ("WithOpaque", "Standalone", "Int32Tokens")},
+    **{name: make for name, make in FX_NETS.items() if name not in _NOT_EXPORTED},
     "Drops": lambda: (Drops(), batches(*SHAPE)),
     "Attention": lambda: (Attention(), batches(5, 6)),
     "AddInto": lambda: (AddInto(), batches(*SHAPE)),
     "Buffers": lambda: (Buffers(), batches(*SHAPE)),
+    "PartAssigned": lambda: (PartAssigned(), batches(*SHAPE)),
+    "MaskAssigned": lambda: (MaskAssigned(), batches(*SHAPE)),
+    "ViewsOverwritten": lambda: (ViewsOverwritten(), batches(*SHAPE)),
 }
-# they write to a value that is read later under another name; a dropout in eval mode is one
-VIEWS = {"ViewOverwritten", "ViewOutlivesBase", "AliasOverwritten"}
 
 
 @functools.cache

@@ -13,8 +13,9 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from adaround_plugin.errors import InvalidModelError
+from adaround_plugin.graph.aliases import Aliases, strided_copy
 from adaround_plugin.graph.arguments import owner_of
-from adaround_plugin.graph.compat import Dropout, operator_name, returns_view, take_outs
+from adaround_plugin.graph.compat import Dropout, operator_name, take_outs
 
 __all__ = ["erase_unused", "functionalize", "has_origin", "inline", "origin", "separate", "strip"]
 
@@ -30,11 +31,11 @@ _INPLACE_OPERATORS = {
     operator.ior,
     operator.ixor,
 }
-# functions and methods, ATen operators too, whose result may be a view: of another shape, of a part, or the same
-_RESHAPES = {"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze"}
-_AXES = {"transpose", "swapaxes", "permute", "movedim", "t", "expand", "expand_as", "unfold", "as_strided"}
-_PARTS = {"narrow", "select", "diagonal", "unbind", "split", "chunk", "tensor_split", "getitem"}
-_VIEWS = _RESHAPES | _AXES | _PARTS | {"contiguous", "detach", "to", "float", "dropout"}
+# in-place operations that leave the values and change the shape
+_RESHAPES_INPLACE = {
+    *("squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_"),
+    *("resize_", "resize_as_", "as_strided_", "set_"),
+}
 
 # meta entry of a node that came from another graph
 _ORIGIN = "adaround_origin"
@@ -150,39 +151,43 @@ def erase_unused(module: fx.GraphModule, node: fx.Node) -> None:
 def functionalize(module: fx.GraphModule) -> fx.GraphModule:
     """Make in-place operations work on a copy, in place in the graph.
 
-    Later users of the overwritten value read the operation's result instead, so that nodes may run in any order that
-    respects their arguments, and kept activations (and the caller's batches) are never overwritten.
+    Later users of the overwritten value, and of views of it, read the operation's result instead, so that nodes may run
+    in any order that respects their arguments, and kept activations (and the caller's batches) are never overwritten.
 
     Raises:
-        InvalidModelError: a value is overwritten and read later under another name (a view).
+        InvalidModelError: the shape of a value that has views is changed in place.
     """
     for node in list(module.graph.nodes):
         if outs := take_outs(node):
             _write_afterwards(module, node, outs)
-    position = {node: i for i, node in enumerate(module.graph.nodes)}
+    aliases = Aliases(module)
     for node in list(module.graph.nodes):
-        if not _is_inplace(module, node):
+        for source in node.all_input_nodes:
+            newest = aliases.now(source, before=node)
+            if newest is not source:
+                node.replace_input_with(source, newest)
+        target = node.args[0] if node.args else None
+        if not _is_inplace(module, node) or not isinstance(target, fx.Node):
+            aliases.add(node)
             continue
-        target = node.args[0]
-        if not isinstance(target, fx.Node):
-            continue
-        for alias in _aliases(module, target):
-            if any(position.get(user, -1) > position[node] for user in alias.users):
-                raise InvalidModelError(
-                    f"node {origin(node)!r}",
-                    f"overwrites {origin(target)!r}, which is read later under the name {origin(alias)!r}",
-                    "Write that operation out of place.",
-                )
+        method = node.target if node.op == "call_method" else operator_name(node)[0]
+        if method in _RESHAPES_INPLACE and aliases.has_others(target):
+            raise InvalidModelError(
+                f"node {origin(node)!r}",
+                f"changes the shape of {origin(target)!r}, which has views",
+                "Write that operation out of place.",
+            )
         if node.op == "call_function" and node.target is operator.setitem:
             node.target = _setitem
         else:
             with module.graph.inserting_before(node):
-                copy = module.graph.call_function(torch.clone, (target,))
+                copy = module.graph.call_function(strided_copy, (target,))
             copy.meta[_ORIGIN] = f"{origin(node)}:copy"
             node.replace_input_with(target, copy)
-        for user in list(target.users):
-            if position.get(user, -1) > position[node]:
-                user.replace_input_with(target, node)
+        aliases.write(target, node)
+    aliases.erase_unread()
+    for inserted, (view, writes) in aliases.inserted.items():
+        inserted.meta[_ORIGIN] = f"{origin(view)}:{writes}"
     return module
 
 
@@ -206,34 +211,9 @@ def _write_(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return target.copy_(value) if target.shape == value.shape else value.to(target.dtype)
 
 
-def _aliases(module: fx.GraphModule, node: fx.Node) -> set[fx.Node]:
-    """The other nodes whose values may share memory with that of `node`: what it is a view of, and their views."""
-    found, pending = {node}, [node]
-    while pending:
-        one = pending.pop()
-        related = [user for user in one.users if _is_view(module, user) and user.args[0] is one]
-        if _is_view(module, one):
-            related += [source for source in one.args[:1] if isinstance(source, fx.Node)]
-        pending += [other for other in related if other not in found]
-        found.update(related)
-    return found - {node}
-
-
-def _is_view(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node's value may be a view of its first argument's."""
-    if node.op == "call_module":
-        return isinstance(module.get_submodule(str(node.target)), nn.Flatten | nn.Unflatten)
-    if node.op == "call_method":
-        return node.target in _VIEWS
-    if node.op != "call_function":
-        return False
-    name, is_operator = operator_name(node)
-    return name in _VIEWS or (is_operator and returns_view(node))
-
-
 def _setitem(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
     """`x[index] = value` on a copy."""
-    x = x.clone()
+    x = strided_copy(x)
     x[index] = value
     return x
 
