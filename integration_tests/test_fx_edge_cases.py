@@ -404,6 +404,27 @@ def test_a_module_that_is_never_called_is_neither_learned_nor_reported():
     assert report.skipped == []
 
 
+class Unread(PartlyUsed):
+    """Layers are called for nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, 1, 1))
+
+    def forward(self, x):
+        self.unused(x)
+        torch.conv2d(x, self.weight)
+        return self.used(x)
+
+
+def test_a_layer_whose_result_is_not_used_is_skipped_with_that_reason():
+    data = batches(*SHAPE)
+    report = get_report(learn(prepared_model(Unread(), data), data, solver="gptq"))
+    assert [layer.name for layer in report.layers] == ["used"]
+    reason = "its result is not used: the host's convert drops it"
+    assert [(name, why) for name, _, why in report.skipped] == [("unused", reason), ("weight", reason)]
+
+
 # --- reports
 
 

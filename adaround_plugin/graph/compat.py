@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -13,6 +14,9 @@ from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 from torch.ao.nn.quantized.reference.modules.utils import ReferenceQuantizedModule
 from torch.ao.quantization.fx.utils import assert_and_get_unique_device
 from torch.ao.quantization.observer import _is_activation_post_process
+from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 __all__ = [
@@ -39,6 +43,7 @@ __all__ = [
     "tree_unflatten",
     "unfused",
     "unordered_signature",
+    "weight_hooks",
 ]
 
 Convolution = nn.modules.conv._ConvNd
@@ -134,6 +139,19 @@ def is_quantized(module: nn.Module) -> bool:
 def unfused(module: Any) -> Any:
     """The weighted module inside a fused one (convolution + ReLU, ...), or `module` itself."""
     return module[0] if isinstance(module, _FusedModule) else module
+
+
+def weight_hooks(module: nn.Module) -> list[Callable[[], Any]]:
+    """For each hook of torch's that computes a tensor of the module before a call, what takes the hook out."""
+    found: list[Callable[[], Any]] = []
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            found.append(partial(remove_weight_norm, module, hook.name))
+        elif isinstance(hook, SpectralNorm):
+            found.append(partial(remove_spectral_norm, module, hook.name))
+        elif isinstance(hook, prune.BasePruningMethod):
+            found.append(partial(prune.remove, module, hook._tensor_name))
+    return found
 
 
 def operator_name(node: fx.Node) -> tuple[str, bool]:

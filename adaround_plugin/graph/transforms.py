@@ -16,6 +16,7 @@ from adaround_plugin.errors import InvalidModelError
 from adaround_plugin.graph.aliases import Aliases, strided_copy
 from adaround_plugin.graph.arguments import owner_of
 from adaround_plugin.graph.compat import Dropout, operator_name, take_outs
+from adaround_plugin.graph.reparametrized import is_reparametrized, make_plain
 
 __all__ = ["erase_unused", "functionalize", "has_origin", "inline", "origin", "separate", "strip"]
 
@@ -54,7 +55,8 @@ def has_origin(node: fx.Node) -> bool:
 def separate(module: fx.GraphModule) -> nn.Module:
     """A deep copy of a graph's modules that shares their tensors: attributes set on one do not show in the other.
 
-    The graph runs on either.
+    The graph runs on either. What a module computes at each call, such as a normalized weight, is a parameter in the
+    copy.
     """
     root = nn.Module().train(module.training)
     names = {
@@ -62,9 +64,15 @@ def separate(module: fx.GraphModule) -> nn.Module:
     }
     for name in sorted(names):
         setattr(root, name, getattr(module, name))
-    shared = [tensor for one in root.modules() for tensor in vars(one).values() if isinstance(tensor, torch.Tensor)]
-    memo = {id(tensor): tensor for tensor in (*shared, *root.parameters(), *root.buffers())}
-    return copy.deepcopy(root, memo)
+    attributes = [value for one in root.modules() for value in vars(one).values() if isinstance(value, torch.Tensor)]
+    # to take pruning out writes to its tensors
+    own = {part for one in root.modules() if is_reparametrized(one) for part in one.modules()}
+    shared = [one for one in root.modules() if one not in own]
+    parameters = [tensor for one in shared for tensor in (*one.parameters(False), *one.buffers(False))]
+    result = copy.deepcopy(root, {id(tensor): tensor for tensor in (*attributes, *parameters)})
+    for one in list(result.modules()):
+        make_plain(one)
+    return result
 
 
 def inline(module: fx.GraphModule, is_inlined: Callable[[nn.Module], bool], *, shared: bool = False) -> fx.GraphModule:

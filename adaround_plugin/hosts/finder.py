@@ -26,7 +26,10 @@ from adaround_plugin.rounding.grid import Grid
 from adaround_plugin.rounding.linear_op import LinearOp
 from adaround_plugin.rounding.result import LayerRounding
 
-__all__ = ["Bias", "Finder", "Setter", "Use", "parameter_node"]
+__all__ = ["UNUSED", "Bias", "Finder", "Setter", "Use", "parameter_node"]
+
+# why a call that is not in the converted graph is not learned
+UNUSED = "its result is not used: the host's convert drops it"
 
 Bias = Literal["present", "addable", "fixed"]
 Setter = Callable[[nn.Module, LayerRounding], None]

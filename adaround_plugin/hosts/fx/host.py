@@ -6,7 +6,6 @@ The quantized graph is the host's own reference conversion of a copy of the prep
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from adaround_plugin.graph.arguments import attribute, owner_of
 from adaround_plugin.graph.clamps import is_clamp
 from adaround_plugin.graph.compat import forget_models, is_observed, is_observer, unfused, unordered_signature
 from adaround_plugin.graph.paths import quantizes
+from adaround_plugin.graph.reparametrized import deep_copy, make_plain
 from adaround_plugin.graph.transforms import functionalize, inline, strip
 from adaround_plugin.hosts.activation_quantizers import activation_quantizers, write_scales
 from adaround_plugin.hosts.base import WeightedNode
@@ -86,7 +86,7 @@ class PreparedFX:
 
     def copy(self) -> fx.GraphModule:
         """A deep copy of the prepared model."""
-        return copy.deepcopy(self.prepared)
+        return deep_copy(self.prepared)
 
     def is_type(self, node: WeightedNode, kind: type[nn.Module]) -> bool:
         """Whether a node's module, the weighted module fused into it, or that whose code calls a function, is of a
@@ -151,7 +151,7 @@ def _float_inputs(quantized: fx.GraphModule, nodes: Sequence[WeightedNode]) -> s
 
 def _reference(prepared: fx.GraphModule, backend_config: BackendConfig | None) -> fx.GraphModule:
     """The host's reference conversion of a copy."""
-    prepared = copy.deepcopy(prepared)
+    prepared = deep_copy(prepared)
     insert_clamps(prepared)
     # reference modules are born with random weights, which must not cost the caller's generator a step
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -172,6 +172,7 @@ def _write(model: fx.GraphModule, name: str, rounding: LayerRounding) -> None:
         setattr(*owner_of(model, name), weight)
         _replace_observer(model, name, rounding.grid)
         return
+    make_plain(module)
     module.weight = weight
     bias = rounding.corrected(None if module.bias is None else module.bias.detach())
     if bias is not None:

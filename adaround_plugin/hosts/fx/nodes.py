@@ -12,14 +12,16 @@ from adaround_plugin.graph.arguments import argument, attribute, owner_of
 from adaround_plugin.graph.calls import CallSite, module_call
 from adaround_plugin.graph.compat import is_observer, is_quantized, unfused
 from adaround_plugin.graph.operators import is_weighted_function, module_op
+from adaround_plugin.graph.reparametrized import is_reparametrized
 from adaround_plugin.graph.transforms import origin
 from adaround_plugin.hosts.base import Skipped
-from adaround_plugin.hosts.finder import Bias, Finder, Setter, Use
+from adaround_plugin.hosts.finder import UNUSED, Bias, Finder, Setter, Use
 from adaround_plugin.rounding.result import LayerRounding
 
 __all__ = ["FXFinder", "weighted_module"]
 
 _FLOAT = "left in float by the host (qconfig None, or a dtype the backend does not take)"
+_PARAMETRIZED = "left in float by the host, which does not convert it while its weight has a parametrization"
 
 
 def weighted_module(model: nn.Module, name: str) -> Any:
@@ -59,8 +61,12 @@ class FXFinder(Finder):
                 yield Skipped(name, kind, reason)
             return
         counterpart = self.counterpart.get(origin(node))
-        if counterpart is None or not is_quantized(unfused(self.converted.get_submodule(str(counterpart.target)))):
-            yield Skipped(name, kind, _FLOAT)
+        if counterpart is None:
+            yield Skipped(name, kind, UNUSED)
+            return
+        converted = unfused(self.converted.get_submodule(str(counterpart.target)))
+        if not is_quantized(converted):
+            yield Skipped(name, kind, _PARAMETRIZED if is_reparametrized(converted) else _FLOAT)
             return
         if op.kind == "conv_transpose" and (node.args[1:] or "output_size" in node.kwargs):
             raise InvalidModelError(
@@ -76,7 +82,9 @@ class FXFinder(Finder):
         return name, f"functional {getattr(node.target, '__name__', node.target)}"
 
     def why_float(self, parameter: str, observer: nn.Module | None, counterpart: fx.Node | None) -> str | None:
-        if observer is None or counterpart is None or _weight_quantizer(counterpart) is None:
+        if counterpart is None:
+            return UNUSED
+        if observer is None or _weight_quantizer(counterpart) is None:
             return _FLOAT
         reads = [node for node in self.graph.graph.nodes if node.op == "get_attr" and node.target == parameter]
         if any(user.op != "call_module" for read in reads for user in read.users):

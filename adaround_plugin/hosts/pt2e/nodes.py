@@ -15,7 +15,7 @@ from adaround_plugin.graph.streams import Stream
 from adaround_plugin.graph.transforms import erase_unused, origin
 from adaround_plugin.hosts import finder
 from adaround_plugin.hosts.base import Skipped
-from adaround_plugin.hosts.finder import Bias, Finder, Setter, Use
+from adaround_plugin.hosts.finder import UNUSED, Bias, Finder, Setter, Use
 from adaround_plugin.rounding.result import LayerRounding
 
 __all__ = ["PT2EFinder", "innermost_module", "is_torchao_observer", "parameter_node"]
@@ -73,7 +73,7 @@ class PT2EFinder(Finder):
 
     def why_float(self, parameter: str, observer: nn.Module | None, counterpart: fx.Node | None) -> str | None:
         if counterpart is None:
-            return "its result is not used: the host's convert drops it"
+            return UNUSED
         if observer is None or not _is_unpacked(argument(counterpart, 1, "weight")):
             return "left in float by the quantizer"
         if not isinstance(observer, ObserverBase | FakeQuantizeBase) or not hasattr(observer, "qscheme"):
