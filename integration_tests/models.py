@@ -589,6 +589,63 @@ class SharedFunctionalWeight(nn.Module):
         return F.linear(torch.relu(x), self.matrix) + F.linear(x * 0.5, self.matrix)
 
 
+class LowRankAdded(nn.Module):
+    """A functional weight is the sum of a matrix and a product, as where an adapter is merged at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.weight = nn.Parameter(torch.randn(6, 6) * 0.3)
+        self.left, self.right = nn.Parameter(torch.randn(6, 2) * 0.3), nn.Parameter(torch.randn(2, 6) * 0.3)
+
+    def forward(self, x):
+        x = F.linear(torch.relu(self.first(x)), self.weight + self.left @ self.right)
+        return self.last(torch.relu(x))
+
+
+class Standardized(nn.Module):
+    """The weight of a convolution is standardized at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = conv(), conv(4, 2)
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+
+    def forward(self, x):
+        mean, std = self.weight.mean((1, 2, 3), keepdim=True), self.weight.std((1, 2, 3), keepdim=True)
+        x = F.conv2d(torch.relu(self.first(x)), (self.weight - mean) / std, None, (1, 1), (1, 1), (1, 1), 1)
+        return self.last(torch.relu(x))
+
+
+class Sliced(nn.Module):
+    """Two projections use parts of one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.weight, self.bias = nn.Parameter(torch.randn(12, 6) * 0.3), nn.Parameter(torch.randn(12))
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        return self.last(F.linear(x, self.weight[:6], self.bias[:6]) * F.linear(x, self.weight[6:], self.bias[6:]))
+
+
+class Generated(nn.Module):
+    """A layer's output is another one's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.generator, self.last = nn.Linear(6, 6), nn.Linear(6, 36), nn.Linear(6, 3)
+
+    def forward(self, x):
+        weight = self.generator(x.mean(0)).view(6, 6)
+        return self.last(torch.relu(F.linear(self.first(x), weight)))
+
+
+# functional weights that are computed, so that the other layers alone are learned
+COMPUTED_WEIGHTS = (LowRankAdded, Standardized, Sliced, Generated)
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -692,6 +749,8 @@ NETS: dict[str, Make] = {
     "DictArgument": lambda: (DictArgument(), [({"left": x, "right": x.flip(0)},) for x in batches(*SHAPE)]),
     "Siamese": lambda: (Siamese(), [(x, x.flip(0)) for x in batches(*SHAPE)]),
     "SharedFunctionalWeight": lambda: (SharedFunctionalWeight(), batches(5)),
+    **{kind.__name__: lambda kind=kind: (kind(), batches(6)) for kind in (LowRankAdded, Sliced, Generated)},
+    "Standardized": lambda: (Standardized(), batches(*SHAPE)),
     "Recurrent": lambda: (Recurrent(), batches(3, 5)),
     "Tokens": lambda: (Tokens(), _bytes(11, 7, dtype=torch.long)),
     "Int32Tokens": lambda: (Tokens(), _bytes(11, 7, dtype=torch.int32)),

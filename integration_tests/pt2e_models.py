@@ -32,8 +32,8 @@ from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmet
 from adaround_plugin.hosts.fx.observers import FrozenMixin
 from adaround_plugin.hosts.pt2e import get_adaround_weight_spec, get_adaround_x86_inductor_config
 from adaround_plugin.hosts.pt2e.host import PreparedPT2E
+from integration_tests.models import COMPUTED_WEIGHTS, SHAPE, Make, Quantized, batches, call, conv
 from integration_tests.models import NETS as FX_NETS
-from integration_tests.models import SHAPE, Make, Quantized, batches, call, conv
 
 # an operator's name without its overload: linear, conv2d, conv_transpose2d, ...
 WEIGHTED = {"linear", *(f"{kind}{d}d" for kind in ("conv", "conv_transpose") for d in (1, 2, 3))}
@@ -287,8 +287,10 @@ class ViewsOverwritten(PartAssigned):
         return self.b(y + 0.0) + channel.mean() + flat.sum() * 1e-3 + part.mean()
 
 
-# control flow that no export follows, in-place operations that have no derivative, and nets that are others again
-_NOT_EXPORTED = ("WithOpaque", "PartsOverwritten", "Standalone", "Int32Tokens")
+# control flow that no export follows, in-place operations that have no derivative, computed weights that conversion
+# folds, and nets that are others again
+_COMPUTED = [kind.__name__ for kind in COMPUTED_WEIGHTS]
+_NOT_EXPORTED = ("WithOpaque", "PartsOverwritten", *_COMPUTED, "Standalone", "Int32Tokens")
 
 NETS: dict[str, Make] = {
     **{name: make for name, make in FX_NETS.items() if name not in _NOT_EXPORTED},

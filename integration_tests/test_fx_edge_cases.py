@@ -25,6 +25,7 @@ from adaround_plugin import (
 )
 from adaround_plugin.report import LayerReport, RecipeTrial, Report
 from integration_tests.models import (
+    COMPUTED_WEIGHTS,
     assert_same,
     batches,
     call,
@@ -33,6 +34,7 @@ from integration_tests.models import (
     learn,
     learned,
     prepared_model,
+    prepared_net,
 )
 from integration_tests.pairs import pairwise
 
@@ -386,6 +388,16 @@ def test_weights_tied_under_different_grids_are_skipped_and_converted_by_the_hos
     assert [name for name, _, _ in report.skipped] == ["a", "b"]
     assert all("tied" in reason for _, _, reason in report.skipped)
     convert_to_reference_fx(copy.deepcopy(result))
+
+
+@pytest.mark.parametrize("activation_bits", [8, None])
+@pytest.mark.parametrize("kind", COMPUTED_WEIGHTS)
+def test_beside_a_computed_weight_the_other_layers_are_learned(kind, activation_bits):
+    _, prepared, data = prepared_net(kind.__name__, activation_bits)
+    report = get_report(learn(prepared, data, solver="gptq"))
+    modules = {name for name, module in kind().named_children()}
+    assert {layer.name for layer in report.layers} == modules
+    assert {reason for _, _, reason in report.skipped} == {"its weight is computed, not a parameter"}
 
 
 class PartlyUsed(nn.Module):

@@ -18,9 +18,10 @@ from torch.ao.quantization.backend_config import BackendConfig
 from torch.ao.quantization.observer import PlaceholderObserver
 from torch.ao.quantization.quantize_fx import convert_to_reference_fx
 
-from adaround_plugin.graph.arguments import attribute, owner_of
+from adaround_plugin.graph.arguments import argument, attribute, owner_of
 from adaround_plugin.graph.clamps import is_clamp
 from adaround_plugin.graph.compat import forget_models, is_observed, is_observer, unfused, unordered_signature
+from adaround_plugin.graph.operators import is_weighted_function
 from adaround_plugin.graph.paths import quantizes
 from adaround_plugin.graph.reparametrized import deep_copy, make_plain
 from adaround_plugin.graph.transforms import functionalize, inline, strip
@@ -128,11 +129,12 @@ def placeholder_signature(model: fx.GraphModule) -> inspect.Signature:
 
 
 def _observes_activations(graph: fx.GraphModule) -> bool:
-    """Whether any activation (not a parameter) passes an observer that quantizes."""
+    """Whether any activation (not a parameter, nor a weight computed of some) passes an observer that quantizes."""
     return any(
         node.op == "call_module"
         and is_observer(observer := graph.get_submodule(node.target))
         and node.all_input_nodes[0].op != "get_attr"
+        and not all(is_weighted_function(user) and argument(user, 1, "weight") is node for user in node.users)
         and not (isinstance(observer, PlaceholderObserver) and observer.dtype == torch.float)
         for node in graph.graph.nodes
     )
