@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
-from torch.ao.quantization import QConfigMapping, get_default_qconfig_mapping
-from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+from torch.ao.quantization import QConfigMapping, get_default_qat_qconfig_mapping, get_default_qconfig_mapping
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 
 from adaround_plugin import (
     AdaRoundError,
@@ -23,8 +23,9 @@ from adaround_plugin import (
     NonFiniteError,
     adaround,
     get_adaround_qconfig_mapping,
+    get_report,
 )
-from integration_tests.models import assert_unchanged, batches, images, learn, prepared_model, snapshot
+from integration_tests.models import assert_unchanged, batches, images, learn, own_mapping, prepared_model, snapshot
 
 SHAPE = (4, 6, 6)
 
@@ -133,6 +134,33 @@ def test_everything_left_in_float_by_the_qconfig(data):
     mapping = QConfigMapping().set_global(None)
     prepared = prepare_fx(Net().eval(), mapping, (data[0],))
     refused(InvalidModelError, "no weighted node is quantized.*a: left in float.*qconfig", prepared, data)
+
+
+def test_a_model_prepared_for_training(data):
+    prepared = prepare_qat_fx(Net().train(), get_default_qat_qconfig_mapping("x86"), (data[0],))
+    prepared(data[0])
+    refused(InvalidModelError, "prepared.*quantization-aware training.*prepare_fx", prepared.eval(), data)
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.complex, self.b = nn.Linear(6, 6), nn.Linear(6, 6, dtype=torch.complex64), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.b(self.complex(torch.relu(self.a(x)).to(torch.complex64)).abs())
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values to real:UserWarning")
+@pytest.mark.parametrize("activation_bits", [8, None])
+def test_complex_weights_are_refused_unless_they_stay_in_float(activation_bits):
+    given = batches(6)
+    prepared = prepared_model(Complex(), given, activation_bits=activation_bits)
+    refused(InvalidModelError, "layer 'complex'.*complex weights.*qconfig of None", prepared, given)
+    mapping = own_mapping(activation_bits=activation_bits).set_module_name("complex", None)
+    prepared = prepared_model(Complex(), given, mapping=mapping, activation_bits=activation_bits)
+    learned = get_report(learn(prepared, given, solver="gptq")).layers
+    assert [layer.name for layer in learned] == ["a", "b"]
 
 
 def test_half_precision_model(prepared, data):

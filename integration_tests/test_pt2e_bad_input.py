@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.ao.quantization import MinMaxObserver as TorchAoObserver
 from torch.ao.quantization.backend_config import get_native_backend_config
-from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
-from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+    X86InductorQuantizer,
+    get_default_x86_inductor_quantization_config,
+)
 
 from adaround_plugin import (
     AdaRoundError,
@@ -22,7 +25,9 @@ from adaround_plugin import (
     InvalidModelError,
     InvalidOptionError,
     NonFiniteError,
+    get_report,
 )
+from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
 from integration_tests.models import batches, images, learn
 from integration_tests.pt2e_models import (
     EveryOperator,
@@ -106,6 +111,33 @@ def test_the_exported_program_itself(data):
     program = torch.export.export(Net().eval(), (data[0],), strict=True)
     with pytest.raises(InvalidModelError, match=r"prepared.*ExportedProgram.*prepare_pt2e"):
         learn(program, data)
+
+
+def test_a_model_prepared_for_training(data):
+    program = torch.export.export(Net().train(), (data[0],), strict=True).module()
+    config = get_default_x86_inductor_quantization_config(is_qat=True)
+    prepared = prepare_qat_pt2e(program, X86InductorQuantizer().set_global(config))
+    prepared(data[0])
+    refused(InvalidModelError, "prepared.*quantization-aware training.*prepare_pt2e", prepared, data)
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.complex = nn.Linear(6, 6), nn.Linear(6, 6, dtype=torch.complex64)
+
+    def forward(self, x):
+        return self.complex(torch.relu(self.a(x)).to(torch.complex64)).abs()
+
+
+def test_complex_weights_are_refused_unless_they_stay_in_float():
+    given = batches(6, sizes=SIZES)
+    program = exported(Complex(), given[0])
+    prepared = calibrated(program, given, AdaRoundWeightOnlyQuantizer())
+    refused(InvalidModelError, "layer 'complex.weight'.*complex weights.*no annotation", prepared, given)
+    prepared = calibrated(program, given, AdaRoundWeightOnlyQuantizer({"complex": None}))
+    learned = get_report(learn(prepared, given, solver="gptq")).layers
+    assert [layer.name for layer in learned] == ["a"]
 
 
 def test_no_calibration(data):

@@ -32,6 +32,7 @@ __all__ = [
     "is_observed",
     "is_observer",
     "is_quantized",
+    "is_trained",
     "learnable_fake_quantize",
     "operator_name",
     "returns_view",
@@ -74,6 +75,11 @@ class MoveListener(nn.Module):
 def is_observed(module: nn.Module) -> bool:
     """Whether `module` is a graph that a prepare step returned, or a standalone module inside one."""
     return isinstance(module, fx.GraphModule) and _ATTRIBUTES in module.meta
+
+
+def is_trained(prepared: fx.GraphModule) -> bool:
+    """Whether a graph comes from a prepare step for training with fake quantization."""
+    return bool(prepared.meta["_observed_graph_module_attrs"].is_qat)
 
 
 def is_observer(module: nn.Module) -> bool:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from adaround_plugin.errors import InvalidModelError, NonFiniteError
-from adaround_plugin.graph.compat import Dropout, Normalization, is_observed, is_observer
+from adaround_plugin.graph.arguments import attribute
+from adaround_plugin.graph.compat import Dropout, Normalization, is_observed, is_observer, is_trained, unfused
+from adaround_plugin.graph.operators import module_op
 
-__all__ = ["check_prepared_fx", "check_values"]
+__all__ = ["check_prepared_fx", "check_untrained", "check_values"]
 
 
 def check_prepared_fx(prepared: nn.Module) -> None:
@@ -21,6 +23,8 @@ def check_prepared_fx(prepared: nn.Module) -> None:
             f"{type(prepared).__name__} does not come from prepare_fx or prepare_pt2e",
             "Call the host's prepare step and calibrate first.",
         )
+    assert isinstance(prepared, fx.GraphModule)
+    check_untrained(prepared)
     # fused containers are born in train mode, which changes nothing: only these modules behave differently
     training = [
         name
@@ -34,8 +38,21 @@ def check_prepared_fx(prepared: nn.Module) -> None:
     check_values(prepared, is_observer)
 
 
+def check_untrained(prepared: fx.GraphModule) -> None:
+    """Raise if `prepared` comes from a prepare step for quantization-aware training."""
+    if is_trained(prepared):
+        raise InvalidModelError(
+            "prepared",
+            "was prepared for quantization-aware training, which learns weights that round well by itself",
+            "Convert it as it is, or prepare the float model with prepare_fx or prepare_pt2e and calibrate.",
+        )
+
+
 def check_values(prepared: nn.Module, is_observer: Callable[[nn.Module], bool]) -> None:
-    """Raise unless the parameters are there, float32 and finite, and every observer has seen finite data."""
+    """Raise unless the parameters are there, float32 and finite, and every observer has seen finite data.
+
+    Complex parameters are none of the host's business unless it is to quantize them.
+    """
     for name, value in (*prepared.named_parameters(), *prepared.named_buffers()):
         if value.is_meta:
             raise InvalidModelError(
@@ -43,6 +60,9 @@ def check_values(prepared: nn.Module, is_observer: Callable[[nn.Module], bool]) 
                 "lies on the device meta, where there are no values",
                 "Load the weights before the model is prepared.",
             )
+    for graph in prepared.modules():
+        if isinstance(graph, fx.GraphModule):
+            _check_real(graph, is_observer)
     for name, parameter in prepared.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise InvalidModelError(
@@ -62,6 +82,26 @@ def check_values(prepared: nn.Module, is_observer: Callable[[nn.Module], bool]) 
             source = _observed_node(prepared, name)
             raise NonFiniteError(
                 f"activation of {source!r}", "NaN or infinity was observed", "Check the model and the calibration data."
+            )
+
+
+def _check_real(graph: fx.GraphModule, is_observer: Callable[[nn.Module], bool]) -> None:
+    """Raise if a weight that the host is to quantize is complex."""
+    for node in graph.graph.nodes:
+        weight = None
+        if node.op == "call_module":
+            module = unfused(graph.get_submodule(node.target))
+            if getattr(module, "qconfig", None) is not None and module_op(module) is not None:
+                weight = module.weight
+        elif node.op == "get_attr" and any(
+            user.op == "call_module" and is_observer(graph.get_submodule(user.target)) for user in node.users
+        ):
+            weight = attribute(graph, node.target)
+        if isinstance(weight, Tensor) and weight.is_complex():
+            raise InvalidModelError(
+                f"layer {node.target!r}",
+                "has complex weights, which the host cannot quantize",
+                "Leave it in float: a qconfig of None in FX, no annotation in PT2E.",
             )
 
 

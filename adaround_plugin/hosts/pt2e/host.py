@@ -34,7 +34,7 @@ from adaround_plugin.graph.compat import (
 from adaround_plugin.graph.transforms import functionalize, inline, origin, strip
 from adaround_plugin.hosts.activation_quantizers import activation_quantizers, write_scales
 from adaround_plugin.hosts.base import WeightedNode
-from adaround_plugin.hosts.checks import check_values
+from adaround_plugin.hosts.checks import check_untrained, check_values
 from adaround_plugin.hosts.pt2e.compat import forget_models
 from adaround_plugin.hosts.pt2e.nodes import PT2EFinder, innermost_module, is_torchao_observer, parameter_node
 from adaround_plugin.hosts.pt2e.observers import frozen_observer
@@ -164,6 +164,7 @@ def _check(prepared: fx.GraphModule) -> None:
         raise InvalidModelError(
             "prepared", "is already converted", "Call adaround after prepare_pt2e and calibration, before convert_pt2e."
         )
+    check_untrained(prepared)
     foreign = [name for name, module in prepared.named_modules() if is_observer(module)]
     if foreign:
         raise InvalidModelError(
