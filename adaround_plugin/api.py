@@ -13,6 +13,7 @@ from torch.ao.quantization.backend_config import BackendConfig
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.hosts.base import Host, Skipped, handed_over
 from adaround_plugin.hosts.open import open_host
+from adaround_plugin.hosts.original import check_original
 from adaround_plugin.learning.comparison import Comparison
 from adaround_plugin.learning.finetuning import Finetune
 from adaround_plugin.learning.methods import Method, Preset, get_preset
@@ -42,6 +43,7 @@ def adaround(
     progress: bool = True,
     inplace: bool = False,
     backend_config: BackendConfig | None = None,
+    float_model: nn.Module | None = None,
 ) -> fx.GraphModule:
     """Learn the rounding of every quantized weight; the line between calibration and conversion.
 
@@ -67,6 +69,8 @@ def adaround(
         progress: show a progress bar.
         inplace: change `prepared` itself, as a whole when all is done, instead of returning a deep copy.
         backend_config: the one given to `prepare_fx`, if any (the weight-only one is recognized).
+        float_model: the model that was prepared. Its outputs on the first batch are compared with those of the prepared
+            model before anything is learned, so that an error of the host's prepare or convert step is named.
 
     Returns:
         The prepared model with learned weights, biases and frozen weight observers, to be converted by the host;
@@ -76,7 +80,8 @@ def adaround(
         InvalidOptionError: an option is out of range, an entry of `exclude` or the name of a block matches nothing,
             blocks share a layer or have no single end, a solver's answer is none, or this is one of several processes
             of `torch.distributed`.
-        InvalidModelError: not prepared, not calibrated, in train mode, not float32, or nothing to quantize.
+        InvalidModelError: not prepared, not calibrated, in train mode, not float32, nothing to quantize, or not what
+            `float_model` computes.
         InvalidBatchError: no batches, or one that does not fit the model or lies on another device.
         NonFiniteError: NaN or infinity in weights or activations; the layer is named.
     """
@@ -91,6 +96,8 @@ def adaround(
     excluded = _excluded(host, exclude)
     chosen.check(host)
     arguments = bind_batches(host.prepared, host.signature, host.flatten, data, inputs)
+    if float_model is not None:
+        check_original(host, float_model, arguments[0])
     sampling = Sampling.of(arguments, chosen.layers.holdout, chosen.layers.max_columns, seed)
     with torch.no_grad(), Progress(len(host.nodes) - len(excluded), progress) as bar:
         report = ReportBuilder(bar)

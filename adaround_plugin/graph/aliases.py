@@ -31,7 +31,7 @@ class Aliases:
         module: the graph, into which nodes are inserted.
 
     Attributes:
-        inserted: for each of these, the view that it takes again or writes through, and how many writes there were.
+        inserted: for each of these, the view that it takes again or writes through, and the last node that wrote.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -40,11 +40,12 @@ class Aliases:
         self._name: dict[fx.Node, fx.Node] = {}
         self._parent: dict[fx.Node, fx.Node] = {}
         self._attributes: dict[str, fx.Node] = {}
-        # by name of the memory as a whole: how many writes there were; by node: after how many of them it was made
+        # by name of the memory as a whole: how many writes there were, and the last; by node: how many came before it
         self._writes: dict[fx.Node, int] = defaultdict(int)
+        self._last: dict[fx.Node, fx.Node] = {}
         self._made: dict[fx.Node, int] = defaultdict(int)
         self._newest: dict[fx.Node, fx.Node] = {}
-        self.inserted: dict[fx.Node, tuple[fx.Node, int]] = {}
+        self.inserted: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
 
     def add(self, node: fx.Node) -> None:
         """Take in the next node, which writes to nothing and reads the newest values."""
@@ -77,7 +78,9 @@ class Aliases:
     def write(self, target: fx.Node, node: fx.Node) -> None:
         """Let the next node, which worked on a copy of `target`, be its new value; `target` is the newest there was."""
         name = self._named(target)
-        self._writes[self._whole(name)] += 1
+        whole = self._whole(name)
+        self._writes[whole] += 1
+        self._last[whole] = node
         self._set(name, node)
         while name in self._parent:
             parent = self._parent[name]
@@ -113,7 +116,7 @@ class Aliases:
             target = self._module.get_submodule(str(name.target))
         step = (target, name.args[1:], name.kwargs)
         inserted = self._module.graph.call_function(function, (one, other, step))
-        self.inserted[inserted] = name, self._writes[self._whole(name)]
+        self.inserted[inserted] = name, self._last[self._whole(name)]
         return inserted
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "tree_flatten",
     "tree_map",
     "tree_unflatten",
+    "unflatten_inputs",
     "unfused",
     "unordered_signature",
     "weight_hooks",
@@ -223,3 +224,9 @@ def flatten_inputs(program: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[
     if found != program._in_spec:
         raise ValueError(f"its structure is {found}, but the program was exported with {program._in_spec}")
     return leaves
+
+
+def unflatten_inputs(program: fx.GraphModule, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of what was exported, of placeholders of the program's module."""
+    args, kwargs = tree_unflatten(leaves, program._in_spec)
+    return args, kwargs

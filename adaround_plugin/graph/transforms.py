@@ -18,7 +18,7 @@ from adaround_plugin.graph.arguments import owner_of
 from adaround_plugin.graph.compat import Dropout, operator_name, take_outs
 from adaround_plugin.graph.reparametrized import is_reparametrized, make_plain
 
-__all__ = ["erase_unused", "functionalize", "has_origin", "inline", "origin", "separate", "strip"]
+__all__ = ["erase_unused", "functionalize", "has_origin", "inline", "origin", "separate", "strip", "written_by"]
 
 _INPLACE_OPERATORS = {
     operator.iadd,
@@ -40,6 +40,8 @@ _RESHAPES_INPLACE = {
 
 # meta entry of a node that came from another graph
 _ORIGIN = "adaround_origin"
+# of a node whose value was written to in place: the origin of the node that wrote last
+_WRITTEN_BY = "adaround_written_by"
 
 
 def origin(node: fx.Node) -> str:
@@ -50,6 +52,11 @@ def origin(node: fx.Node) -> str:
 def has_origin(node: fx.Node) -> bool:
     """Whether a node came from another graph."""
     return _ORIGIN in node.meta
+
+
+def written_by(node: fx.Node) -> str | None:
+    """The origin of the in-place operation that gave a node its value, itself perhaps; None for other values."""
+    return node.meta.get(_WRITTEN_BY)
 
 
 def separate(module: fx.GraphModule) -> nn.Module:
@@ -192,10 +199,12 @@ def functionalize(module: fx.GraphModule) -> fx.GraphModule:
                 copy = module.graph.call_function(strided_copy, (target,))
             copy.meta[_ORIGIN] = f"{origin(node)}:copy"
             node.replace_input_with(target, copy)
+        node.meta[_WRITTEN_BY] = origin(node)
         aliases.write(target, node)
     aliases.erase_unread()
-    for inserted, (view, writes) in aliases.inserted.items():
-        inserted.meta[_ORIGIN] = f"{origin(view)}:{writes}"
+    for inserted, (view, write) in aliases.inserted.items():
+        inserted.meta[_WRITTEN_BY] = origin(write)
+        inserted.meta[_ORIGIN] = f"{origin(view)}:{origin(write)}"
     return module
 
 

@@ -131,6 +131,9 @@ class Host(Protocol):
     def flatten(self, arguments: inspect.BoundArguments) -> list[Any]:
         """Arguments as values of the graph's placeholders; raises `ValueError` where they do not fit."""
 
+    def call(self, model: nn.Module, arguments: list[Any]) -> Any:
+        """Call a model of the same inputs on values of the graph's placeholders."""
+
     def copy(self) -> fx.GraphModule:
         """A deep copy of `prepared` that the host converts like `prepared` itself."""
 

@@ -85,6 +85,10 @@ class PreparedFX:
                 raise ValueError(f"input {name!r} is {value.dtype}, but the model quantizes it from float32")
         return list(arguments.arguments.values())
 
+    def call(self, model: nn.Module, arguments: list[Any]) -> Any:
+        """Call a model of the same inputs on values of the graph's placeholders, by name."""
+        return model(**dict(zip(self.signature.parameters, arguments, strict=True)))
+
     def copy(self) -> fx.GraphModule:
         """A deep copy of the prepared model."""
         return deep_copy(self.prepared)

@@ -30,6 +30,7 @@ from adaround_plugin.graph.compat import (
     is_observed,
     is_observer,
     operator_name,
+    unflatten_inputs,
 )
 from adaround_plugin.graph.transforms import functionalize, inline, origin, strip
 from adaround_plugin.hosts.activation_quantizers import activation_quantizers, write_scales
@@ -90,6 +91,11 @@ class PreparedPT2E:
             except AssertionError as error:
                 raise ValueError(f"{error}; export with dynamic_shapes for batches of several sizes") from None
         return leaves
+
+    def call(self, model: nn.Module, arguments: list[Any]) -> Any:
+        """Call a model of the same inputs on leaves."""
+        args, kwargs = unflatten_inputs(self.prepared, arguments)
+        return model(*args, **kwargs)
 
     def copy(self) -> fx.GraphModule:
         """A deep copy whose quantization annotations name nodes of the copy, as torchao's passes over it expect."""
