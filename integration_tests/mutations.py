@@ -482,6 +482,42 @@ FAULTS: Final = (
         "name.startswith(pattern)",
         (f"{_UNIT}test_names.py",),
     ),
+    # --- graphs
+    Fault(
+        "a write to a view does not reach what it is a view of",
+        "graph/aliases.py",
+        "        part.copy_(new)\n",
+        "",
+        (f"{_UNIT}test_aliases.py",),
+    ),
+    Fault(
+        "a view is not taken again after a write",
+        "graph/aliases.py",
+        "return view if any(_owner(part, written) is not None for part in _tensors(view)) else old",
+        "return old",
+        (f"{_UNIT}test_aliases.py",),
+    ),
+    Fault(
+        "the observer of a computed weight counts as an activation's",
+        "hosts/fx/host.py",
+        'argument(user, 1, "weight") is node for user in node.users',
+        'argument(user, 1, "weight") is None for user in node.users',
+        (f"{_WHOLE}test_fx_edge_cases.py::test_beside_a_computed_weight_the_other_layers_are_learned",),
+    ),
+    Fault(
+        "a parametrization stays in the model that was learned",
+        "hosts/fx/host.py",
+        "    make_plain(module)\n",
+        "",
+        (f"{_WHOLE}test_fx_reparametrized.py",),
+    ),
+    Fault(
+        "a write that conversion loses goes unnoticed",
+        "hosts/original.py",
+        "node.replace_input_with(source, before)",
+        "node.replace_input_with(source, source)",
+        (f"{_WHOLE}test_original.py::test_a_write_that_conversion_loses_is_named",),
+    ),
     Fault(
         "a solver's integers are believed",
         "rounding/problem.py",

@@ -13,9 +13,20 @@ __all__ = ["Aliases", "strided_copy"]
 
 # functions and methods, ATen operators too, whose result may be a view: of another shape, of a part, or the same
 _RESHAPES = {"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze"}
-_AXES = {"transpose", "swapaxes", "permute", "movedim", "t", "expand", "expand_as", "unfold", "as_strided"}
-_PARTS = {"narrow", "select", "diagonal", "unbind", "split", "chunk", "tensor_split", "getitem"}
-_VIEWS = _RESHAPES | _AXES | _PARTS | {"contiguous", "detach", "to", "float", "dropout", "getattr"}
+_AXES = {
+    *("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "adjoint"),
+    *("expand", "expand_as", "broadcast_to", "unfold", "as_strided"),
+}
+_PARTS = {
+    *("narrow", "select", "diagonal", "unbind", "getitem", "real", "imag", "view_as_real", "view_as_complex"),
+    *("split", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit"),
+}
+_SAME = {
+    *("contiguous", "detach", "to", "type_as", "float", "double", "half", "cpu", "cuda", "positive", "getattr"),
+    *("dropout", "dropout1d", "dropout2d", "dropout3d"),
+    *("alpha_dropout", "feature_dropout", "feature_alpha_dropout"),
+}
+_VIEWS = _RESHAPES | _AXES | _PARTS | _SAME
 
 # how a view is taken of another value: a method's name, a function or a module, and its arguments but the first
 _Step = tuple[Any, tuple[Any, ...], dict[str, Any]]
