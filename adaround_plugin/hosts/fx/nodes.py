@@ -21,7 +21,9 @@ from adaround_plugin.rounding.result import LayerRounding
 __all__ = ["FXFinder", "weighted_module"]
 
 _FLOAT = "left in float by the host (qconfig None, or a dtype the backend does not take)"
-_PARAMETRIZED = "left in float by the host, which does not convert it while its weight has a parametrization"
+_PARAMETRIZED = (
+    "left in float by the host while its weight has a parametrization (remove_parametrizations takes it out)"
+)
 
 
 def weighted_module(model: nn.Module, name: str) -> Any:
