@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError
 from adaround_plugin.graph.aliases import strided_copy
 from adaround_plugin.graph.clamps import is_clamp
 from adaround_plugin.graph.compat import Convolution, Normalization, tree_map
-from adaround_plugin.graph.paths import quantizes
+from adaround_plugin.graph.paths import Path, quantizes, run_node
 from adaround_plugin.graph.reparametrized import deep_copy
 from adaround_plugin.graph.streams import Stream, tensors, unpacks
 from adaround_plugin.graph.transforms import has_origin, origin, written_by
@@ -62,9 +63,15 @@ def _run(module: nn.Module, graph: fx.Graph, arguments: list[Any]) -> list[Tenso
     """The floating-point values that a graph returns."""
     stream = Stream(module, graph)
     values = stream.bind(arguments)
+    ends: list[fx.Node] = []
+    map_arg(stream.output_node.args[0], ends.append)
+    path = Path(stream, ends, stream.placeholders, {})
     with torch.no_grad():
-        stream.run_nodes(values, stream.runnable(set()))
-        return tensors(stream.value(stream.output_node.args[0], values))
+        for node in path.order:
+            values[node] = run_node(stream, node, values)
+            for dead in path.dead[node]:
+                del values[dead]
+    return tensors(map_arg(stream.output_node.args[0], values.__getitem__))
 
 
 def _outputs(host: Host, model: nn.Module, arguments: list[Any]) -> Any:
