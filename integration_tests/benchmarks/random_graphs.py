@@ -159,8 +159,8 @@ class RandomNetwork(nn.Module):
             x = self.parts[name](x)
             return _ACTIVATIONS[step.detail](x) if step.detail else x
         if step.kind == "linear":
-            x = self.parts[name](x.permute(0, 2, 3, 1))
-            return x.permute(0, 3, 1, 2)
+            last: Tensor = self.parts[name](x.permute(0, 2, 3, 1))
+            return last.permute(0, 3, 1, 2)
         if step.kind == "functional":
             return F.conv2d(x, getattr(self, name), getattr(self, f"{name}_bias"), padding=1)
         if step.kind == "computed":
