@@ -1,0 +1,205 @@
+"""What runs: torchvision's models with random weights, through FX and PT2E: learned, exact, and how long it took.
+
+Small images, few samples and one recipe: the table says what works on a graph, nothing of accuracy. *Exact* is that the
+model which the host converts gives what the quantized stream with the learned integers gives, to the last bit. Of
+detection models, backbone and heads are traced, and not what chooses boxes by compiled operators.
+
+    python -m integration_tests.benchmarks.torchvision_models
+    python -m integration_tests.benchmarks.torchvision_models resnet18 swin_t --hosts pt2e
+"""
+
+from __future__ import annotations
+
+from integration_tests.benchmarks.torchvision_cpu import models
+
+# isort: split
+import argparse
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization.quantize_fx import convert_to_reference_fx, prepare_fx
+from torch.export import Dim
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from adaround_plugin import (
+    LayerWise,
+    adaround,
+    get_adaround_qconfig_mapping,
+    get_report,
+    get_weight_only_backend_config,
+)
+from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
+from integration_tests.models import keep_passes, run_stream
+
+__all__ = ["MODELS", "Outcome", "run"]
+
+_BITS = 4
+_QUICK = LayerWise(
+    solver="gptq",
+    propagate_error=True,
+    correct_bias=True,
+    column_weighting="none",
+    damping=0.1,
+    output_hessian=False,
+    max_columns=2048,
+)
+
+
+class Heads(nn.Module):
+    """Backbone and heads of a detection model."""
+
+    def __init__(self, detector: Any) -> None:
+        super().__init__()
+        self.backbone = detector.backbone
+        self.head = detector.head if hasattr(detector, "head") else detector.rpn.head
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(list(self.backbone(x).values()))
+
+
+def _classifiers(size: int, *names: str) -> dict[str, tuple[Callable[[], nn.Module], int]]:
+    def build(name: str) -> Callable[[], nn.Module]:
+        more = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        return lambda: models.get_model(name, weights=None, num_classes=10, **more)
+
+    return {name: (build(name), size) for name in names}
+
+
+def _segmenters(size: int, *names: str) -> dict[str, tuple[Callable[[], nn.Module], int]]:
+    def build(name: str) -> Callable[[], nn.Module]:
+        return lambda: models.get_model(name, weights=None, weights_backbone=None, num_classes=5)
+
+    return {name: (build(name), size) for name in names}
+
+
+def _detectors(size: int, *names: str) -> dict[str, tuple[Callable[[], nn.Module], int]]:
+    def build(name: str) -> Callable[[], nn.Module]:
+        return lambda: Heads(models.get_model(name, weights=None, weights_backbone=None, num_classes=5))
+
+    return {name: (build(name), size) for name in names}
+
+
+# by name what builds it, and the height and width of its images
+MODELS = {
+    **_classifiers(64, "alexnet", "vgg11", "vgg11_bn", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"),
+    **_classifiers(64, "densenet121", "googlenet", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large"),
+    **_classifiers(64, "mnasnet0_5", "mnasnet1_0", "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "squeezenet1_0"),
+    **_classifiers(64, "squeezenet1_1", "efficientnet_b0", "efficientnet_v2_s", "regnet_x_400mf", "regnet_y_400mf"),
+    **_classifiers(64, "convnext_tiny", "swin_t", "swin_v2_t"),
+    **_classifiers(96, "inception_v3"),
+    **_classifiers(224, "vit_b_32", "maxvit_t"),
+    **_segmenters(64, "fcn_resnet50", "deeplabv3_resnet50", "deeplabv3_mobilenet_v3_large"),
+    **_segmenters(64, "lraspp_mobilenet_v3_large"),
+    **_detectors(128, "retinanet_resnet50_fpn", "fcos_resnet50_fpn", "ssdlite320_mobilenet_v3_large"),
+    **_detectors(128, "fasterrcnn_mobilenet_v3_large_fpn"),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a model in a host.
+
+    Attributes:
+        traced: whether the host prepared it; else `problem` says what the host raised.
+        learned: how many layers were learned, out of how many; None if there was an error of ours, in `problem`.
+        exact: whether the conversion gives what the quantized stream gives.
+        skipped: kinds of layers that were left alone.
+        seconds: of `adaround`.
+        problem: the first line of an error.
+    """
+
+    traced: bool
+    learned: tuple[int, int] | None = None
+    exact: bool = False
+    skipped: str = ""
+    seconds: float = 0.0
+    problem: str = ""
+
+
+def run(name: str, host: str) -> Outcome:
+    """Prepare, learn and convert one model."""
+    build, size = MODELS[name]
+    torch.manual_seed(0)
+    network = build().eval()
+    data = list(torch.split(torch.randn(8, 3, size, size), 4))
+    try:
+        with torch.no_grad():
+            prepared = _prepared(network, data, host)
+    except Exception as error:
+        return Outcome(traced=False, problem=_first_line(error))
+    start = time.perf_counter()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            passes = keep_passes(patch)
+            learned = adaround(prepared, data, _QUICK, progress=False)
+    except Exception as error:
+        return Outcome(traced=True, problem=_first_line(error))
+    seconds, report = time.perf_counter() - start, get_report(learned)
+    with torch.no_grad():
+        expected = _flat(run_stream(passes[0].streams[1], [data[0]]))
+        if host == "fx":
+            converted: nn.Module = convert_to_reference_fx(learned, backend_config=get_weight_only_backend_config())
+        else:
+            converted = convert_pt2e(learned)
+        found = _flat(converted(data[0]))
+    exact = len(expected) == len(found) and all(map(torch.equal, expected, found))
+    counted = Counter(kind for _, kind, _ in report.skipped)
+    skipped = ", ".join(f"{count} {kind}" for kind, count in counted.items())
+    return Outcome(True, (sum(layer.learned for layer in report.layers), len(report.layers)), exact, skipped, seconds)
+
+
+def _prepared(network: nn.Module, data: list[Tensor], host: str) -> Any:
+    prepared: Any
+    if host == "fx":
+        mapping = get_adaround_qconfig_mapping(weight_bits=_BITS, activation_bits=None)
+        prepared = prepare_fx(network, mapping, (data[0],), backend_config=get_weight_only_backend_config())
+    else:
+        program = torch.export.export(network, (data[0],), dynamic_shapes=({0: Dim.AUTO},), strict=True)
+        prepared = prepare_pt2e(program.module(), AdaRoundWeightOnlyQuantizer(weight_bits=_BITS))
+    for batch in data:
+        prepared(batch)
+    return prepared
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:120]}"
+
+
+def _flat(outputs: Any) -> list[Tensor]:
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    items = outputs.values() if isinstance(outputs, dict) else outputs
+    return [tensor for item in items for tensor in _flat(item)]
+
+
+def main() -> None:
+    """Print a row for each model and host."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="model", help="all, if none is named")
+    parser.add_argument("--hosts", nargs="+", default=["fx", "pt2e"], choices=["fx", "pt2e"])
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    print("| model | host | learned | exact | left alone | s | problem |")
+    print("|---|---|---|---|---|---|---|")
+    for name in options.models or MODELS:
+        for host in options.hosts:
+            found = run(name, host)
+            learned = "-" if found.learned is None else "{} of {}".format(*found.learned)
+            exact = "-" if found.learned is None else "yes" if found.exact else "**no**"
+            problem = found.problem if found.traced else f"not prepared: {found.problem}"
+            print(
+                f"| {name} | {host} | {learned} | {exact} | {found.skipped or 'none'} | {found.seconds:.0f} "
+                f"| {problem or ''} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
