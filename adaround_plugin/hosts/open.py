@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx, nn
 from torch.ao.quantization.backend_config import BackendConfig
@@ -15,6 +13,9 @@ from adaround_plugin.hosts.fx.host import PreparedFX
 from adaround_plugin.rounding.grid import Grid
 
 __all__ = ["is_exported", "learned_weights", "open_host"]
+
+# hosts convert as they do by default, whatever torch's default device is
+_CPU = torch.device("cpu")
 
 
 def open_host(prepared: nn.Module, backend_config: BackendConfig | None = None) -> Host:
@@ -31,21 +32,15 @@ def open_host(prepared: nn.Module, backend_config: BackendConfig | None = None) 
             "backend_config", f"{backend_config!r} is not a BackendConfig", "Pass a torch.ao BackendConfig."
         )
     if not is_exported(prepared):
-        with _device(prepared):
+        with _CPU:
             return PreparedFX(prepared, backend_config)
     if backend_config is not None:
         raise InvalidOptionError("backend_config", "is for prepare_fx only", "Leave it out: PT2E has a quantizer.")
     from adaround_plugin.hosts.pt2e.host import PreparedPT2E
 
     assert isinstance(prepared, fx.GraphModule)
-    with _device(prepared):
+    with _CPU:
         return PreparedPT2E(prepared)
-
-
-def _device(model: Any) -> torch.device:
-    """Where a model lies: what a host makes for it belongs there, whatever torch's default device is."""
-    parameters = model.parameters() if isinstance(model, nn.Module) else ()
-    return next((parameter.device for parameter in parameters), torch.get_default_device())
 
 
 def learned_weights(prepared: nn.Module) -> dict[str, tuple[Tensor, Grid]]:

@@ -49,9 +49,10 @@ def save(model: fx.GraphModule, folder: str | os.PathLike[str]) -> None:
         "structure": _structure(model),
         "state": model.state_dict(),
     }
-    unfinished = path / f"{_FILE}.{os.getpid()}"
+    whole, unfinished = io.BytesIO(), path / f"{_FILE}.{os.getpid()}"
+    torch.save(content, whole)
     try:
-        torch.save(content, unfinished)
+        unfinished.write_bytes(whole.getbuffer())
         unfinished.replace(path / _FILE)
     except BaseException:
         unfinished.unlink(missing_ok=True)

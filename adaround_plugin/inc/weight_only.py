@@ -58,8 +58,9 @@ class WeightOnlyQuantizer(Quantizer):
             args, kwargs = _call(batches[0])
             prepared(*args, **kwargs)  # weight observers see their weights
         learned = adaround(prepared, batches, **pass_options(self.quant_config))
-        vars(model)[KEY] = get_report(learned)
-        return pack(model, integer_linears(learned, parts))
+        packed = pack(model, integer_linears(learned, parts))
+        vars(packed)[KEY] = get_report(learned)
+        return packed
 
 
 def _call(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:

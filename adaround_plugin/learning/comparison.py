@@ -164,7 +164,7 @@ def _part(
             numbers += others[: -judged % batch_size]
         found = gathered(arguments, numbers, batch_size or sampling.size[0])
         if found is not None:
-            return found, torch.arange(len(numbers)) < judged
+            return found, torch.arange(len(numbers), device="cpu") < judged
     chosen = whole(arguments, max(_LEAST_SAMPLES, int(held.sum())))
     of_batch = torch.split(held, list(sampling.size))
     return [arguments[batch] for batch in chosen], torch.cat([of_batch[batch] for batch in chosen])

@@ -98,19 +98,20 @@ def _bind(
                 "Pass inputs= to make tensors, for example inputs=torch.from_numpy.",
             )
         for tensor in input_tensors(value):
-            if tensor.is_meta:
-                raise InvalidBatchError(
-                    f"batch {index}", f"input {name!r} lies on the device meta, without values", "Pass data."
-                )
-            if not tensor.is_floating_point():
-                continue
+            is_float = tensor.is_floating_point()
             # a lone number may come from anywhere; so may indices and lengths, which some operators want elsewhere
-            if tensor.dim() and device not in (None, tensor.device):
+            if is_float and tensor.dim() and device not in (None, tensor.device):
                 raise InvalidBatchError(
                     f"batch {index}",
                     f"input {name!r} lies on {tensor.device}, the model on {device}",
                     f"Pass inputs= to bring a batch there, for example inputs=lambda batch: batch.to({str(device)!r}).",
                 )
+            if tensor.is_meta:
+                raise InvalidBatchError(
+                    f"batch {index}", f"input {name!r} lies on the device meta, without values", "Pass data."
+                )
+            if not is_float:
+                continue
             if tensor.dtype != torch.float32:
                 raise InvalidBatchError(f"batch {index}", f"input {name!r} is {tensor.dtype}", "Pass float32.")
             if not torch.isfinite(tensor).all():

@@ -93,7 +93,8 @@ class FrozenObserver(FrozenMixin, UniformQuantizationObserverBase):
     """The observer that `adaround` leaves behind: reports the learned scale and zero point, whatever it sees."""
 
     def __init__(self, grid: Grid, **kwargs: Any) -> None:
-        with grid.scale.device:
+        # whatever torch's default device is
+        with torch.device("cpu"):
             super().__init__(
                 dtype=grid.dtype, qscheme=grid.qscheme, quant_min=grid.quant_min, quant_max=grid.quant_max, **kwargs
             )
