@@ -20,13 +20,23 @@ from torch.ao.quantization.observer import _is_activation_post_process
 from torch.ao.quantization.quantize_fx import prepare_fx
 from torch.utils._pytree import tree_flatten
 
-from adaround_plugin import METHODS, adaround, get_adaround_qconfig_mapping, get_weight_only_backend_config
+from adaround_plugin import METHODS, LayerWise, adaround, get_adaround_qconfig_mapping, get_weight_only_backend_config
 from adaround_plugin.graph.streams import Stream
 from adaround_plugin.learning.methods import Method
 from adaround_plugin.learning.passes import Pass
 
 # one recipe: the trials of "auto" are tested on their own
 RECIPE: dict[str, Any] = {"propagate_error": True, "correct_bias": True, "column_weighting": "none", "damping": 0.01}
+
+# one recipe, and the fastest solver
+QUICK = LayerWise(
+    solver="gptq",
+    propagate_error=True,
+    correct_bias=True,
+    column_weighting="none",
+    damping=0.1,
+    output_hessian=False,
+)
 
 
 def images(*shape: int, seed: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.ao.quantization.quantize_fx import convert_to_reference_fx
 
-from adaround_plugin import Finetune, LayerWise, adaround, get_report
+from adaround_plugin import Finetune, adaround, get_report
 from adaround_plugin.hosts.base import open_streams
 from adaround_plugin.hosts.open import learned_weights, open_host
 from adaround_plugin.learning import comparison
@@ -19,17 +19,10 @@ from adaround_plugin.learning.comparison import Comparison, _part
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import Progress, ReportBuilder
 from adaround_plugin.regions.calibration import Sampling
+from integration_tests.models import QUICK
 from integration_tests.region_models import Net, prepared_by, samples, seeded
 
 HOSTS = ["fx", "pt2e"]
-QUICK = LayerWise(
-    solver="gptq",
-    propagate_error=True,
-    correct_bias=True,
-    column_weighting="none",
-    damping=0.1,
-    output_hessian=False,
-)
 
 
 def rows(count: int, width: int = 12) -> Tensor:

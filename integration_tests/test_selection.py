@@ -8,24 +8,17 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from adaround_plugin import BlockWise, LayerWise, adaround, get_report
+from adaround_plugin import BlockWise, adaround, get_report
 from adaround_plugin.graph.ends import ends_of
 from adaround_plugin.graph.selection import chosen_rows
 from adaround_plugin.graph.streams import Stream
 from adaround_plugin.hosts.base import open_streams
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.columns import LayerMoments, _Gathered
+from integration_tests.models import QUICK
 from integration_tests.region_models import prepared_by, seeded
 
 HOSTS = ["fx", "pt2e"]
-QUICK = LayerWise(
-    solver="gptq",
-    propagate_error=True,
-    correct_bias=True,
-    column_weighting="none",
-    damping=0.1,
-    output_hessian=False,
-)
 
 
 class Experts(nn.Module):

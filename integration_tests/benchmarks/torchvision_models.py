@@ -18,7 +18,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -29,27 +29,18 @@ from torch.export import Dim
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from adaround_plugin import (
-    LayerWise,
     adaround,
     get_adaround_qconfig_mapping,
     get_report,
     get_weight_only_backend_config,
 )
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
-from integration_tests.models import keep_passes, run_stream
+from integration_tests.models import QUICK, keep_passes, run_stream
 
 __all__ = ["MODELS", "Outcome", "run"]
 
 _BITS = 4
-_QUICK = LayerWise(
-    solver="gptq",
-    propagate_error=True,
-    correct_bias=True,
-    column_weighting="none",
-    damping=0.1,
-    output_hessian=False,
-    max_columns=2048,
-)
+_QUICK = replace(QUICK, max_columns=2048)
 
 
 class Heads(nn.Module):
