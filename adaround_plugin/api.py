@@ -113,6 +113,7 @@ def adaround(
         chosen.learn(run)
         if preset.finetune is not None and entry is not None:
             preset.finetune.learn(run, layers, entry)
+        del entry
         with run.clock("compare"):
             output_error, nearest_output_error = comparison.take_back(run)
         model = host.copy()

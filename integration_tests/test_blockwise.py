@@ -34,6 +34,7 @@ from integration_tests.region_models import (
     held_out_error,
     learn_in,
     prepared,
+    prepared_by,
     samples,
     seeded,
     streamed,
@@ -101,6 +102,33 @@ def test_the_quantized_stream_is_the_converted_model_bit_for_bit(host, activatio
     with torch.no_grad():
         for batch in samples():
             assert torch.equal(streamed(run, batch), model(batch))
+
+
+class Scalars(nn.Module):
+    """Two heads of one number for each sample, without an axis for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 1), nn.Linear(8, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        return self.b(x).squeeze(-1), self.c(x).squeeze(-1)
+
+
+def test_outputs_of_one_number_for_each_sample_are_learned():
+    data = list(torch.randn(64, 6, generator=torch.Generator().manual_seed(0)).split(16))
+    net = prepared_by("fx", None, seeded(Scalars), data, 3)
+    report = get_report(adaround(net, data, replace(QUICK, weighs_outputs=True), progress=False))
+    assert report.output_error <= report.nearest_output_error
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_layers_end_behind_their_activation_function_in_place_or_not(inplace):
+    net = nn.Sequential(*(part for _ in range(3) for part in (nn.Conv2d(2, 2, 1), nn.Hardswish(inplace=inplace))))
+    host = open_host(prepared_by("fx", None, net.eval(), samples(), 3))
+    exits = layer_exits(host, host.nodes, activation=True)
+    assert [end.float_node.name.rpartition("_")[2] for (end,) in exits.values()] == ["1", "3", "5"]
 
 
 @every_case

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import nan
+from math import inf
 from typing import Any
 
 import pytest
@@ -131,7 +131,7 @@ def test_an_output_that_is_no_number_any_more_is_taken_back(monkeypatch: pytest.
     measured = Comparison.error
 
     def broken(self: Comparison, roundings: dict[str, Any], scales: dict[str, float], of: list[float]) -> float:
-        return nan if roundings else measured(self, roundings, scales, of)
+        return inf if roundings else measured(self, roundings, scales, of)
 
     monkeypatch.setattr(Comparison, "error", broken)
     report = get_report(adaround(prepared, data, QUICK, progress=False))
@@ -192,6 +192,23 @@ def test_what_cannot_be_put_together_is_judged_in_its_batches(alone: bool) -> No
     assert 0.1 < judged.double().mean() < 0.5
 
 
+@pytest.mark.parametrize("holdout", [0.125, 0.005])
+def test_batches_that_cannot_be_put_together_are_those_with_held_out_samples(holdout: float) -> None:
+    arguments = [[torch.full((1, 2 + number % 2), float(number))] for number in range(512)]
+    batches, judged = part(arguments, holdout)
+    assert judged.all()
+    sampling = Sampling.of(arguments, holdout, 1000, 0)
+    assert len(batches) == sum(int(sampling.held_out(batch, 1)) for batch in range(512)) > 0
+
+
+def test_batches_of_one_beside_a_constant_are_put_together() -> None:
+    mask = torch.ones(1, 5)
+    batches, judged = part([[torch.full((1, 2), float(number)), mask] for number in range(64)], 0.25)
+    assert len(batches) == 16
+    assert judged.all()
+    assert all(torch.equal(one, mask) for _, one in batches)
+
+
 def test_without_held_out_samples_all_count_of_some_batches() -> None:
     numbers = torch.arange(1024.0).unsqueeze(1)
     batches, judged = part([[one] for one in numbers.split(8)], 0)
@@ -230,6 +247,64 @@ def test_a_part_is_compared_that_no_run_of_layers_exceeds() -> None:
         assert len(runs) == min(16, count)
         sizes = [len(run) for run in runs]
         assert not sizes or max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("sizes", [(1, 16, 16, 16), (16, 16, 16, 1)])
+def test_the_largest_batch_tells_whether_samples_stand_alone(sizes: tuple[int, ...]) -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x - x.mean(0))
+
+    data = list(rows(sum(sizes)).split(sizes))
+    opened = open_host(prepared_by("fx", None, seeded(Centred), data[1:], 3))
+    arguments = [[batch] for batch in data]
+    with torch.no_grad():
+        found = Comparison(opened, arguments, Sampling.of(arguments, 0.125, 1000, 0))
+    assert all(len(batch) == 16 for (batch,) in found._batches)
+
+
+def of_fives(x: Tensor) -> Tensor:
+    return x * {8: 1.0, 16: 2.0}[x.shape[0]]
+
+
+fx.wrap("of_fives")
+
+
+class Table(nn.Module):
+    """Takes batches of some sizes only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(of_fives(x))
+
+
+def test_a_network_that_does_not_take_one_sample_keeps_its_batches() -> None:
+    data = list(rows(64).split(16))
+    prepared = prepared_by("fx", None, seeded(Table), data, 3)
+    for method in ("nearest", "default"):
+        report = get_report(adaround(prepared, data, method, progress=False))
+        assert report.output_error <= report.nearest_output_error
+
+
+def test_the_one_layer_that_makes_nan_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = samples(48)
+    prepared = prepared_by("fx", None, seeded(Net), data, 3)
+    name = get_report(adaround(prepared, data, QUICK, progress=False)).layers[1].name
+    measured = Comparison.error
+
+    def broken(self: Comparison, roundings: dict[str, Any], scales: dict[str, float], of: list[float]) -> float:
+        return inf if name in roundings else measured(self, roundings, scales, of)
+
+    monkeypatch.setattr(Comparison, "error", broken)
+    report = get_report(adaround(prepared, data, QUICK, progress=False))
+    assert [layer.name for layer in report.layers if "network's output" in layer.note] == [name]
 
 
 @pytest.mark.parametrize("dynamic", [True, False])

@@ -133,6 +133,48 @@ def test_writing_back_makes_rows_pairs_again() -> None:
     assert found.isdisjoint({"index_add", "index_add_1", "index_add_2", "head"})
 
 
+class Deep(Masked):
+    """What is made of rows that were chosen, by many residual branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+def test_ends_behind_many_branches_are_found_at_once() -> None:
+    graph = fx.symbolic_trace(Deep())
+    # every way back was walked, 2^24 of them
+    assert len(ends_of(Stream(graph, graph.graph))) == 2
+
+
+class Neighbours(nn.Module):
+    """Rows are chosen by the input alone, which the host quantizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        near = torch.matmul(x, x.transpose(0, 1)).topk(3, -1).indices
+        return self.b(torch.relu(self.a(x[near.flatten()])))
+
+
+def test_float_and_quantized_ends_agree_where_inputs_choose() -> None:
+    data = tokens(96)
+    prepared = prepared_by("fx", 8, seeded(Neighbours), data, 3)
+    exact, quantized = open_streams(open_host(prepared))
+    assert [len(ends_of(stream)) for stream in (exact, quantized)] == [1, 1]
+    report = get_report(adaround(prepared, data, QUICK, progress=False))
+    assert report.output_error <= report.nearest_output_error
+    assert all("chooses its rows" in layer.note for layer in report.layers)
+
+
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("activation_bits", [None, 8])
 @pytest.mark.parametrize("net", CASES)

@@ -19,10 +19,11 @@ _AXES = {
 }
 _PARTS = {
     *("narrow", "select", "diagonal", "unbind", "getitem", "real", "imag", "view_as_real", "view_as_complex"),
-    *("split", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit"),
+    *("split", "split_with_sizes", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit"),
 }
 _SAME = {
-    *("contiguous", "detach", "to", "type_as", "float", "double", "half", "cpu", "cuda", "positive", "getattr"),
+    *("contiguous", "detach", "to", "type_as", "type", "cpu", "cuda", "positive", "getattr"),
+    *("float", "double", "half", "bfloat16", "bool", "int", "long", "atleast_1d", "atleast_2d", "atleast_3d"),
     *("dropout", "dropout1d", "dropout2d", "dropout3d"),
     *("alpha_dropout", "feature_dropout", "feature_alpha_dropout"),
 }

@@ -6,10 +6,9 @@ from __future__ import annotations
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from adaround_plugin.graph.clamps import is_clamp
 from adaround_plugin.graph.compat import operator_name
-from adaround_plugin.graph.selection import chooses, chosen_rows, computed
-from adaround_plugin.graph.streams import Stream, unpacks
+from adaround_plugin.graph.selection import chooses, chosen_rows, computed, stores
+from adaround_plugin.graph.streams import Stream
 
 __all__ = ["ends_of"]
 
@@ -43,8 +42,12 @@ def ends_of(stream: Stream) -> list[fx.Node]:
     known, lost = computed(stream), chosen_rows(stream, of_samples=True)
     # by what is stored there: a quantized graph may unpack one value several times
     found: dict[fx.Node, fx.Node] = {}
+    seen: set[fx.Node] = set()
     while ends:
         node = ends.pop(0)
+        if node in seen:
+            continue
+        seen.add(node)
         behind = _sources(stream, node) if node in lost else _before(stream, node, known)
         if behind is None:
             found.setdefault(_stored(stream, node), node)
@@ -77,18 +80,13 @@ def _sources(stream: Stream, node: fx.Node) -> list[fx.Node]:
 
 def _stored(stream: Stream, node: fx.Node) -> fx.Node:
     """What a node stores in integers or unpacks, or the node itself."""
-    while stream.varies(node) and _stores(node):
+    while stream.varies(node) and stores(node):
         node = node.all_input_nodes[0]
     return node
 
 
-def _stores(node: fx.Node) -> bool:
-    quantizes = node.op == "call_function" and operator_name(node)[0].startswith("quantize_per_")
-    return quantizes or unpacks(node) or is_clamp(node)
-
-
 def _rearranges(stream: Stream, node: fx.Node) -> bool:
-    return _stores(node) or _is_one(stream, node, _REARRANGES, _REARRANGING_MODULES)
+    return stores(node) or _is_one(stream, node, _REARRANGES, _REARRANGING_MODULES)
 
 
 def _is_one(stream: Stream, node: fx.Node, names: set[str], modules: tuple[type[nn.Module], ...]) -> bool:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from torch import fx
 
 from adaround_plugin.graph.arguments import argument
+from adaround_plugin.graph.clamps import is_clamp
 from adaround_plugin.graph.compat import operator_name
-from adaround_plugin.graph.streams import Stream
+from adaround_plugin.graph.streams import Stream, unpacks
 
-__all__ = ["chooses", "chosen_rows", "computed"]
+__all__ = ["chooses", "chosen_rows", "computed", "stores"]
 
 # take entries of the first argument by an index, or a mask, in another
 _TAKES = {"index", "index_select", "gather", "take", "take_along_dim", "masked_select", "getitem"}
@@ -30,6 +31,12 @@ _WRITES = {
 _SIZES = {"size", "sym_size", "shape", "numel", "sym_numel", "dim", "ndim", "len"}
 
 
+def stores(node: fx.Node) -> bool:
+    """Whether a node only stores a value in integers, or unpacks one."""
+    quantizes = node.op == "call_function" and operator_name(node)[0].startswith("quantize_per_")
+    return quantizes or unpacks(node) or is_clamp(node)
+
+
 def _name(node: fx.Node) -> str:
     if node.op == "call_method":
         return str(node.target).strip("_")
@@ -39,14 +46,21 @@ def _name(node: fx.Node) -> str:
     return operator_name(node)[0].split(".")[0].strip("_") if node.op == "call_function" else ""
 
 
-def computed(stream: Stream) -> set[fx.Node]:
-    """The nodes that depend on an input by way of a weight or another tensor of the network, but for sizes."""
+def computed(stream: Stream, stored: bool = False) -> set[fx.Node]:
+    """The nodes that depend on an input by way of a weight or another tensor of the network, but for sizes.
+
+    Args:
+        stream: whose nodes.
+        stored: count what is stored in integers, too, which only the quantized one of two networks does.
+    """
     found: set[fx.Node] = set()
     for node in stream.nodes:
         if not stream.varies(node) or _name(node) in _SIZES:
             continue
         sources = node.all_input_nodes
-        if node.op == "call_module":
+        if stores(node):
+            has_weight = stored
+        elif node.op == "call_module":
             has_weight = any(True for _ in stream.fetch_attr(str(node.target)).parameters())
         else:
             has_weight = any(not stream.varies(source) for source in sources)
@@ -93,9 +107,10 @@ def chosen_rows(stream: Stream, *, of_samples: bool = False) -> set[fx.Node]:
 
     Args:
         stream: whose nodes.
-        of_samples: leave out where rows of each sample are chosen apart from those of others.
+        of_samples: leave out where rows of each sample are chosen apart from those of others, and choices by inputs
+            alone, however these are stored: the same of the float and of the quantized graph.
     """
-    known = computed(stream)
+    known = computed(stream, stored=not of_samples)
     found: set[fx.Node] = set()
     for node in stream.nodes:
         sources = node.all_input_nodes

@@ -186,7 +186,7 @@ def _is_opaque(module: nn.Module, node: fx.Node) -> bool:
         home = node.target.__module__
     else:
         return False
-    return not home.startswith(("torch", "adaround_plugin"))
+    return home.partition(".")[0] not in ("torch", "torchao", "torchvision", "adaround_plugin")
 
 
 def unpacks(node: fx.Node) -> bool:

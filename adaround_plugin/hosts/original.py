@@ -118,9 +118,10 @@ def _folded_wrongly(host: Host, model: nn.Module, arguments: list[Any]) -> str |
     """The first layer whose calls are followed by different batch norms, or some by none."""
     followers: dict[str, list[nn.Module | None]] = {}
 
-    def layer_called(name: str, output: Tensor) -> None:
+    def layer_called(name: str, output: Any) -> None:
         calls = followers.setdefault(name, [])
-        output.made_by = calls, len(calls)  # type: ignore[attr-defined]
+        if isinstance(output, Tensor):
+            output.made_by = calls, len(calls)  # type: ignore[attr-defined]
         calls.append(None)
 
     def norm_called(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -149,12 +150,19 @@ def _unread_writes(exact: fx.Graph, quantized: fx.Graph) -> Iterator[tuple[str, 
     by_name = {_named(node): node for node in graph.nodes}
     for node in list(graph.nodes):
         other = counterpart.get(_named(node))
-        reads = [] if other is None else other.all_input_nodes
-        for source, read in zip(node.all_input_nodes, reads, strict=False):
+        # one place after another: a node may read a value twice
+        reads = [] if other is None else _read_by(other)
+        for source, read in zip(_read_by(node), reads, strict=False):
             write, before = written_by(_source(source)), by_name.get(_named(_source(read)))
             if write not in (None, written_by(_source(read))) and before is not None:
                 node.replace_input_with(source, before)
                 yield str(write), _named(node), graph
+
+
+def _read_by(node: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    map_arg((node.args, node.kwargs), found.append)
+    return found
 
 
 def _named(node: fx.Node) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Comparison:
     """Compares outputs on held-out samples, on all without any.
 
     Held-out samples are put together to batches of their own. Where that cannot be done, or where a network mixes its
-    samples, they are judged among the others of their batches, of as many batches as have at least 128 samples.
+    samples, they are judged among the others of their batches, of as many batches as have about 128 samples.
 
     Args:
         host: of the network.
@@ -43,8 +43,9 @@ class Comparison:
     def __init__(self, host: Host, arguments: list[list[Any]], sampling: Sampling) -> None:
         self._host = host
         self._exact, self._quantized = open_streams(host)
-        values = self._exact.bind(arguments[0])
-        alone = stand_alone(self._exact, values, sampling.size[0], fixed=host.batch_size is not None)
+        largest = max(range(len(arguments)), key=sampling.size.__getitem__)
+        values, size = self._exact.bind(arguments[largest]), sampling.size[largest]
+        alone = stand_alone(self._exact, values, size, fixed=host.batch_size is not None)
         self._batches, self._judged = _part(arguments, sampling, host.batch_size, alone)
         # the float network's outputs of each batch, once they are known
         self._answers: list[list[torch.Tensor]] = []
@@ -69,7 +70,8 @@ class Comparison:
             if number == len(self._answers):
                 self._answers.append(self._outputs(self._exact, batch))
             tally.add(number, self._answers[number], self._outputs(stream, batch))
-        return replace(tally.finish(), held_out=self._judged).mean
+        found = replace(tally.finish(), held_out=self._judged).mean
+        return found if isfinite(found) else inf
 
     @staticmethod
     def _outputs(stream: Stream, batch: list[Any]) -> list[torch.Tensor]:
@@ -88,25 +90,26 @@ class Comparison:
             The error of what is left, and that of nearest.
         """
         variances = run.finish().variances
+        run.forget_values()
         nearest = found = self.error({}, {}, variances)
         changed = [node for node in run.nodes if not _is_nearest(node, run.roundings[node.name])]
         if changed or run.scales:
             found = self.error(run.roundings, run.scales, variances)
-        if not _is_worse(found, nearest):
+        if found <= nearest:
             return found, nearest
         run.report.progress.say("taking back what is worse than nearest")
         runs = _runs(changed)
-        gains = [found - self._without(run, nodes, variances) for nodes in runs]
-        for gain, nodes in sorted(zip(gains, runs, strict=True), key=lambda one: -one[0]):
-            if gain <= 0 or not _is_worse(found, nearest):
+        errors = [self._without(run, nodes, variances) for nodes in runs]
+        for error, nodes in sorted(zip(errors, runs, strict=True), key=lambda one: one[0]):
+            if error > found or found <= nearest:
                 break
             again = self._without(run, nodes, variances)
             if again < found:
                 self._take(run, nodes)
                 found = again
-        if _is_worse(found, nearest):
-            self._take(run, changed)
-            run.scales.clear()
+        if found > nearest:
+            self._take(run, [node for node in changed if not _is_nearest(node, run.roundings[node.name])])
+            run.take_back_scales()
             found = nearest
         return found, nearest
 
@@ -125,11 +128,6 @@ class Comparison:
 
 def _nearest(node: WeightedNode) -> LayerRounding:
     return LayerRounding(node.grid, node.grid.nearest(node.weight))
-
-
-def _is_worse(error: float, nearest: float) -> bool:
-    """Whether an error is above that of nearest, or no number where that is one."""
-    return error > nearest or (isfinite(nearest) and not isfinite(error))
 
 
 def _is_nearest(node: WeightedNode, rounding: LayerRounding) -> bool:
@@ -162,9 +160,11 @@ def _part(
             # the graph takes no fewer
             others = (~held).nonzero().squeeze(1).tolist()
             numbers += others[: -judged % batch_size]
-        found = gathered(arguments, numbers, batch_size or sampling.size[0])
+        found = gathered(arguments, numbers, batch_size or max(sampling.size))
         if found is not None:
             return found, torch.arange(len(numbers), device="cpu") < judged
-    chosen = whole(arguments, max(_LEAST_SAMPLES, int(held.sum())))
     of_batch = torch.split(held, list(sampling.size))
+    # of those with held-out samples, if there are such
+    usable = [batch for batch, one in enumerate(of_batch) if bool(one.any())] or list(range(len(arguments)))
+    chosen = [usable[i] for i in whole([arguments[batch] for batch in usable], max(_LEAST_SAMPLES, int(held.sum())))]
     return [arguments[batch] for batch in chosen], torch.cat([of_batch[batch] for batch in chosen])

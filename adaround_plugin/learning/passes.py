@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -114,6 +114,17 @@ class Pass:
         before = self.roundings[node.name]
         self.set_rounding(node, nearest)
         self.report.relearned(node, before, nearest, "nearest: with it the network's output is better")
+
+    def take_back_scales(self) -> None:
+        """Let the scales of activations be as observed, and tell the report."""
+        self.scales.clear()
+        if self.report.finetuning is not None:
+            note = "; ".join([self.report.finetuning.note, "taken back: the network's output is better without"])
+            self.report.finetuning = replace(self.report.finetuning, note=note)
+
+    def forget_values(self) -> None:
+        """Free what both streams know of the batches, when all is decided."""
+        self.values = []
 
     def plan(self, pending: list[WeightedNode]) -> Plan:
         """The nodes of both streams that depend on no pending weight."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
 from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.graph.aliases import strided_copy
 from adaround_plugin.graph.compat import operator_name
 from adaround_plugin.graph.selection import chosen_rows
 from adaround_plugin.graph.streams import Stream
@@ -133,7 +133,7 @@ class _Graphs:
     def activation(self, node: fx.Node) -> fx.Node | None:
         """The activation function that alone uses a node's value, if one does."""
         users = list(node.users)
-        while len(users) == 1 and users[0].target is torch.clone:
+        while len(users) == 1 and users[0].target is strided_copy:
             users = list(users[0].users)
         if len(users) != 1 or users[0].op == "output":
             return None

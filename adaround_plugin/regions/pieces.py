@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import isfinite
 from typing import Any
 
@@ -23,25 +24,39 @@ _TOLERANCE = 1e-3
 
 def piece(values: Values, length: int, begin: int, size: int) -> Values:
     """The graph's inputs for `size` samples from `begin` on, out of those for the `length` samples of a batch."""
+    return _changed(values, length, lambda samples: samples[begin : begin + size])
+
+
+def _changed(values: Values, length: int, change: Callable[[Tensor], Tensor]) -> Values:
+    """The graph's inputs, with those changed that have an axis of samples."""
 
     def part(value: Any) -> Any:
         is_split = isinstance(value, Tensor) and value.dim() and len(value) == length
-        return value[begin : begin + size] if is_split else value
+        return change(value) if is_split else value
 
     return {node: tree_map(part, value) for node, value in values.items()}
 
 
-def _run(stream: Stream, values: Values) -> Values | None:
-    """The values of all nodes; None if the network does not take such a batch."""
-    values = dict(values)
+def _tried(run: Callable[[], list[Tensor]]) -> list[Tensor] | None:
+    """What a network makes of samples put together otherwise, which it need not take; None if it does not."""
     try:
         with torch.no_grad():
-            stream.run_nodes(values, stream.runnable(set()))
-    except (RuntimeError, IndexError, ValueError, AssertionError) as error:
+            return run()
+    except Exception as error:
         if is_out_of_memory(error):
             raise
         return None
-    return values
+
+
+def _outputs(stream: Stream, values: Values) -> list[Tensor] | None:
+    """What the network makes of inputs, at its ends; None if it does not take them."""
+    return _tried(lambda: tensors(stream.outputs([values[node] for node in stream.placeholders], ends_of(stream))))
+
+
+def _every_value(stream: Stream, values: Values) -> list[Tensor]:
+    values = dict(values)
+    stream.run_nodes(values, stream.runnable(set()))
+    return tensors(list(values.values()))
 
 
 def piece_size(stream: Stream, values: Values, length: int, most: int) -> int:
@@ -57,8 +72,8 @@ def piece_size(stream: Stream, values: Values, length: int, most: int) -> int:
     """
     if most == 1:
         return most
-    one = _run(stream, piece(values, length, 0, 1))
-    taken = 1 if one is None else sum(value.nbytes for value in tensors(list(one.values())))
+    one = _tried(lambda: _every_value(stream, piece(values, length, 0, 1)))
+    taken = sum(value.nbytes for value in one or ())
     fitting = max(1, _PIECE_BYTES // max(1, taken))
     return most if fitting >= most or not is_separable(stream, values, length) else fitting
 
@@ -67,8 +82,8 @@ def takes_one(stream: Stream, values: Values, length: int) -> bool:
     """Whether a network makes something of the first sample of a batch alone, whatever that is."""
     if length == 1:
         return True
-    alone = _run(stream, piece(values, length, 0, 1))
-    return alone is not None and all(output.numel() for output in _outputs(stream, alone))
+    alone = _outputs(stream, piece(values, length, 0, 1))
+    return alone is not None and all(output.numel() for output in alone)
 
 
 def is_separable(stream: Stream, values: Values, length: int) -> bool:
@@ -76,10 +91,10 @@ def is_separable(stream: Stream, values: Values, length: int) -> bool:
 
     Tried on the first sample, on the last and on one between.
     """
-    whole = _run(stream, values)
+    whole = _outputs(stream, values)
     return whole is not None and all(
-        _is_same(_outputs(stream, whole), stream, _run(stream, piece(values, length, number, 1)), number, length)
-        for number in {0, length // 2, length - 1}
+        _is_same(whole, _outputs(stream, piece(values, length, number, 1)), number, length)
+        for number in sorted({0, length // 2, length - 1})
     )
 
 
@@ -90,16 +105,13 @@ def stand_alone(stream: Stream, values: Values, length: int, *, fixed: bool) -> 
         stream: nothing of it run.
         values: the graph's inputs for a batch.
         length: its number of samples.
-        fixed: whether the graph takes no other number; samples are tried in reverse order then.
+        fixed: whether the graph takes no other number. Samples are tried in reverse order then: what a network makes of
+            their order is found, and not what it makes of all of them alike, as of their mean.
     """
     if not fixed:
         return is_separable(stream, values, length)
-
-    def reverse(value: Any) -> Any:
-        is_split = isinstance(value, Tensor) and value.dim() and len(value) == length
-        return value.flip(0) if is_split else value
-
-    whole, other = _run(stream, values), _run(stream, {node: tree_map(reverse, one) for node, one in values.items()})
+    whole = _outputs(stream, values)
+    other = None if whole is None else _outputs(stream, _changed(values, length, lambda samples: samples.flip(0)))
     if whole is None or other is None:
         return False
     return all(
@@ -107,24 +119,18 @@ def stand_alone(stream: Stream, values: Values, length: int, *, fixed: bool) -> 
         and one.shape == two.shape
         and one.shape[0] % length == 0
         and _are_close(_by_sample(one, length).flip(0), _by_sample(two, length))
-        for one, two in zip(_outputs(stream, whole), _outputs(stream, other), strict=True)
+        for one, two in zip(whole, other, strict=True)
     )
 
 
-def _outputs(stream: Stream, values: Values) -> list[Tensor]:
-    with torch.no_grad():
-        return tensors([stream.value(end, values) for end in ends_of(stream)])
-
-
-def _is_same(whole: list[Tensor], stream: Stream, alone: Values | None, number: int, length: int) -> bool:
+def _is_same(whole: list[Tensor], alone: list[Tensor] | None, number: int, length: int) -> bool:
     """Whether the outputs of a sample alone are those that it has among all."""
     if alone is None:
         return False
-    for one, among in zip(_outputs(stream, alone), whole, strict=True):
+    for one, among in zip(alone, whole, strict=True):
         if not one.dim() or one.shape[0] * length != among.shape[0] or one.shape[1:] != among.shape[1:]:
             return False
-        same = among[number * len(one) : (number + 1) * len(one)]
-        if not _are_close(one, same):
+        if not _are_close(one, among[number * len(one) : (number + 1) * len(one)]):
             return False
     return True
 

@@ -267,11 +267,16 @@ def _temper(importance: list[list[Tensor]], sampling: Sampling) -> None:
     totals = torch.zeros(sampling.total, device=importance[0][0].device)
     for weights, numbers in zip(importance, samples, strict=True):
         for one, number in zip(weights, numbers, strict=True):
-            totals.index_add_(0, number.to(totals.device), one.flatten(1).sum(1).to(totals))
+            totals.index_add_(0, number.to(totals.device), _sums(one).to(totals))
     factor = tempered(totals)
     for weights, numbers in zip(importance, samples, strict=True):
         for one, number in zip(weights, numbers, strict=True):
             one.mul_(factor.to(one)[number].reshape(-1, *[1] * (one.dim() - 1)))
+
+
+def _sums(values: Tensor) -> Tensor:
+    """Over all axes but the leading one."""
+    return values.sum(tuple(range(1, values.dim()))) if values.dim() > 1 else values
 
 
 def _stacked(parts: list[_Part], sizes: Sequence[int]) -> _Part | None:

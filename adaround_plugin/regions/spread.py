@@ -98,6 +98,9 @@ def _has_samples(values: Sequence[Any], lengths: list[int], is_counted: bool) ->
     if len(tensors) < len(values) or len({(one.shape[1:], one.dtype, one.device) for one in tensors}) > 1:
         return None
     is_constant = all(torch.equal(value, first) for value in values)
+    if is_constant and not is_counted and set(lengths) == {1}:
+        # batches of one are made of batches of one
+        return False
     if not all(value.dim() and len(value) == length for value, length in zip(values, lengths, strict=True)):
         return False if is_constant else None
     # as masks and token types often are
