@@ -286,8 +286,8 @@ FAULTS: Final = (
     Fault(
         "what is worse than nearest at the output is kept",
         "learning/comparison.py",
-        "return error > nearest or",
-        "return False or",
+        "        if found <= nearest:\n            return",
+        "        if True:\n            return",
         (f"{_WHOLE}test_comparison.py",),
     ),
     Fault(

@@ -60,7 +60,7 @@ def gathered(arguments: list[list[Any]], numbers: Sequence[int], size: int) -> l
     # of each input, its values in all batches
     inputs = list(zip(*(leaves for leaves, _ in flat), strict=False))
     counted = input_tensors(arguments[0])[0]
-    axes = [_has_samples(values, lengths, values[0] is counted) for values in inputs]
+    axes = [_has_samples(values, lengths, values[0] is counted, size == max(lengths) == 1) for values in inputs]
     if None in axes or any(other != structure for _, other in flat):
         return None
     places = [(batch, row) for batch, length in enumerate(lengths) for row in range(length)]
@@ -80,7 +80,7 @@ def _evenly(count: int, total: int, offset: float) -> list[int]:
     return [int((number + offset) * total / count) for number in range(count)]
 
 
-def _has_samples(values: Sequence[Any], lengths: list[int], is_counted: bool) -> bool | None:
+def _has_samples(values: Sequence[Any], lengths: list[int], is_counted: bool, is_single: bool) -> bool | None:
     """Whether an input has an axis of samples in front.
 
     None if samples of it cannot be put together, or if nobody can tell: an input that is the same in all batches may be
@@ -90,6 +90,7 @@ def _has_samples(values: Sequence[Any], lengths: list[int], is_counted: bool) ->
         values: in all batches.
         lengths: samples of each batch.
         is_counted: whether these are its lengths.
+        is_single: whether batches of one are to be made of batches of one: a constant may be either then.
     """
     first = values[0]
     tensors = [value for value in values if isinstance(value, Tensor)]
@@ -98,8 +99,7 @@ def _has_samples(values: Sequence[Any], lengths: list[int], is_counted: bool) ->
     if len(tensors) < len(values) or len({(one.shape[1:], one.dtype, one.device) for one in tensors}) > 1:
         return None
     is_constant = all(torch.equal(value, first) for value in values)
-    if is_constant and not is_counted and set(lengths) == {1}:
-        # batches of one are made of batches of one
+    if is_constant and not is_counted and is_single:
         return False
     if not all(value.dim() and len(value) == length for value, length in zip(values, lengths, strict=True)):
         return False if is_constant else None
