@@ -317,7 +317,7 @@ def main() -> None:
         kinds += case.network.kinds
         learned += sum(layer.learned for layer in case.report.layers)
         nearest += sum(not layer.learned for layer in case.report.layers)
-        taken_back += any("network's output" in layer.note for layer in case.report.layers)
+        taken_back += any("nearest: with it" in layer.note for layer in case.report.layers)
         skipped += len(case.report.skipped)
         if case.report.nearest_output_error:
             ratios.append((case.report.output_error or 0.0) / case.report.nearest_output_error)
