@@ -125,6 +125,25 @@ def test_nothing_is_left_of_what_is_worse_altogether(
     assert torch.equal(convert_to_reference_fx(learned)(x), convert_to_reference_fx(expected)(x))
 
 
+def test_a_layer_that_does_no_harm_without_another_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = list(rows(384).split(16))
+    prepared = prepared_by("fx", None, seeded(Twins), data, 3)
+    layers = get_report(adaround(prepared, data, QUICK, progress=False)).layers
+    a, b, c, *_ = (layer.name for layer in layers if layer.learned)
+    # by which of the three are nearest: b does harm beside a, and none without
+    errors = {frozenset[str](): 10.0, frozenset({a}): 7.0, frozenset({b}): 8.0, frozenset({c}): 8.5}
+    errors |= {frozenset({a, b}): 9.0, frozenset({a, c}): 4.0, frozenset({a, b, c}): 4.5}
+
+    def told(self: Comparison, roundings: dict[str, Any], scales: dict[str, float], of: list[float]) -> float:
+        kept = {name for name, rounding in roundings.items() if rounding.learned}
+        return errors[frozenset({a, b, c} - kept)] if roundings else 5.0
+
+    monkeypatch.setattr(Comparison, "error", told)
+    report = get_report(adaround(prepared, data, QUICK, progress=False))
+    assert {layer.name for layer in report.layers if "nearest: with it" in layer.note} == {a, c}
+    assert (report.output_error, report.nearest_output_error) == (4.0, 5.0)
+
+
 def test_an_output_that_is_no_number_any_more_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     data = samples(48)
     prepared = prepared_by("fx", None, seeded(Net), data, 3)

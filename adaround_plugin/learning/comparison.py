@@ -98,10 +98,10 @@ class Comparison:
         if found <= nearest:
             return found, nearest
         run.report.progress.say("taking back what is worse than nearest")
-        runs = _runs(changed)
+        runs, start = _runs(changed), found
         errors = [self._without(run, nodes, variances) for nodes in runs]
         for error, nodes in sorted(zip(errors, runs, strict=True), key=lambda one: one[0]):
-            if error > found or found <= nearest:
+            if error >= start or found <= nearest:
                 break
             again = self._without(run, nodes, variances)
             if again < found:
