@@ -27,19 +27,12 @@ from adaround_plugin.learning.trials import _Trials, _Tried
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.pieces import piece
 from adaround_plugin.report import Report
-from integration_tests.models import prepared_model
+from integration_tests.models import QUICK, prepared_model
 from integration_tests.pt2e_models import EveryOperator
 from integration_tests.region_models import Opaque, opaque, prepared_by, samples, seeded
 
 HOSTS = ["fx", "pt2e"]
-SOLVED = LayerWise(
-    solver="gptq",
-    propagate_error=True,
-    correct_bias=True,
-    column_weighting="fisher",
-    damping=0.1,
-    output_hessian=True,
-)
+SOLVED = replace(QUICK, column_weighting="fisher", output_hessian=True)
 
 
 @opaque.register_fake

@@ -80,7 +80,7 @@ def is_observed(module: nn.Module) -> bool:
 
 def is_trained(prepared: fx.GraphModule) -> bool:
     """Whether a graph comes from a prepare step for training with fake quantization."""
-    return bool(prepared.meta["_observed_graph_module_attrs"].is_qat)
+    return bool(prepared.meta[_ATTRIBUTES].is_qat)
 
 
 def is_observer(module: nn.Module) -> bool:

@@ -176,9 +176,10 @@ class Columns:
         """Find how much each column matters, and how the outputs of each layer do together."""
         run, nodes = self._run, self._run.host.nodes
         outputs: dict[fx.Node, Tensor] | None = {} if with_outputs else None
-        size = max(run.sampling.size)
+        largest = run.sampling.largest
+        size = run.sampling.size[largest]
         if run.host.batch_size is None:
-            size = piece_size(run.streams[0], run.values[0][0], run.sampling.size[0], size)
+            size = piece_size(run.streams[0], run.values[largest][0], size)
         sampling, pieces = run.sampling.in_pieces(size)
         found = []
         for batch, numbers in enumerate(pieces):

@@ -43,7 +43,7 @@ class Comparison:
     def __init__(self, host: Host, arguments: list[list[Any]], sampling: Sampling) -> None:
         self._host = host
         self._exact, self._quantized = open_streams(host)
-        largest = max(range(len(arguments)), key=sampling.size.__getitem__)
+        largest = sampling.largest
         values, size = self._exact.bind(arguments[largest]), sampling.size[largest]
         alone = stand_alone(self._exact, values, size, fixed=host.batch_size is not None)
         self._batches, self._judged = _part(arguments, sampling, host.batch_size, alone)

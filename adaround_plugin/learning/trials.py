@@ -103,12 +103,12 @@ class _Trials:
         self._excluded, self._seed, self._report = excluded, seed, report
         whole = Sampling.of(arguments, 0, 1, 0)
         learned = max(_LEAST_SAMPLES, whole.total // _TRIAL_SHARE)
-        self._total, self._size = whole.total, whole.size[0]
+        self._total, self._size = whole.total, whole.size[whole.largest]
         self._wanted, self._holdout = (2 * learned, 0.5) if whole.total >= 2 * learned else (whole.total, 0.25)
         self._columns = _TRIAL_COLUMNS if whole.total >= _TRIAL_SHARE * _LEAST_SAMPLES else 2 * _TRIAL_COLUMNS
         if self._wanted < self._size and host.batch_size is None:
             stream, _ = open_streams(host)
-            if is_separable(stream, stream.bind(arguments[0]), self._size):
+            if is_separable(stream, stream.bind(arguments[whole.largest]), self._size):
                 self._size = self._wanted
 
     def _part(self, offset: float = 0.5) -> list[list[Any]]:

@@ -194,6 +194,11 @@ class Sampling:
         """The number of samples."""
         return sum(self.size)
 
+    @property
+    def largest(self) -> int:
+        """The number of the largest batch: what it tells of how a network takes samples is true of others, too."""
+        return max(range(len(self.size)), key=self.size.__getitem__)
+
     def numbers(self, batch: int) -> range:
         """The numbers of a batch's samples."""
         return range(self.first[batch], self.first[batch] + self.size[batch])

@@ -59,23 +59,22 @@ def _every_value(stream: Stream, values: Values) -> list[Tensor]:
     return tensors(list(values.values()))
 
 
-def piece_size(stream: Stream, values: Values, length: int, most: int) -> int:
+def piece_size(stream: Stream, values: Values, length: int) -> int:
     """Samples to take derivatives of at once: as many as keep values of `_PIECE_BYTES`, one at least.
 
     Batches stay whole where a sample depends on the others.
 
     Args:
         stream: nothing of it run.
-        values: the graph's inputs for a batch.
-        length: its number of samples.
-        most: samples of the largest batch, which is returned where all of them may be taken, or must be.
+        values: the graph's inputs for the largest batch.
+        length: its number of samples, which is returned where all of them may be taken, or must be.
     """
-    if most == 1:
-        return most
+    if length == 1:
+        return length
     one = _tried(lambda: _every_value(stream, piece(values, length, 0, 1)))
     taken = sum(value.nbytes for value in one or ())
     fitting = max(1, _PIECE_BYTES // max(1, taken))
-    return most if fitting >= most or not is_separable(stream, values, length) else fitting
+    return length if fitting >= length or not is_separable(stream, values, length) else fitting
 
 
 def takes_one(stream: Stream, values: Values, length: int) -> bool:
