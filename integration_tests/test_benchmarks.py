@@ -11,7 +11,7 @@ from adaround_plugin import METHODS, LayerWise, adaround, get_report
 from adaround_plugin.learning.methods import Preset
 from adaround_plugin.report import LayerReport, Report
 from integration_tests import mutations
-from integration_tests.benchmarks import glyphs, integers, networks
+from integration_tests.benchmarks import glyphs, integers, networks, torchvision_models
 from integration_tests.benchmarks.accuracy import Case, accuracy, preset_of
 from integration_tests.models import RECIPE
 
@@ -116,3 +116,24 @@ def test_comparison_names_the_tensor_that_differs(
 def test_every_deliberate_fault_still_finds_its_passage(capsys: pytest.CaptureFixture[str]) -> None:
     assert mutations.main(["--check"]) == 0
     assert f"{len(mutations.FAULTS)} faults" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("host", ["fx", "pt2e"])
+def test_a_model_of_torchvision_is_learned_exactly(host):
+    found = torchvision_models.run("squeezenet1_1", host)
+    assert found.traced
+    assert found.exact
+    assert found.learned is not None
+    assert found.learned[1] == 26
+    assert found.skipped == found.problem == ""
+
+
+def test_a_model_that_a_host_does_not_prepare_is_told_with_its_error(monkeypatch):
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    monkeypatch.setitem(torchvision_models.MODELS, "branches", (Branches, 8))
+    found = torchvision_models.run("branches", "fx")
+    assert not found.traced
+    assert "TraceError" in found.problem

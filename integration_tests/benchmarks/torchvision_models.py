@@ -117,9 +117,10 @@ class Outcome:
 def run(name: str, host: str) -> Outcome:
     """Prepare, learn and convert one model."""
     build, size = MODELS[name]
-    torch.manual_seed(0)
-    network = build().eval()
-    data = list(torch.split(torch.randn(8, 3, size, size), 4))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build().eval()
+    data = list(torch.split(torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0)), 4))
     try:
         with torch.no_grad():
             prepared = _prepared(network, data, host)
