@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import distributed, fx, nn
+from torch import fx, nn
 from torch.ao.quantization.backend_config import BackendConfig
 
 from adaround_plugin.errors import InvalidOptionError
@@ -21,7 +21,7 @@ from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import Progress, ReportBuilder
 from adaround_plugin.learning.trials import choose_recipe
 from adaround_plugin.names import select
-from adaround_plugin.options import check_bool, check_seed
+from adaround_plugin.options import check_alone, check_bool, check_seed
 from adaround_plugin.regions.calibration import Sampling, bind_batches
 from adaround_plugin.report import KEY
 from adaround_plugin.solvers import get_solver
@@ -91,7 +91,7 @@ def adaround(
     check_seed("seed", seed)
     check_bool("progress", progress)
     check_bool("inplace", inplace)
-    _check_alone()
+    check_alone()
     host = open_host(prepared, backend_config)
     excluded = _excluded(host, exclude)
     chosen.check(host)
@@ -128,18 +128,6 @@ def adaround(
         seconds={"setup": setup, **run.seconds, "trials": trials, "total": time.perf_counter() - start},
     )
     return handed_over(host, model, inplace, KEY)
-
-
-def _check_alone() -> None:
-    """Raise `InvalidOptionError` where several processes would each learn another model, from their own shards."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    if (processes := distributed.get_world_size()) > 1:
-        raise InvalidOptionError(
-            "torch.distributed",
-            f"joins {processes} processes, of which each would learn another model from its own data",
-            "Learn in a process of its own, without a process group, save the result, and load it in the others.",
-        )
 
 
 def _preset(method: str | Method | Preset, finetune: bool | Finetune | None) -> Preset:

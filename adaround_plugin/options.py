@@ -6,9 +6,12 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from torch import distributed
+
 from adaround_plugin.errors import InvalidOptionError
 
 __all__ = [
+    "check_alone",
     "check_bool",
     "check_choice",
     "check_integer",
@@ -26,6 +29,18 @@ _MOST_SEED = 2**62
 def named(owner: object, name: str) -> tuple[str, Any]:
     """What errors call an attribute of an object, and its value."""
     return f"{type(owner).__name__}.{name}", getattr(owner, name)
+
+
+def check_alone() -> None:
+    """Raise `InvalidOptionError` where several processes would each learn another model, from their own shards."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    if (processes := distributed.get_world_size()) > 1:
+        raise InvalidOptionError(
+            "torch.distributed",
+            f"joins {processes} processes, of which each would learn another model from its own data",
+            "Learn in a process of its own, without a process group, save the result, and load it in the others.",
+        )
 
 
 def check_integer(argument: str, value: Any, least: int | None = None, most: int | None = None) -> None:

@@ -840,7 +840,8 @@ def arguments_of(prepared: nn.Module, batch: Any) -> list[Any]:
     placeholders = [node for node in prepared.graph.nodes if node.op == "placeholder"]
     if isinstance(batch, dict):
         return [batch[str(n.target)] if str(n.target) in batch else n.args[0] for n in placeholders]
-    return list(batch) if isinstance(batch, tuple) else [batch]
+    given = list(batch) if isinstance(batch, tuple) else [batch]
+    return given + [node.args[0] for node in placeholders[len(given) :]]
 
 
 class Uncompared:

@@ -11,7 +11,7 @@ from adaround_plugin import METHODS, LayerWise, adaround, get_report
 from adaround_plugin.learning.methods import Preset
 from adaround_plugin.report import LayerReport, Report
 from integration_tests import mutations
-from integration_tests.benchmarks import glyphs, integers, networks, torchvision_models
+from integration_tests.benchmarks import glyphs, integers, model_zoo, networks
 from integration_tests.benchmarks.accuracy import Case, accuracy, preset_of
 from integration_tests.models import RECIPE
 
@@ -120,7 +120,7 @@ def test_every_deliberate_fault_still_finds_its_passage(capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("host", ["fx", "pt2e"])
 def test_a_model_of_torchvision_is_learned_exactly(host):
-    found = torchvision_models.run("squeezenet1_1", host)
+    found = model_zoo.run("squeezenet1_1", host)
     assert found.traced
     assert found.exact
     assert found.learned is not None
@@ -133,7 +133,7 @@ def test_a_model_that_a_host_does_not_prepare_is_told_with_its_error(monkeypatch
         def forward(self, x):
             return x if x.sum() > 0 else -x
 
-    monkeypatch.setitem(torchvision_models.MODELS, "branches", (Branches, 8))
-    found = torchvision_models.run("branches", "fx")
+    monkeypatch.setitem(model_zoo.MODELS, "branches", (Branches, 8))
+    found = model_zoo.run("branches", "fx")
     assert not found.traced
     assert "TraceError" in found.problem

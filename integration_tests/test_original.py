@@ -208,3 +208,18 @@ def test_an_error_of_the_float_model_keeps_its_type():
     with pytest.raises(RuntimeError, match="channels") as caught:
         learn(prepared, data, float_model=model)
     assert "while running float_model on the first batch" in caught.value.__notes__
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_value_that_is_returned_twice_is_compared_twice(host):
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            y = self.conv(x)
+            return y, x + y, y
+
+    model, data = Twice().eval(), data_of(*SHAPE)
+    learn(HOSTS[host](model, data), data, float_model=model)

@@ -24,7 +24,7 @@ from adaround_plugin.equalization.report import KEY, EqualizationReport, Equaliz
 from adaround_plugin.equalization.scaled_layers import ScaledLayer
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError, NonFiniteError, is_out_of_memory
 from adaround_plugin.graph.compat import is_observed
-from adaround_plugin.options import check_bool, check_choice, check_integer, check_number
+from adaround_plugin.options import check_alone, check_bool, check_choice, check_integer, check_number
 
 __all__ = ["equalize"]
 
@@ -85,7 +85,8 @@ def equalize(
         The equalized copy. `get_equalization_report` tells what was done; a model without any pair is no error.
 
     Raises:
-        InvalidOptionError: an option is out of range, or the model does not run on `example_inputs`.
+        InvalidOptionError: an option is out of range, the model does not run on `example_inputs`, or there are
+            `activations` in one of several processes of `torch.distributed`.
         InvalidModelError: in train mode, in half precision, prepared already, or one that cannot be copied or traced;
             in float64, with `activations`.
         InvalidBatchError: no batches in `activations`, or one that does not fit the model.
@@ -94,6 +95,8 @@ def equalize(
     _check_options(relu6, absorb_bias, iterations, tolerance, limit)
     if inputs is not None and activations is None:
         raise InvalidOptionError("inputs", "there are no batches to map", "Pass activations= too.")
+    if activations is not None:
+        check_alone()
     _check_model(model, (torch.float32, torch.float64) if activations is None else (torch.float32,))
     equalized = _copy(model)
     exact = _run(model, example_inputs)

@@ -13,7 +13,7 @@ from adaround_plugin.errors import InvalidModelError, InvalidOptionError
 from adaround_plugin.graph.aliases import strided_copy
 from adaround_plugin.graph.clamps import is_clamp
 from adaround_plugin.graph.compat import Convolution, Normalization, tree_map
-from adaround_plugin.graph.paths import Path, quantizes, run_node
+from adaround_plugin.graph.paths import quantizes
 from adaround_plugin.graph.reparametrized import deep_copy
 from adaround_plugin.graph.streams import Stream, tensors, unpacks
 from adaround_plugin.graph.transforms import has_origin, origin, written_by
@@ -62,15 +62,9 @@ def check_original(host: Host, float_model: nn.Module, arguments: list[Any]) -> 
 def _run(module: nn.Module, graph: fx.Graph, arguments: list[Any]) -> list[Tensor]:
     """The floating-point values that a graph returns."""
     stream = Stream(module, graph)
-    values = stream.bind(arguments)
-    ends: list[fx.Node] = []
-    map_arg(stream.output_node.args[0], ends.append)
-    path = Path(stream, ends, stream.placeholders, {})
+    ends = stream.output_node.all_input_nodes
     with torch.no_grad():
-        for node in path.order:
-            values[node] = run_node(stream, node, values)
-            for dead in path.dead[node]:
-                del values[dead]
+        values = dict(zip(ends, stream.outputs(arguments, ends), strict=True))
     return tensors(map_arg(stream.output_node.args[0], values.__getitem__))
 
 

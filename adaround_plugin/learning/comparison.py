@@ -17,7 +17,7 @@ from adaround_plugin.learning.output_error import OutputTally
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.pieces import stand_alone
-from adaround_plugin.regions.spread import gathered, whole
+from adaround_plugin.regions.spread import put_together, whole
 from adaround_plugin.rounding.result import LayerRounding
 
 __all__ = ["Comparison"]
@@ -160,7 +160,7 @@ def _part(
             # the graph takes no fewer
             others = (~held).nonzero().squeeze(1).tolist()
             numbers += others[: -judged % batch_size]
-        found = gathered(arguments, numbers, batch_size or max(sampling.size))
+        found = put_together(arguments, numbers, batch_size or max(sampling.size))
         if found is not None:
             return found, torch.arange(len(numbers), device="cpu") < judged
     of_batch = torch.split(held, list(sampling.size))

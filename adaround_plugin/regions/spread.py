@@ -11,7 +11,7 @@ from torch import Tensor
 from adaround_plugin.graph.compat import tree_flatten, tree_unflatten
 from adaround_plugin.regions.calibration import input_tensors, sample_count
 
-__all__ = ["gathered", "spread", "whole"]
+__all__ = ["put_together", "spread", "whole"]
 
 
 def spread(arguments: list[list[Any]], wanted: int, size: int, offset: float = 0.5) -> list[list[Any]]:
@@ -31,7 +31,7 @@ def spread(arguments: list[list[Any]], wanted: int, size: int, offset: float = 0
     count = min(-(-wanted // size), total // size)
     chosen = _evenly(count * size, total, offset)
     # every batch of the result is spread over all samples itself
-    found = gathered(arguments, [number for start in range(count) for number in chosen[start::count]], size)
+    found = put_together(arguments, [number for start in range(count) for number in chosen[start::count]], size)
     return [arguments[batch] for batch in whole(arguments, wanted, offset)] if found is None else found
 
 
@@ -42,7 +42,7 @@ def whole(arguments: list[list[Any]], wanted: int, offset: float = 0.5) -> list[
     return _evenly(count, len(arguments), offset)
 
 
-def gathered(arguments: list[list[Any]], numbers: Sequence[int], size: int) -> list[list[Any]] | None:
+def put_together(arguments: list[list[Any]], numbers: Sequence[int], size: int) -> list[list[Any]] | None:
     """Samples put together to batches of `size`; the last is smaller where they do not come out even.
 
     Args:
