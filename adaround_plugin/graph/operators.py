@@ -12,7 +12,7 @@ from torch import fx, nn
 from adaround_plugin.graph.compat import Convolution
 from adaround_plugin.rounding.linear_op import LinearOp
 
-__all__ = ["function_op", "is_transposed", "is_weighted_function", "module_op"]
+__all__ = ["function_op", "is_linear", "is_transposed", "is_weighted_function", "module_op"]
 
 _aten = torch.ops.aten
 _LINEAR = {F.linear, _aten.linear.default}
@@ -42,6 +42,11 @@ _FUNCTIONS = {*_LINEAR, *_CONVOLUTIONS, *_TRANSPOSED}
 def is_weighted_function(node: fx.Node) -> bool:
     """Whether `node` calls a functional linear layer or convolution."""
     return node.op == "call_function" and node.target in _FUNCTIONS
+
+
+def is_linear(node: fx.Node) -> bool:
+    """Whether `node` calls a functional linear layer."""
+    return node.op == "call_function" and node.target in _LINEAR
 
 
 def is_transposed(node: fx.Node) -> bool:

@@ -12,7 +12,7 @@ from adaround_plugin.hosts.weight_observers import AdaRoundWeightMixin, FrozenMi
 from adaround_plugin.rounding.grid import Grid, GridSpec
 from adaround_plugin.rounding.linear_op import LinearOp
 
-__all__ = ["observed_grid", "same_grid"]
+__all__ = ["observed_grid", "observed_spec", "same_grid"]
 
 _PER_CHANNEL = (torch.per_channel_symmetric, torch.per_channel_affine)
 _SYMMETRIC = (torch.per_channel_symmetric, torch.per_tensor_symmetric)
@@ -36,14 +36,19 @@ def observed_grid(name: str, observer: Any, scale: Tensor, zero_point: Tensor, o
                 "(get_adaround_qconfig_mapping does, given model= beside layer_bits).",
             )
     else:
-        spec = GridSpec(
-            quant_min=int(observer.quant_min),
-            quant_max=int(observer.quant_max),
-            ch_axis=observer.ch_axis if observer.qscheme in _PER_CHANNEL else None,
-            symmetric=observer.qscheme in _SYMMETRIC,
-            dtype=observer.dtype,
-        )
+        spec = observed_spec(observer)
     return spec.at(spec.per_channel(scale.reshape(-1)), spec.per_channel(zero_point.reshape(-1)))
+
+
+def observed_spec(observer: Any) -> GridSpec:
+    """The grid of an observer or fake-quantizer of the host's own, before its scale is chosen."""
+    return GridSpec(
+        quant_min=int(observer.quant_min),
+        quant_max=int(observer.quant_max),
+        ch_axis=observer.ch_axis if observer.qscheme in _PER_CHANNEL else None,
+        symmetric=observer.qscheme in _SYMMETRIC,
+        dtype=observer.dtype,
+    )
 
 
 def same_grid(one: Grid, other: Grid) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from torch import fx
+from torch import fx, nn
+from torchao.quantization.pt2e.prepare import _create_obs_or_fq_from_qspec
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec
 from torchao.utils import _assert_and_get_unique_device
 
-__all__ = ["annotate_inputs", "forget_models"]
+__all__ = ["annotate_inputs", "forget_models", "new_observer"]
 
 
 def annotate_inputs(node: fx.Node, specs: dict[fx.Node, QuantizationSpec]) -> None:
@@ -17,3 +18,10 @@ def annotate_inputs(node: fx.Node, specs: dict[fx.Node, QuantizationSpec]) -> No
 def forget_models() -> None:
     """Let torchao's conversion, which remembers the device of each model, keep none of them in memory."""
     _assert_and_get_unique_device.cache_clear()
+
+
+def new_observer(spec: QuantizationSpec) -> nn.Module:
+    """The observer or fake-quantizer that `prepare_pt2e` makes of a specification."""
+    observer = _create_obs_or_fq_from_qspec(spec, {}, False)
+    assert isinstance(observer, nn.Module)
+    return observer

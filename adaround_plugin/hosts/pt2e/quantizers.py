@@ -13,12 +13,13 @@ from torchao.quantization.pt2e.quantizer import QuantizationConfig, Quantization
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import get_default_x86_inductor_quantization_config
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.graph.operators import is_transposed, is_weighted_function
+from adaround_plugin.graph.arguments import argument
+from adaround_plugin.graph.operators import is_linear, is_transposed
 from adaround_plugin.hosts.pt2e.compat import annotate_inputs
+from adaround_plugin.hosts.pt2e.layer_options import LayerOptions, check_layers, layer_names, options_by_name
 from adaround_plugin.hosts.pt2e.observers import AdaRoundActivationObserver, AdaRoundGroupObserver, AdaRoundObserver
 from adaround_plugin.hosts.weight_observers import check_weight_grid
-from adaround_plugin.names import select
-from adaround_plugin.options import check_bool, check_choice, check_integer, check_mapping
+from adaround_plugin.options import check_bool, check_choice, check_integer
 from adaround_plugin.rounding.grid import check_bits, integer_range, is_symmetric_by_default
 
 __all__ = ["AdaRoundWeightOnlyQuantizer", "get_adaround_weight_spec", "get_adaround_x86_inductor_config"]
@@ -137,43 +138,26 @@ class AdaRoundWeightOnlyQuantizer(Quantizer):
         InvalidOptionError: an option is out of range; at `prepare_pt2e`, where a name in `layers` matches nothing.
     """
 
-    def __init__(
-        self, layers: Mapping[str, Mapping[str, Any] | None] | None = None, linear_only: bool = False, **options: Any
-    ) -> None:
+    def __init__(self, layers: LayerOptions | None = None, linear_only: bool = False, **options: Any) -> None:
         super().__init__()
         check_bool("linear_only", linear_only)
-        if layers is not None:
-            check_mapping("layers", layers)
         # complains now, if it must
         _check_options(options)
-        for pattern, changed in (layers or {}).items():
-            if changed is not None:
-                check_mapping(f"layers[{pattern!r}]", changed)
-                _check_options(changed)
-        self.layers, self.linear_only = dict(layers or {}), linear_only
+        self.layers, self.linear_only = check_layers(layers, _check_options), linear_only
         self.options = {"symmetric": None, **options}
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         """Called by `prepare_pt2e`."""
-        weights = {}
-        for node in model.graph.nodes:
-            if is_weighted_function(node):
-                weight = node.args[1]
-                if isinstance(weight, fx.Node) and weight.op == "get_attr":
-                    weights[node] = str(weight.target).removesuffix(".weight")
-        names = list(dict.fromkeys(weights.values()))
-        options: dict[str, Mapping[str, Any] | None] = dict.fromkeys(names, self.options)
-        for pattern, changed in self.layers.items():
-            for name in select(pattern, names, f"layers[{pattern!r}]"):
-                options[name] = None if changed is None else {**self.options, **changed}
-        for node, name in weights.items():
+        names = layer_names(model)
+        options = options_by_name(names.values(), self.options, self.layers)
+        for node, name in names.items():
             given = options[name]
-            linear = node.target is torch.ops.aten.linear.default
+            linear = is_linear(node)
             if given is None or (self.linear_only and not linear):
                 continue
             fitting = {**given, "ch_axis": int(is_transposed(node)), "group_size": None}
             spec = get_adaround_weight_spec(**(given if linear else fitting))
-            annotate_inputs(node, {node.args[1]: spec})
+            annotate_inputs(node, {argument(node, 1, "weight"): spec})
         return model
 
     def validate(self, model: fx.GraphModule) -> None:
