@@ -64,7 +64,8 @@ class AdaRoundQuantizer(Quantizer):
 
     def transform_for_annotation(self, model: fx.GraphModule) -> fx.GraphModule:
         """Called by `prepare_pt2e`: the vendor's own."""
-        return self.quantizer.transform_for_annotation(model)
+        transformed: fx.GraphModule = self.quantizer.transform_for_annotation(model)
+        return transformed
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         """Called by `prepare_pt2e`: the vendor's annotations, with other observers for the weights."""
