@@ -25,6 +25,9 @@ _TORCH_ADVICE = (
     "ignore:While compiling, we found certain side effects happened in the model.forward:UserWarning",
     # a deep copy of any exported program, by torch's own pytree
     "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning",
+    # executorch, which reads its own files by an old function, and its runtime
+    "ignore:(open_text|read_text|read_binary) is deprecated:DeprecationWarning",
+    "ignore:This API is experimental and subject to change without notice:Warning",
 )
 
 

@@ -5,7 +5,6 @@ Each is imported where it is made: some need wheels of their own (`NEEDS`).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from adaround_plugin.graph.operators import is_weighted_function
 from adaround_plugin.hosts.open import learned_weights
 from adaround_plugin.report import Report
 
-__all__ = ["NEEDS", "VENDORS", "Learned", "Linears", "Net", "calibrated", "integers", "learn", "samples"]
+__all__ = ["NEEDS", "VENDORS", "Learned", "Linears", "Net", "calibrated", "integers", "learn", "qualcomm", "samples"]
 
 
 class Net(nn.Module):
@@ -75,7 +74,8 @@ def _cadence() -> Any:
     return CadenceDefaultQuantizer()
 
 
-def _qualcomm(dtype: str) -> Any:
+def qualcomm(dtype: str) -> Any:
+    """Qualcomm's quantizer with a type of its `QuantDtype`."""
     from executorch.backends.qualcomm.quantizer.quantizer import QnnQuantizer, QuantDtype
 
     # an empty path keeps the import from fetching Qualcomm's SDK, which only the lowering needs
@@ -138,8 +138,8 @@ def _openvino() -> Any:
 
 VENDORS: dict[str, Callable[[], Any]] = {
     "XNNPACK": _xnnpack,
-    "Qualcomm 8a8w": lambda: _qualcomm("use_8a8w"),
-    "Qualcomm 16a4w": lambda: _qualcomm("use_16a4w"),
+    "Qualcomm 8a8w": lambda: qualcomm("use_8a8w"),
+    "Qualcomm 16a4w": lambda: qualcomm("use_16a4w"),
     "Samsung": _samsung,
     "Vulkan": _vulkan,
     "Cadence": _cadence,
@@ -207,14 +207,14 @@ def learn(
     """The whole flow with one quantizer, bare or in an `AdaRoundQuantizer`."""
     prepared = calibrated(vendor, quantizer, data, build)
     learned = adaround(prepared, [_laid_out(vendor, batch) for batch in data], method, progress=False)
-    expected = learned_weights(learned).values()
-    converted: fx.GraphModule = convert_pt2e(copy.deepcopy(learned))
+    expected, report = learned_weights(learned).values(), get_report(learned)
+    converted: fx.GraphModule = convert_pt2e(learned)
     found = integers(converted)
     exact = len(found) == len(expected) and all(
         torch.equal(one.long(), other) and grid.quant_min <= int(other.min()) and int(other.max()) <= grid.quant_max
         for one, (other, grid) in zip(found, expected, strict=True)
     )
-    return Learned(get_report(learned), converted, exact)
+    return Learned(report, converted, exact)
 
 
 def integers(converted: fx.GraphModule) -> list[Tensor]:
