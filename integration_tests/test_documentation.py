@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import adaround_plugin
-from adaround_plugin import inc, solvers
+from adaround_plugin import deployment, inc, solvers
 from adaround_plugin.hosts import pt2e
 from adaround_plugin.paper.cross_entropy import CrossEntropy
 from adaround_plugin.paper.forms import LayerForms
@@ -153,6 +153,7 @@ def test_every_page_is_on_the_map() -> None:
 def _documented() -> list[tuple[str, object]]:
     names = [(name, getattr(module, name)) for module in (adaround_plugin, solvers, inc) for name in module.__all__]
     names += [(f"pt2e.{name}", getattr(pt2e, name)) for name in pt2e.__all__]
+    names += [(f"deployment.{name}", getattr(deployment, name)) for name in deployment.__all__]
     return names + [(f"{one.__module__.removeprefix('adaround_plugin.')}.{one.__qualname__}", one) for one in _PAPER]
 
 
