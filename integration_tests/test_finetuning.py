@@ -36,7 +36,7 @@ from integration_tests.region_models import (
 
 QUICK = Finetune(iterations=80, batch_size=16, learning_rate=3e-3)
 LAYERS = LayerWise(solver="gptq", **RECIPE)
-DATA = samples(96)
+DATA = samples(256)
 
 every_case = pytest.mark.parametrize(("host", "activation_bits"), CASES)
 every_host = pytest.mark.parametrize("host", ["fx", "pt2e"])
