@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from adaround_plugin import BlockWise, adaround, get_report
 from adaround_plugin.graph.ends import ends_of
-from adaround_plugin.graph.selection import chosen_rows
+from adaround_plugin.graph.selection import chosen_rows, computed
 from adaround_plugin.graph.streams import Stream
 from adaround_plugin.hosts.base import open_streams
 from adaround_plugin.hosts.open import open_host
@@ -131,6 +131,37 @@ def test_writing_back_makes_rows_pairs_again() -> None:
     found = {node.name for node in chosen_rows(stream)}
     assert "experts_0" in found
     assert found.isdisjoint({"index_add", "index_add_1", "index_add_2", "head"})
+
+
+class Positions(nn.Module):
+    """What is taken from a buffer depends on the length of a sequence alone, as BERT's types of tokens do."""
+
+    order: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.kinds, self.head = nn.Linear(6, 8), nn.Embedding(2, 8), nn.Linear(8, 3)
+        self.register_buffer("order", torch.arange(32) % 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = self.order[: x.size(1)]
+        kinds = torch.gather(self.order, 0, order)
+        return self.head((self.embed(x) + self.kinds(kinds))[:, order])
+
+
+@pytest.mark.parametrize("sliced", ["whole", "by size"])
+def test_what_depends_on_sizes_alone_chooses_no_rows(sliced: str) -> None:
+    if sliced == "whole":
+        program = torch.export.export(Positions(), (tokens(4, 7)[0],), strict=True)
+    else:
+        shapes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim("length", min=2, max=32)},)
+        program = torch.export.export(Positions(), (tokens(4, 7)[0],), dynamic_shapes=shapes, strict=True)
+    module = program.module()
+    stream = Stream(module, module.graph)
+    assert chosen_rows(stream) == set()
+    weighted = [node for node in stream.nodes if str(node.target).startswith("aten.linear")]
+    assert len(weighted) == 2
+    assert set(weighted) <= computed(stream)
 
 
 class Deep(Masked):

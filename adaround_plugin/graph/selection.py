@@ -47,23 +47,33 @@ def _name(node: fx.Node) -> str:
 
 
 def computed(stream: Stream, stored: bool = False) -> set[fx.Node]:
-    """The nodes that depend on an input by way of a weight or another tensor of the network, but for sizes.
+    """The nodes that depend on an input's entries by way of a weight or another tensor of the network.
+
+    What depends on sizes alone, such as positions up to the length of a sequence, is the same in both networks.
 
     Args:
         stream: whose nodes.
         stored: count what is stored in integers, too, which only the quantized one of two networks does.
     """
     found: set[fx.Node] = set()
+    # what depends on the entries of inputs; and parts of the network's own tensors that sizes decide on
+    entries, own = set(stream.placeholders), set[fx.Node]()
     for node in stream.nodes:
         if not stream.varies(node) or _name(node) in _SIZES:
             continue
         sources = node.all_input_nodes
+        of_network = any(not stream.varies(source) or source in own for source in sources)
+        if node not in entries and entries.isdisjoint(sources):
+            if of_network:
+                own.add(node)
+            continue
+        entries.add(node)
         if stores(node):
             has_weight = stored
         elif node.op == "call_module":
             has_weight = any(True for _ in stream.fetch_attr(str(node.target)).parameters())
         else:
-            has_weight = any(not stream.varies(source) for source in sources)
+            has_weight = of_network
         if has_weight or not found.isdisjoint(sources):
             found.add(node)
     return found
