@@ -164,6 +164,31 @@ def test_what_depends_on_sizes_alone_chooses_no_rows(sliced: str) -> None:
     assert set(weighted) <= computed(stream)
 
 
+class Places(nn.Module):
+    """What is chosen depends on a weight that sizes take entries of: learned positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.head = nn.Embedding(32, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        placed = x + self.places(torch.arange(x.size(1)))
+        return self.head(torch.gather(x, 1, placed.argsort(1)))
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_rows_that_are_sorted_by_learned_positions_are_chosen(host: str) -> None:
+    shapes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim("length", min=2, max=32)},)
+    x = tokens(4, 7)[0]
+    module: fx.GraphModule = (
+        fx.symbolic_trace(Places())
+        if host == "fx"
+        else torch.export.export(Places(), (x,), dynamic_shapes=shapes, strict=True).module()
+    )
+    stream = Stream(module, module.graph)
+    assert any("gather" in node.name for node in chosen_rows(stream))
+
+
 class Deep(Masked):
     """What is made of rows that were chosen, by many residual branches."""
 

@@ -63,18 +63,14 @@ def computed(stream: Stream, stored: bool = False) -> set[fx.Node]:
             continue
         sources = node.all_input_nodes
         of_network = any(not stream.varies(source) or source in own for source in sources)
+        if node.op == "call_module":
+            of_network |= any(True for _ in stream.fetch_attr(str(node.target)).parameters())
         if node not in entries and entries.isdisjoint(sources):
             if of_network:
                 own.add(node)
             continue
         entries.add(node)
-        if stores(node):
-            has_weight = stored
-        elif node.op == "call_module":
-            has_weight = any(True for _ in stream.fetch_attr(str(node.target)).parameters())
-        else:
-            has_weight = of_network
-        if has_weight or not found.isdisjoint(sources):
+        if (stored if stores(node) else of_network) or not found.isdisjoint(sources):
             found.add(node)
     return found
 

@@ -60,7 +60,8 @@ def _rows(vendor: str, bits: list[int | None]) -> list[str]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    return [_row(vendor, count) for count in bits]
+    # its own bits may be those that are asked for
+    return list(dict.fromkeys(_row(vendor, count) for count in bits))
 
 
 def _row(vendor: str, bits: int | None) -> str:
@@ -68,7 +69,7 @@ def _row(vendor: str, bits: int | None) -> str:
     try:
         quantizer = VENDORS[vendor]()
     except ImportError:
-        return f"| {vendor} | | needs {NEEDS[vendor]} | | | |"
+        return f"| {vendor} | | needs {NEEDS.get(vendor, 'executorch')} | | | |"
     found = learn(vendor, AdaRoundQuantizer(quantizer, weight_bits=bits), data)
     report, ran = found.report, "-"
     if vendor == "XNNPACK":

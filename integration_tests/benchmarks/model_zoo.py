@@ -18,7 +18,7 @@ from integration_tests.benchmarks.torchvision_cpu import models
 
 # isort: split
 import argparse
-import importlib
+import importlib.util
 import time
 import warnings
 from collections import Counter
@@ -202,10 +202,13 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="model", help="all, if none is named")
     parser.add_argument("--hosts", nargs="+", default=["fx", "pt2e"], choices=["fx", "pt2e"])
     options = parser.parse_args()
+    named = options.models or list(MODELS)
+    if any(name.startswith("timm/") for name in named) and importlib.util.find_spec("timm") is None:
+        raise SystemExit("pip install --no-deps timm")
     warnings.simplefilter("ignore")
     print("| model | host | learned | exact | left alone | s | problem |")
     print("|---|---|---|---|---|---|---|")
-    for name in options.models or MODELS:
+    for name in named:
         for host in options.hosts:
             found = run(name, host)
             learned = "-" if found.learned is None else "{} of {}".format(*found.learned)
