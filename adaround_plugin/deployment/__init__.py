@@ -1,6 +1,8 @@
-"""What a converted model needs to get onto a device.
+"""What a learned model needs to get onto a device: the same integers, declared or stored otherwise.
 
-Imports `graph`. The integers that were learned stay what they are; only how they are declared or stored changes.
+One file for each way of storing them. Imports `hosts`, `graph`, `rounding`, `names` and `report`. Files that need a
+library of their own (`onnx_weights`, `onnx_translations`, `torchao_tensors`) are imported by name, and say which extra
+brings it.
 """
 
 from adaround_plugin.deployment.ranges import widen_weight_ranges

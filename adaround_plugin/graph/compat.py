@@ -14,6 +14,7 @@ from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 from torch.ao.nn.quantized.reference.modules.utils import ReferenceQuantizedModule
 from torch.ao.quantization.fx.utils import assert_and_get_unique_device
 from torch.ao.quantization.observer import _is_activation_post_process
+from torch.ao.quantization.quantize_fx import _convert_to_reference_decomposed_fx as convert_to_decomposed_fx
 from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -24,6 +25,7 @@ __all__ = [
     "Dropout",
     "MoveListener",
     "Normalization",
+    "convert_to_decomposed_fx",
     "export_inputs",
     "flatten_inputs",
     "forget_models",

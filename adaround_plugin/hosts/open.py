@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, fx, nn
 from torch.ao.quantization.backend_config import BackendConfig
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.graph.compat import operator_name
-from adaround_plugin.hosts.base import Host
+from adaround_plugin.graph.arguments import argument, attribute
+from adaround_plugin.graph.compat import operator_name, unfused
+from adaround_plugin.hosts.base import Host, WeightedNode
 from adaround_plugin.hosts.fx.host import PreparedFX
 from adaround_plugin.rounding.grid import Grid
 
-__all__ = ["is_exported", "learned_weights", "open_host"]
+__all__ = ["LearnedLayer", "is_exported", "learned_layers", "learned_weights", "open_host"]
 
 # hosts convert as they do by default, whatever torch's default device is
 _CPU = torch.device("cpu")
@@ -43,10 +46,44 @@ def open_host(prepared: nn.Module, backend_config: BackendConfig | None = None) 
         return PreparedPT2E(prepared)
 
 
+@dataclass(frozen=True)
+class LearnedLayer:
+    """What `adaround` wrote for one weight.
+
+    Attributes:
+        integers: int64, of the weight's shape.
+        grid: their scale, zero point and range.
+        bias: `(out,)` with what was learned, or None where there is none or where the host leaves no way to change it.
+    """
+
+    integers: Tensor
+    grid: Grid
+    bias: Tensor | None
+
+
+def learned_layers(prepared: nn.Module) -> dict[str, LearnedLayer]:
+    """Every weight that `adaround` wrote, by layer name; tied names have the same object."""
+    host = open_host(prepared)
+    layers = {node: LearnedLayer(node.grid.nearest(node.weight), node.grid, _bias(host, node)) for node in host.nodes}
+    return {name: layers[node] for node in host.nodes for name in node.names}
+
+
 def learned_weights(prepared: nn.Module) -> dict[str, tuple[Tensor, Grid]]:
     """Integers (int64, of the weight's shape) and grid of every weight that `adaround` wrote, by layer name."""
-    nodes = open_host(prepared).nodes
-    return {name: (node.grid.nearest(node.weight), node.grid) for node in nodes for name in node.names}
+    return {name: (layer.integers, layer.grid) for name, layer in learned_layers(prepared).items()}
+
+
+def _bias(host: Host, node: WeightedNode) -> Tensor | None:
+    """The bias of a weighted node's first call."""
+    if node.bias == "fixed":
+        return None
+    graph, call = host.float_graph, node.sites[0].float_node
+    if call.op == "call_module":
+        bias = unfused(graph.get_submodule(str(call.target))).bias
+    else:
+        source = argument(call, 2, "bias")
+        bias = None if source is None else attribute(graph, str(source.target))
+    return None if bias is None else bias.detach()
 
 
 def is_exported(model: nn.Module) -> bool:

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "solvers": "rounding compiled",
     "graph": "rounding",
     "hosts": "graph rounding names",
-    "deployment": "graph",
+    "deployment": "hosts graph rounding names report",
     "regions": "hosts graph solvers rounding names",
     "learning": "regions hosts graph solvers rounding report",
     "equalization": "regions graph rounding",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,14 @@ from torch.ao.quantization.quantize_fx import convert_to_reference_fx
 
 from adaround_plugin.graph.arguments import argument, attribute, owner_of
 from adaround_plugin.graph.clamps import is_clamp
-from adaround_plugin.graph.compat import forget_models, is_observed, is_observer, unfused, unordered_signature
+from adaround_plugin.graph.compat import (
+    convert_to_decomposed_fx,
+    forget_models,
+    is_observed,
+    is_observer,
+    unfused,
+    unordered_signature,
+)
 from adaround_plugin.graph.operators import is_weighted_function
 from adaround_plugin.graph.paths import quantizes
 from adaround_plugin.graph.reparametrized import deep_copy, make_plain
@@ -64,7 +71,8 @@ class PreparedFX:
         remove_clamps(graph)
         if backend_config is None and not _observes_activations(graph):
             backend_config = get_weight_only_backend_config()
-        reference = _reference(prepared, backend_config)
+        self.backend_config = backend_config
+        reference = _reference(prepared, backend_config, convert_to_reference_fx)
         inlined = {
             id(reference.get_submodule(path))
             for path, module in prepared.named_modules()
@@ -92,6 +100,10 @@ class PreparedFX:
     def copy(self) -> fx.GraphModule:
         """A deep copy of the prepared model."""
         return deep_copy(self.prepared)
+
+    def decomposed(self) -> fx.GraphModule:
+        """The host's reference conversion with the operators of PT2E in place of quantized tensors."""
+        return _reference(self.prepared, self.backend_config, convert_to_decomposed_fx)
 
     def is_type(self, node: WeightedNode, kind: type[nn.Module]) -> bool:
         """Whether a node's module, the weighted module fused into it, or that whose code calls a function, is of a
@@ -155,8 +167,10 @@ def _float_inputs(quantized: fx.GraphModule, nodes: Sequence[WeightedNode]) -> s
     return found
 
 
-def _reference(prepared: fx.GraphModule, backend_config: BackendConfig | None) -> fx.GraphModule:
-    """The host's reference conversion of a copy."""
+def _reference(
+    prepared: fx.GraphModule, backend_config: BackendConfig | None, convert: Callable[..., fx.GraphModule]
+) -> fx.GraphModule:
+    """A reference conversion of the host's, of a copy."""
     prepared = deep_copy(prepared)
     insert_clamps(prepared)
     # reference modules are born with random weights, which must not cost the caller's generator a step
@@ -164,7 +178,7 @@ def _reference(prepared: fx.GraphModule, backend_config: BackendConfig | None) -
         # the host's advice on deprecated flows and unused ranges; the caller sees it at their own convert
         warnings.simplefilter("ignore")
         try:
-            return convert_to_reference_fx(prepared, backend_config=backend_config)
+            return convert(prepared, backend_config=backend_config)
         finally:
             forget_models()
 
