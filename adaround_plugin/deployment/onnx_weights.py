@@ -150,11 +150,11 @@ def _constant(graph: ir.Graph, name: str, values: np.ndarray, dtype: ir.DataType
 
 def _pack(graph: ir.Graph, weight: ir.Value, narrow: ir.DataType, cast: bool) -> None:
     """Put a constant of a narrow type in the place of a weight, and what reads it behind it."""
-    packed = _constant(graph, f"{weight.name}_packed", _array(weight), narrow)
+    packed = _constant(graph, f"{weight.name}.packed", _array(weight), narrow)
     source = packed
     if cast:
         assert weight.dtype is not None
-        node = ir.node("Cast", [packed], {"to": weight.dtype}, name=f"{weight.name}_cast")
+        node = ir.node("Cast", [packed], {"to": weight.dtype}, name=f"{weight.name}.cast")
         graph.insert_before(graph[0], node)
         (source,) = node.outputs
     for node, index in tuple(weight.uses()):
@@ -162,7 +162,7 @@ def _pack(graph: ir.Graph, weight: ir.Value, narrow: ir.DataType, cast: bool) ->
         zero_point = _zero_point(node)
         if not cast and zero_point is not None:
             # one zero point may serve several weights, of which each has its own type
-            name = f"{zero_point.name}_{weight.name}_packed"
+            name = f"{zero_point.name}.{weight.name}.packed"
             known = graph.initializers.get(name)
             narrowed = _constant(graph, name, _array(zero_point), narrow) if known is None else known
             node.replace_input_with(2, narrowed)
