@@ -276,7 +276,8 @@ def test_the_decomposed_conversion_computes_what_the_reference_does(name, activa
         for batch in data:
             one, other = (models.call(model, copy.deepcopy(batch)) for model in (decomposed, reference))
             # torch quantizes a float tensor by division, the decomposed operator by multiplication: a step, rarely
-            assert (one - other).abs().max() < 0.05 * other.abs().max()
+            step = (other.max() - other.min()) / (2**activation_bits - 1)
+            assert (one - other).abs().max() < max(1.5 * step, 0.05 * other.abs().max())
             assert (one - other).abs().median() < 1e-5 * other.abs().max()
 
 
