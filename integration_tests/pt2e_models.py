@@ -287,6 +287,17 @@ class ViewsOverwritten(PartAssigned):
         return self.b(y + 0.0) + channel.mean() + flat.sum() * 1e-3 + part.mean()
 
 
+class BatchStatistics(nn.Module):
+    """A batch norm without running statistics, which has those of the batch in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = conv(), nn.BatchNorm2d(4, track_running_stats=False), conv(4, 2)
+
+    def forward(self, x):
+        return self.b(self.norm(torch.relu(self.a(x))))
+
+
 # control flow that no export follows, in-place operations that have no derivative, computed weights that conversion
 # folds, and nets that are others again
 _COMPUTED = [kind.__name__ for kind in COMPUTED_WEIGHTS]
@@ -301,6 +312,7 @@ NETS: dict[str, Make] = {
     "PartAssigned": lambda: (PartAssigned(), batches(*SHAPE)),
     "MaskAssigned": lambda: (MaskAssigned(), batches(*SHAPE)),
     "ViewsOverwritten": lambda: (ViewsOverwritten(), batches(*SHAPE)),
+    "BatchStatistics": lambda: (BatchStatistics(), batches(*SHAPE)),
 }
 
 

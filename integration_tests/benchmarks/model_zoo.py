@@ -39,6 +39,7 @@ from adaround_plugin import (
     get_report,
     get_weight_only_backend_config,
 )
+from adaround_plugin.graph.compat import forget_models
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
 from integration_tests.models import QUICK, arguments_of, keep_passes, run_stream
 
@@ -166,6 +167,7 @@ def run(name: str, host: str) -> Outcome:
         else:
             converted = convert_pt2e(learned)
         found = _flat(converted(data[0]))
+    forget_models()
     exact = len(expected) == len(found) and all(map(torch.equal, expected, found))
     counted = Counter(kind for _, kind, _ in report.skipped)
     skipped = ", ".join(f"{count} {kind}" for kind, count in counted.items())

@@ -45,6 +45,7 @@ __all__ = ["PreparedPT2E"]
 
 # position of the argument by which an operator behaves as in training: a flag, or a probability of dropping
 _TRAINING = {"dropout": 2, "feature_dropout": 2, "alpha_dropout": 2, "batch_norm": 5, "scaled_dot_product_attention": 4}
+_RUNNING_MEAN = 3  # position of this argument of batch_norm
 
 
 class PreparedPT2E:
@@ -179,10 +180,18 @@ def _check(prepared: fx.GraphModule) -> None:
             "Use observers of torchao; AdaRound's are in adaround_plugin.hosts.pt2e.",
         )
     for node in prepared.graph.nodes:
-        position = _TRAINING.get(operator_name(node)[0]) if node.op == "call_function" else None
-        if position is not None and any(node.args[position : position + 1]):
+        if _trains(node):
             raise InvalidModelError(f"node {node.name!r}", "is in train mode", "Call .eval() before torch.export.")
     check_values(prepared, is_torchao_observer)
+
+
+def _trains(node: fx.Node) -> bool:
+    """Whether a node behaves as in training. A batch norm without running statistics has no other mode."""
+    name = operator_name(node)[0] if node.op == "call_function" else ""
+    position = _TRAINING.get(name)
+    if position is None or not any(node.args[position : position + 1]):
+        return False
+    return name != "batch_norm" or node.args[_RUNNING_MEAN] is not None
 
 
 def _converted(prepared: fx.GraphModule) -> fx.GraphModule:
