@@ -15,6 +15,9 @@ import torch
 
 import adaround_plugin
 from adaround_plugin import deployment, inc, solvers
+from adaround_plugin.deployment.decomposed import convert_to_decomposed_fx
+from adaround_plugin.deployment.onnx_translations import get_onnx_translations
+from adaround_plugin.deployment.onnx_weights import pack_onnx_weights
 from adaround_plugin.hosts import pt2e
 from adaround_plugin.paper.cross_entropy import CrossEntropy
 from adaround_plugin.paper.forms import LayerForms
@@ -28,8 +31,11 @@ DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [*([README] if README.exists() else []), *DOCS]
 API = ROOT / "docs" / "reference" / "api.md"
 
-# described under the names of their modules
-_PAPER = (
+# described under the names of their modules: what not every user imports
+_BY_MODULE = (
+    convert_to_decomposed_fx,
+    get_onnx_translations,
+    pack_onnx_weights,
     best_of_draws,
     round_weights,
     write_integers,
@@ -154,7 +160,7 @@ def _documented() -> list[tuple[str, object]]:
     names = [(name, getattr(module, name)) for module in (adaround_plugin, solvers, inc) for name in module.__all__]
     names += [(f"pt2e.{name}", getattr(pt2e, name)) for name in pt2e.__all__]
     names += [(f"deployment.{name}", getattr(deployment, name)) for name in deployment.__all__]
-    return names + [(f"{one.__module__.removeprefix('adaround_plugin.')}.{one.__qualname__}", one) for one in _PAPER]
+    return names + [(f"{one.__module__.removeprefix('adaround_plugin.')}.{one.__qualname__}", one) for one in _BY_MODULE]
 
 
 def _section(name: str) -> str:

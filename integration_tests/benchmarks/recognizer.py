@@ -42,6 +42,7 @@ __all__ = [
     "Recognizer",
     "Scores",
     "alphabet",
+    "characters_right",
     "decode",
     "edit_distance",
     "lines",
@@ -302,6 +303,15 @@ def edit_distance(one: str, other: str) -> int:
     return above[-1]
 
 
+def characters_right(read: Sequence[str], texts: Sequence[str]) -> float:
+    """In percent: 100 * (1 - edit distance / characters), over all lines together.
+
+    Below 0 where far more was read than is written.
+    """
+    wrong = sum(edit_distance(*pair) for pair in zip(read, texts, strict=True))
+    return 100 * (1 - wrong / sum(map(len, texts)))
+
+
 def logits(network: nn.Module, images: Tensor) -> Tensor:
     """What enters the last softmax, of the network or of what FX made of it: (n, positions, classes)."""
     seen: list[Tensor] = []
@@ -315,8 +325,7 @@ class Scores(NamedTuple):
     """How a network reads lines.
 
     Attributes:
-        right: characters right in percent: 100 * (1 - edit distance / characters), over all lines together; below 0
-            where a network reads far more than is written.
+        right: characters right in percent.
         divergence: mean Kullback-Leibler divergence of its shares from the float network's at a position, in nats.
         error: squared error of its logits over the variance of the float network's, about the mean at each position,
             which a softmax does not see.
@@ -340,9 +349,7 @@ def score(network: nn.Module, other: nn.Module, images: Tensor, texts: Sequence[
         error += float((theirs - ours).square().sum())
         power += float(ours.square().sum())
         positions = ours.shape[1]
-    wrong = sum(edit_distance(*pair) for pair in zip(read, texts, strict=True))
-    right = 100 * (1 - wrong / sum(map(len, texts)))
-    return Scores(right, divergence / (len(texts) * positions), error / power)
+    return Scores(characters_right(read, texts), divergence / (len(texts) * positions), error / power)
 
 
 def rows(case: Case, name: str, preset: Preset, options: argparse.Namespace) -> Iterator[list[str]]:
