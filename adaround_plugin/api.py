@@ -44,6 +44,7 @@ def adaround(
     inplace: bool = False,
     backend_config: BackendConfig | None = None,
     float_model: nn.Module | None = None,
+    integer_biases: bool = False,
 ) -> fx.GraphModule:
     """Learn the rounding of every quantized weight; the line between calibration and conversion.
 
@@ -71,6 +72,10 @@ def adaround(
         backend_config: the one given to `prepare_fx`, if any (the weight-only one is recognized).
         float_model: the model that was prepared. Its outputs on the first batch are compared with those of the prepared
             model before anything is learned, so that an error of the host's prepare or convert step is named.
+        integer_biases: round biases to what integer kernels add: int32 multiples of the input's scale times the
+            weight's (Jacob et al. 2018, arXiv 1712.05877, section 2.4), where both are known. Layers further on make up
+            for it, and the runtime gives what the converted model gives. For XNNPACK, ONNX Runtime and others with
+            8-bit activations; it matters at few bits, where the steps are large.
 
     Returns:
         The prepared model with learned weights, biases and frozen weight observers, to be converted by the host;
@@ -78,8 +83,8 @@ def adaround(
 
     Raises:
         InvalidOptionError: an option is out of range, an entry of `exclude` or the name of a block matches nothing,
-            blocks share a layer or have no single end, a solver's answer is none, or this is one of several processes
-            of `torch.distributed`.
+            blocks share a layer or have no single end, a solver's answer is none, integer biases are asked for where
+            there can be none, or with finetuning, or this is one of several processes of `torch.distributed`.
         InvalidModelError: not prepared, not calibrated, in train mode, not float32, nothing to quantize, or not what
             `float_model` computes.
         InvalidBatchError: no batches, or one that does not fit the model or lies on another device.
@@ -91,8 +96,15 @@ def adaround(
     check_seed("seed", seed)
     check_bool("progress", progress)
     check_bool("inplace", inplace)
+    check_bool("integer_biases", integer_biases)
+    if integer_biases and preset.finetune is not None:
+        raise InvalidOptionError(
+            "integer_biases",
+            "finetuning moves the scales that they are multiples of",
+            "Leave it out, or pass finetune=False.",
+        )
     check_alone()
-    host = open_host(prepared, backend_config)
+    host = open_host(prepared, backend_config, integer_biases=integer_biases)
     excluded = _excluded(host, exclude)
     chosen.check(host)
     arguments = bind_batches(host.prepared, host.signature, host.flatten, data, inputs)

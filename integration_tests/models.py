@@ -121,7 +121,10 @@ def keep_passes(patch: pytest.MonkeyPatch) -> list[Pass]:
 
 
 # what `learn` passes on to `adaround` itself
-_ARGUMENTS = {"finetune", "exclude", "inputs", "seed", "progress", "inplace", "backend_config", "float_model"}
+_ARGUMENTS = {
+    *("finetune", "exclude", "inputs", "seed", "progress", "inplace", "backend_config", "float_model"),
+    "integer_biases",
+}
 
 
 def with_layers(method: str | Method = "default", **options: Any) -> Method:

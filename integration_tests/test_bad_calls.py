@@ -371,6 +371,7 @@ def calls_of_adaround(host: str) -> Iterator[Bad]:
         "seed": ["zero", 2**70, -(2**70), 1.5, None, True],
         "progress": FLAGS,
         "inplace": FLAGS,
+        "integer_biases": FLAGS,
         "backend_config": ["x86", 3, {}],
         "exclude": [3, [3], [None], ["c"], ["["], [nn.Conv1d], [int], nn.LSTM, [["a"]], ""],
     }.items():

@@ -160,7 +160,8 @@ def _documented() -> list[tuple[str, object]]:
     names = [(name, getattr(module, name)) for module in (adaround_plugin, solvers, inc) for name in module.__all__]
     names += [(f"pt2e.{name}", getattr(pt2e, name)) for name in pt2e.__all__]
     names += [(f"deployment.{name}", getattr(deployment, name)) for name in deployment.__all__]
-    return names + [(f"{one.__module__.removeprefix('adaround_plugin.')}.{one.__qualname__}", one) for one in _BY_MODULE]
+    names += [(f"{one.__module__.removeprefix('adaround_plugin.')}.{one.__qualname__}", one) for one in _BY_MODULE]
+    return names
 
 
 def _section(name: str) -> str:

@@ -1,7 +1,7 @@
 """Programs with learned rounding, lowered to ExecuTorch's XNNPACK backend and run by its runtime.
 
 What runs is compared with what `convert_pt2e` made. XNNPACK stores a bias as an integer, in steps of the input's scale
-times the weight's. So an activation may come out one step away, and without biases hardly any does.
+times the weight's. So an activation may come out one step away, unless biases were rounded so before.
 """
 
 from __future__ import annotations
@@ -58,6 +58,13 @@ def test_eight_bit_convolutions_run_as_converted_to_the_last_bit():
     method = replace(QUICK, correct_bias=False)
     model = learn("XNNPACK", VENDORS["XNNPACK"](), DATA, method, Convolutions).converted
     assert torch.equal(run_program(lowered(model, DATA[0]), DATA[0]), model(DATA[0]))
+
+
+@pytest.mark.parametrize(("bits", "linear_bits"), [(8, 8), (4, 4), (2, 8)])
+def test_programs_with_integer_biases_run_as_converted_to_the_last_bit(bits, linear_bits):
+    prepared = calibrated("XNNPACK", AdaRoundQuantizer(VENDORS["XNNPACK"](), bits), DATA)
+    model = convert_pt2e(adaround(prepared, DATA, QUICK, integer_biases=True, progress=False))
+    assert torch.equal(run_program(lowered(widen_weight_ranges(model, linear_bits), DATA[0]), DATA[0]), model(DATA[0]))
 
 
 @pytest.mark.parametrize(("bits", "linear_bits"), [(8, 8), (4, 4), (2, 4)])

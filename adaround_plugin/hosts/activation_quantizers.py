@@ -17,7 +17,7 @@ from adaround_plugin.graph.transforms import has_origin, origin
 from adaround_plugin.hosts.activation_observers import AdaRoundActivationMixin, grid_ends
 from adaround_plugin.hosts.base import ActivationQuantizer
 
-__all__ = ["activation_quantizers", "write_scales"]
+__all__ = ["activation_quantizers", "scale_of", "write_scales"]
 
 # what is observed: origin of the node, scale, zero point, range
 _Observed = tuple[str, float, int, int, int]
@@ -61,6 +61,12 @@ def write_scales(model: nn.Module, scales: Mapping[str, float]) -> None:
         observer = model.get_submodule(name)
         assert isinstance(observer, AdaRoundActivationMixin)
         observer.keep(scale)
+
+
+def scale_of(quantized: fx.GraphModule, node: fx.Node) -> float | None:
+    """The scale of a quantize node; None where it is computed."""
+    scale: float | None = _settings(quantized, node)[0]
+    return scale
 
 
 def _connected(groups: list[list[_Observed]]) -> list[list[_Observed]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, fx, nn
@@ -43,6 +43,8 @@ class WeightedNode:
             leaves no way to change or add one.
         keeps_scale: the observer is not ours: its scale is the user's choice.
         set_quantized: put a rounding into the modules of a quantized stream, for all sites at once.
+        stored: what is stored of a rounding: another bias, where biases are integers.
+        float_bias: why the bias stays in float though integers were asked for; else empty.
     """
 
     name: str
@@ -55,6 +57,13 @@ class WeightedNode:
     bias: Literal["present", "addable", "fixed"]
     keeps_scale: bool
     set_quantized: Callable[[nn.Module, LayerRounding], None]
+    stored: Callable[[LayerRounding], LayerRounding] = field(default=lambda rounding: rounding)
+    float_bias: str = ""
+
+    @property
+    def nearest(self) -> LayerRounding:
+        """Round-to-nearest on the observer's grid, as it is stored."""
+        return self.stored(LayerRounding(self.grid, self.grid.nearest(self.weight)))
 
     def check_input(self, x: Tensor, batch: int) -> None:
         """Raise `InvalidBatchError` if an input of the float operator does not fit the weight."""

@@ -9,9 +9,9 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization.backend_config import BackendConfig
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.graph.arguments import argument, attribute
-from adaround_plugin.graph.compat import operator_name, unfused
-from adaround_plugin.hosts.base import Host, WeightedNode
+from adaround_plugin.graph.compat import operator_name
+from adaround_plugin.hosts.base import Host
+from adaround_plugin.hosts.biases import bias_of, with_integer_bias
 from adaround_plugin.hosts.fx.host import PreparedFX
 from adaround_plugin.rounding.grid import Grid
 
@@ -21,12 +21,18 @@ __all__ = ["LearnedLayer", "is_exported", "learned_layers", "learned_weights", "
 _CPU = torch.device("cpu")
 
 
-def open_host(prepared: nn.Module, backend_config: BackendConfig | None = None) -> Host:
+def open_host(
+    prepared: nn.Module, backend_config: BackendConfig | None = None, *, integer_biases: bool = False
+) -> Host:
     """The host of a prepared model: PT2E for graphs of ATen operators, else FX.
+
+    Args:
+        prepared, backend_config, integer_biases: as of `adaround`.
 
     Raises:
         InvalidModelError: the model is not ready for the pass.
-        InvalidOptionError: a backend configuration for a PT2E model, or something else in its place.
+        InvalidOptionError: a backend configuration for a PT2E model, or something else in its place; or integer biases
+            where no layer can have one.
         MissingDependencyError: torchao is not installed.
         NonFiniteError: a weight holds NaN or infinity.
     """
@@ -34,6 +40,18 @@ def open_host(prepared: nn.Module, backend_config: BackendConfig | None = None) 
         raise InvalidOptionError(
             "backend_config", f"{backend_config!r} is not a BackendConfig", "Pass a torch.ao BackendConfig."
         )
+    host = _opened(prepared, backend_config)
+    if integer_biases:
+        host.nodes = [with_integer_bias(host, node) for node in host.nodes]
+        if all(node.float_bias for node in host.nodes):
+            first = host.nodes[0]
+            raise InvalidOptionError(
+                "integer_biases", f"no layer can have one: of {first.name!r}, {first.float_bias}", "Leave it out."
+            )
+    return host
+
+
+def _opened(prepared: nn.Module, backend_config: BackendConfig | None) -> Host:
     if not is_exported(prepared):
         with _CPU:
             return PreparedFX(prepared, backend_config)
@@ -64,26 +82,13 @@ class LearnedLayer:
 def learned_layers(prepared: nn.Module) -> dict[str, LearnedLayer]:
     """Every weight that `adaround` wrote, by layer name; tied names have the same object."""
     host = open_host(prepared)
-    layers = {node: LearnedLayer(node.grid.nearest(node.weight), node.grid, _bias(host, node)) for node in host.nodes}
+    layers = {node: LearnedLayer(node.grid.nearest(node.weight), node.grid, bias_of(host, node)) for node in host.nodes}
     return {name: layers[node] for node in host.nodes for name in node.names}
 
 
 def learned_weights(prepared: nn.Module) -> dict[str, tuple[Tensor, Grid]]:
     """Integers (int64, of the weight's shape) and grid of every weight that `adaround` wrote, by layer name."""
     return {name: (layer.integers, layer.grid) for name, layer in learned_layers(prepared).items()}
-
-
-def _bias(host: Host, node: WeightedNode) -> Tensor | None:
-    """The bias of a weighted node's first call."""
-    if node.bias == "fixed":
-        return None
-    graph, call = host.float_graph, node.sites[0].float_node
-    if call.op == "call_module":
-        bias = unfused(graph.get_submodule(str(call.target))).bias
-    else:
-        source = argument(call, 2, "bias")
-        bias = None if source is None else attribute(graph, str(source.target))
-    return None if bias is None else bias.detach()
 
 
 def is_exported(model: nn.Module) -> bool:

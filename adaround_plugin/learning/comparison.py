@@ -62,7 +62,7 @@ class Comparison:
         """
         stream = self._quantized
         for node in self._host.nodes:
-            node.set_quantized(stream.module, roundings.get(node.name) or _nearest(node))
+            node.set_quantized(stream.module, roundings.get(node.name) or node.nearest)
         for quantizer in self._host.quantizers:
             quantizer.set_scale(stream, scales.get(quantizer.names[0], quantizer.scale))
         tally = OutputTally(Sampling.of(self._batches, 0, 1, 0), variances)
@@ -92,7 +92,7 @@ class Comparison:
         variances = run.finish().variances
         run.forget_values()
         nearest = found = self.error({}, {}, variances)
-        changed = [node for node in run.nodes if not _is_nearest(node, run.roundings[node.name])]
+        changed = [node for node in run.nodes if not run.roundings[node.name].stores(node.nearest)]
         if changed or run.scales:
             found = self.error(run.roundings, run.scales, variances)
         if found <= nearest:
@@ -108,7 +108,7 @@ class Comparison:
                 self._take(run, nodes)
                 found = again
         if found > nearest:
-            self._take(run, [node for node in changed if not _is_nearest(node, run.roundings[node.name])])
+            self._take(run, [node for node in changed if not run.roundings[node.name].stores(node.nearest)])
             run.take_back_scales()
             found = nearest
         return found, nearest
@@ -123,16 +123,7 @@ class Comparison:
     @staticmethod
     def _take(run: Pass, nodes: Sequence[WeightedNode]) -> None:
         for node in nodes:
-            run.take_back(node, _nearest(node))
-
-
-def _nearest(node: WeightedNode) -> LayerRounding:
-    return LayerRounding(node.grid, node.grid.nearest(node.weight))
-
-
-def _is_nearest(node: WeightedNode, rounding: LayerRounding) -> bool:
-    is_own = rounding.grid is node.grid and rounding.bias_correction is None
-    return is_own and torch.equal(rounding.integers, node.grid.nearest(node.weight))
+            run.take_back(node)
 
 
 def _runs(nodes: Sequence[WeightedNode]) -> list[Sequence[WeightedNode]]:

@@ -236,7 +236,7 @@ class PendingLayers:
                 if layer.moments.count
                 else layer.nearest()
             )
-            run.set_rounding(node, rounding)
+            rounding = run.set_rounding(node, rounding)
         weighed = self._columns.forget(node)
         if run.is_trial:
             return
@@ -254,6 +254,8 @@ class PendingLayers:
             notes.append("scale kept: it runs along the input channels")
         if self.recipe.correct_bias and node.bias == "fixed":
             notes.append("bias kept: the call's bias cannot be written")
+        if node.float_bias:
+            notes.append(f"bias in float: {node.float_bias}")
         run.report.layer(node, rounding, notes, moments.count, run.layer_seconds[node.name])
 
 

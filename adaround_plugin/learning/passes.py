@@ -86,7 +86,7 @@ class Pass:
         ]
         self.roundings: dict[str, LayerRounding] = {}
         for node in host.nodes:
-            self.set_rounding(node, LayerRounding(node.grid, node.grid.nearest(node.weight)))
+            self.set_rounding(node, node.nearest)
         devices = {node.weight.device for node in host.nodes}
         self._accelerators = [device for device in devices if device.type == "cuda"]
         self.scales: dict[str, float] = {}
@@ -98,21 +98,21 @@ class Pass:
         """The weighted nodes that are to be learned, in graph order."""
         return [node for node in self.host.nodes if node.name not in self.excluded]
 
-    def set_rounding(self, node: WeightedNode, rounding: LayerRounding) -> None:
-        """Let the quantized stream go on with this rounding."""
-        self.roundings[node.name] = rounding
-        node.set_quantized(self.streams[1].module, rounding)
+    def set_rounding(self, node: WeightedNode, rounding: LayerRounding) -> LayerRounding:
+        """Let the quantized stream go on with this rounding, as it is stored."""
+        stored = self.roundings[node.name] = node.stored(rounding)
+        node.set_quantized(self.streams[1].module, stored)
+        return stored
 
     def relearn(self, node: WeightedNode, rounding: LayerRounding) -> None:
         """Replace a layer's rounding by one learned on samples, and tell the report."""
         before = self.roundings[node.name]
-        self.set_rounding(node, rounding)
-        self.report.relearned(node, before, rounding)
+        self.report.relearned(node, before, self.set_rounding(node, rounding))
 
-    def take_back(self, node: WeightedNode, nearest: LayerRounding) -> None:
+    def take_back(self, node: WeightedNode) -> None:
         """Let a layer be nearest, as the network's output is better with that, and tell the report."""
         before = self.roundings[node.name]
-        self.set_rounding(node, nearest)
+        nearest = self.set_rounding(node, node.nearest)
         self.report.relearned(node, before, nearest, "nearest: with it the network's output is better")
 
     def take_back_scales(self) -> None:

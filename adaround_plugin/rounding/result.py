@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import nan
 
+import torch
 from torch import Tensor
 
 from adaround_plugin.rounding.grid import Grid
@@ -38,6 +39,12 @@ class LayerRounding:
     def weight(self) -> Tensor:
         """The float32 weight that the host makes of it."""
         return self.grid.dequantize(self.integers)
+
+    def stores(self, other: LayerRounding) -> bool:
+        """Whether the weight and the bias are those of another rounding on the same grid."""
+        one, another = self.bias_correction, other.bias_correction
+        same_bias = one is another or (one is not None and another is not None and torch.equal(one, another))
+        return self.grid is other.grid and same_bias and torch.equal(self.integers, other.integers)
 
     def corrected(self, bias: Tensor | None) -> Tensor | None:
         """A bias with the correction added; the correction where there is no bias."""

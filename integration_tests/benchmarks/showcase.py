@@ -2,8 +2,8 @@
 
 PP-OCRv4's recognizer (see `recognizer`) goes through PT2E with XNNPACK's quantizer: weights of 4 bits, activations of
 8, every layer. The nearest and the learned model are written as a `.pte` file, with which ExecuTorch's runtime reads
-lines of text, and as an ONNX file with packed weights, with which ONNX Runtime reads them. The picture shows a few lines
-and what the float network and the two `.pte` files read there.
+lines of text, and as an ONNX file with packed weights, with which ONNX Runtime reads them. The picture shows a few
+lines, and what the float network and the two `.pte` files read there.
 
     pip install -e '.[benchmarks,executorch,onnx]'
     pip install --no-deps rapidocr-onnxruntime==1.4.4
@@ -56,7 +56,8 @@ def to_onnx(converted: nn.Module, example: Tensor) -> bytes:
     program = torch.export.export(converted, (example,), strict=True)
     exported = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=21)
     assert exported is not None
-    return pack_onnx_weights(exported.model_proto).SerializeToString()
+    packed: bytes = pack_onnx_weights(exported.model_proto).SerializeToString()
+    return packed
 
 
 def onnx_reader(file: Path) -> Reader:
@@ -140,7 +141,7 @@ def main() -> None:
     prepared = _prepared(network, batches)
     for name, method in (("nearest", "nearest"), ("learned", "default")):
         start = time.perf_counter()
-        converted = convert_pt2e(adaround(prepared, batches, method))
+        converted = convert_pt2e(adaround(prepared, batches, method, integer_biases=True))
         print(f"{name}: {time.perf_counter() - start:.0f} s")
         files = {suffix: options.out / f"{name}.{suffix}" for suffix in ("pte", "onnx")}
         files["pte"].write_bytes(lowered(widen_weight_ranges(converted, linear_bits=4), images[:1]))
