@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from adaround_plugin import InvalidOptionError, adaround, get_report
-from adaround_plugin.hosts.biases import bias_of
+from adaround_plugin.hosts.biases import bias_at
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
 from integration_tests.models import QUICK, batches, call, learn, prepared_model
@@ -63,7 +63,7 @@ def _steps(learned: fx.GraphModule) -> dict[str, Tensor]:
     host = open_host(learned)
     found = {}
     for node in host.nodes:
-        bias, source = bias_of(host, node), node.sites[0].quantized_node.args[0]
+        bias, source = bias_at(host, node.sites[0].float_node), node.sites[0].quantized_node.args[0]
         quantize = source.args[0]
         scale = quantize.args[1]
         if isinstance(scale, fx.Node):

@@ -1,25 +1,27 @@
-"""Learned integers as torchao's quantized tensors in the linear layers of an eager model."""
+"""Learned integers as torchao's quantized tensors in the linear layers of an eager model.
+
+They are what torchao's `quantize_` makes with `IntxWeightOnlyConfig`, `Int8DynamicActivationIntxWeightConfig`,
+`Int8WeightOnlyConfig` and `Int8DynamicActivationInt8WeightConfig`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError, MissingDependencyError
-from adaround_plugin.graph.compat import Normalization
-from adaround_plugin.graph.reparametrized import deep_copy
+from adaround_plugin.graph.reparametrized import deep_copy, is_reparametrized
 from adaround_plugin.hosts.open import LearnedLayer, is_exported, learned_layers
 from adaround_plugin.options import check_bool, check_choice
 from adaround_plugin.report import KEY, get_report
+from adaround_plugin.rounding.grid import Grid, integer_range
 
 try:
     from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor, PerRow
     from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
-    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
-        IntxUnpackedToInt8TensorActivationQuantization,
-    )
 except ImportError as error:
     raise MissingDependencyError(
         "torchao", f"cannot be imported ({error})", "Run: pip install 'adaround_plugin[pt2e]'."
@@ -27,8 +29,8 @@ except ImportError as error:
 
 __all__ = ["to_torchao"]
 
-# each row of the activations gets a range of its own
-_ROWS = IntxUnpackedToInt8TensorActivationQuantization.INT8_ASYM_PER_TOKEN
+# each row of the activations gets a range of its own; a plain string, which torchao's safetensors can store
+_ROWS = "int8_asym_per_token"
 
 
 def to_torchao(
@@ -41,14 +43,14 @@ def to_torchao(
 ) -> nn.Module:
     """The float model with torchao's quantized tensors as weights, holding exactly the learned integers.
 
-    Biases become the learned ones. What is no learned linear layer stays in float.
+    Biases become the learned ones, also where there was none. What is no learned linear layer stays in float.
 
     Args:
         model: the eager model that was exported and prepared, in float32. It is not changed unless `inplace`.
         learned: what `adaround` returned for it, before conversion; every learned layer is a `nn.Linear` of `model`.
         tensor: `"intx"` for `IntxUnpackedToInt8Tensor`: 2 to 8 bits in an int8 each, with channels or groups, symmetric
             or affine; what torchao's `IntxWeightOnlyConfig` makes, and ExecuTorch's language models. `"int8"` for
-            `Int8Tensor`, which has 8-bit kernels: one scale per row, symmetric.
+            `Int8Tensor`, which multiplies integers where activations are dynamic: one scale per row, symmetric.
         dynamic_activations: quantize the inputs of these layers to 8 bits with the range of each row: asymmetric for
             `"intx"`, symmetric for `"int8"`. Activations are in float otherwise, whatever `learned` has.
         inplace: change `model` itself, as a whole, instead of a deep copy.
@@ -58,7 +60,8 @@ def to_torchao(
 
     Raises:
         InvalidOptionError: an argument is none of these, or `"int8"` for a grid that it cannot hold.
-        InvalidModelError: `learned` carries no report or is converted, or `model` is not the one that was learned.
+        InvalidModelError: `learned` carries no report or is converted, holds a weight that is no linear layer's or a
+            grid that no tensor of torchao has, or `model` is not the one that was learned.
     """
     check_choice("tensor", tensor, ("intx", "int8"))
     check_bool("dynamic_activations", dynamic_activations)
@@ -67,19 +70,22 @@ def to_torchao(
         raise InvalidOptionError("model", f"{type(model).__name__} is no module", "Pass the float model.")
     report = get_report(learned)
     layers = learned_layers(learned)
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, layer in layers.items():
-        _check(model, name, layer)
-    _check_unfolded(model, learned)
+        _check_layer(modules.get(name), name, layer)
+        _check_grid(name, layer.grid, tensor)
+    _check_unfolded(modules, learned)
     make = _intx_tensor if tensor == "intx" else _int8_tensor
-    # tied layers share their weight
-    weights = {id(layer): _parameter(make(name, layer, dynamic_activations)) for name, layer in layers.items()}
-    biases = {id(layer): _parameter(layer.bias.clone()) for layer in layers.values() if layer.bias is not None}
-    result = model if inplace else deep_copy(model)
+    parameters: dict[str, dict[str, nn.Parameter]] = {}
     for name, layer in layers.items():
-        linear = result.get_submodule(name)
-        linear.register_parameter("weight", weights[id(layer)])
-        if id(layer) in biases:
-            linear.register_parameter("bias", biases[id(layer)])
+        weight = _parameter(make(layer, dynamic_activations))
+        for user in _users(modules, name, layer):
+            bias = layer.modules.get(user)
+            parameters[user] = {"weight": weight} | ({} if bias is None else {"bias": _parameter(bias.clone())})
+    result = model if inplace else deep_copy(model)
+    for name, new in parameters.items():
+        for leaf, parameter in new.items():
+            result.get_submodule(name).register_parameter(leaf, parameter)
     vars(result)[KEY] = report
     return result
 
@@ -88,15 +94,26 @@ def _parameter(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value, requires_grad=False)
 
 
-def _check(model: nn.Module, name: str, layer: LearnedLayer) -> None:
-    """Raise unless a learned layer is a linear layer of the model."""
-    found = dict(model.named_modules(remove_duplicate=False)).get(name)
+def _users(modules: Mapping[str, nn.Module], name: str, layer: LearnedLayer) -> list[str]:
+    """The linear layers that have a layer's weight; PT2E knows tied ones by one name."""
+    weight = modules[name].weight
+    others = [other for other in layer.modules if other != name and isinstance(modules.get(other), nn.Linear)]
+    return [name, *(other for other in others if modules[other].weight is weight)]
+
+
+def _check_layer(found: nn.Module | None, name: str, layer: LearnedLayer) -> None:
+    """Raise unless a learned layer is this linear layer of the model."""
     if not isinstance(found, nn.Linear):
         what = "no module of the model" if found is None else f"a {type(found).__name__}"
         raise InvalidModelError(
             f"layer {name!r}",
             f"is {what}, and torchao's tensors go into nn.Linear",
-            "Pass the model that was exported, and learn with AdaRoundWeightOnlyQuantizer(linear_only=True).",
+            "Pass the model that was exported, and learn its nn.Linear alone: "
+            f"AdaRoundWeightOnlyQuantizer(linear_only=True, layers={{{name!r}: None}}).",
+        )
+    if is_reparametrized(found):
+        raise InvalidModelError(
+            f"layer {name!r}", "computes its weight", "Remove its parametrizations before the export."
         )
     if found.weight.shape != layer.integers.shape:
         raise InvalidModelError(
@@ -110,15 +127,39 @@ def _check(model: nn.Module, name: str, layer: LearnedLayer) -> None:
             f"is {found.weight.dtype} on {found.weight.device}, learned was float32 on {layer.integers.device}",
             "Move or convert the model before.",
         )
+    if layer.modules and name not in layer.modules:
+        raise InvalidModelError(
+            f"layer {name!r}",
+            f"is called with a bias of {', '.join(map(repr, layer.modules))}, where a learned one cannot go",
+            "Let the bias be the layer's own.",
+        )
 
 
-def _check_unfolded(model: nn.Module, learned: nn.Module) -> None:
-    """Raise if `prepare_fx` folded a batch norm into a layer: the model would apply it twice."""
+def _check_grid(name: str, grid: Grid, tensor: str) -> None:
+    """Raise unless a tensor of torchao has such a grid."""
+    low, high = integer_range(grid.bits)
+    if grid.quant_min < low or grid.quant_max > high or grid.ch_axis not in (None, 0):
+        raise InvalidModelError(
+            f"layer {name!r}",
+            f"has integers from {grid.quant_min} to {grid.quant_max} and scales along axis {grid.ch_axis}; "
+            "torchao's tensors hold signed integers with scales of rows or groups",
+            "Prepare it with get_adaround_weight_spec().",
+        )
+    if tensor == "int8" and (bool(grid.zero_point.any()) or grid.group_size is not None):
+        raise InvalidOptionError(
+            "tensor",
+            f"'int8' holds no zero points and no groups, which layer {name!r} has",
+            "Pass 'intx', or learn with symmetric=True and without group_size.",
+        )
+
+
+def _check_unfolded(modules: Mapping[str, nn.Module], learned: nn.Module) -> None:
+    """Raise if `prepare_fx` folded a batch norm into a linear layer: the model would apply it twice."""
     if is_exported(learned):
         return  # prepare_pt2e folds them into convolutions alone
     left = dict(learned.named_modules())
-    for name, module in model.named_modules():
-        if isinstance(module, Normalization) and name not in left:
+    for name, module in modules.items():
+        if isinstance(module, nn.BatchNorm1d) and name not in left:
             raise InvalidModelError(
                 f"module {name!r}",
                 "was folded into a layer by prepare_fx",
@@ -127,11 +168,15 @@ def _check_unfolded(model: nn.Module, learned: nn.Module) -> None:
 
 
 def _by_row(values: Tensor, rows: int) -> Tensor:
-    """Scales or zero points `()`, `(rows,)` or `(rows * groups,)` as `(rows, groups)`."""
-    return (values.expand(rows) if values.dim() == 0 else values).reshape(rows, -1)
+    """Scales or zero points `()`, `(rows,)` or `(rows * groups,)` as `(rows, groups)`, in memory of their own."""
+    return (
+        (values.expand(rows) if values.dim() == 0 else values)
+        .reshape(rows, -1)
+        .clone(memory_format=torch.contiguous_format)
+    )
 
 
-def _intx_tensor(name: str, layer: LearnedLayer, dynamic_activations: bool) -> Tensor:
+def _intx_tensor(layer: LearnedLayer, dynamic_activations: bool) -> Tensor:
     integers, grid = layer.integers, layer.grid
     rows, columns = integers.shape
     return IntxUnpackedToInt8Tensor(  # type: ignore[no-any-return]
@@ -145,18 +190,14 @@ def _intx_tensor(name: str, layer: LearnedLayer, dynamic_activations: bool) -> T
     )
 
 
-def _int8_tensor(name: str, layer: LearnedLayer, dynamic_activations: bool) -> Tensor:
+def _int8_tensor(layer: LearnedLayer, dynamic_activations: bool) -> Tensor:
     integers, grid = layer.integers, layer.grid
-    if bool(grid.zero_point.any()) or grid.group_size is not None:
-        raise InvalidOptionError(
-            "tensor",
-            f"'int8' holds no zero points and no groups, which layer {name!r} has",
-            "Pass 'intx', or learn with symmetric=True and without group_size.",
-        )
+    rows, columns = integers.shape
     return Int8Tensor(  # type: ignore[no-any-return]
         integers.to(torch.int8),
-        _by_row(grid.scale, integers.shape[0]),
-        block_size=[1, integers.shape[1]],
+        _by_row(grid.scale, rows),
+        block_size=[1, columns],
         dtype=torch.float32,
+        zero_point=_by_row(grid.zero_point, rows).to(torch.int8),
         act_quant_kwargs=QuantizeTensorToInt8Kwargs(granularity=PerRow()) if dynamic_activations else None,
     )

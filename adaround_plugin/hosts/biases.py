@@ -16,17 +16,13 @@ from adaround_plugin.hosts.activation_quantizers import scale_of
 from adaround_plugin.hosts.base import Host, WeightedNode
 from adaround_plugin.rounding.result import LayerRounding
 
-__all__ = ["bias_of", "with_integer_bias"]
+__all__ = ["bias_at", "with_integer_bias"]
 
 _INT32 = torch.iinfo(torch.int32)
 
 
-def bias_of(host: Host, node: WeightedNode) -> Tensor | None:
-    """The float bias of a weighted node's first call; None without one, and where it is computed."""
-    return _bias_at(host, node.sites[0].float_node)
-
-
-def _bias_at(host: Host, call: fx.Node) -> Tensor | None:
+def bias_at(host: Host, call: fx.Node) -> Tensor | None:
+    """The bias of a call in the float graph; None without one, and where it is computed."""
     graph = host.float_graph
     if call.op == "call_module":
         bias = unfused(graph.get_submodule(str(call.target))).bias
@@ -44,13 +40,13 @@ def with_integer_bias(host: Host, node: WeightedNode) -> WeightedNode:
         return replace(node, float_bias=reason)
     scale = _input_scale(host, node.sites[0].quantized_node)
     assert scale is not None
-    return replace(node, stored=_rounded(node, bias_of(host, node), scale))
+    return replace(node, stored=_rounded(node, bias_at(host, node.sites[0].float_node), scale))
 
 
 def _why_float(host: Host, node: WeightedNode) -> str | None:
     """Why a bias cannot be rounded; None where it can."""
     scales = {_input_scale(host, site.quantized_node) for site in node.sites}
-    biases = [_bias_at(host, site.float_node) for site in node.sites]
+    biases = [bias_at(host, site.float_node) for site in node.sites]
     if None in scales:
         return "the input is not quantized with one scale"
     if node.bias == "fixed":
