@@ -71,15 +71,15 @@ def to_torchao(
     report = get_report(learned)
     layers = learned_layers(learned)
     modules = dict(model.named_modules(remove_duplicate=False))
+    users = {name: _users(modules, name, layer) for name, layer in layers.items()}
     for name, layer in layers.items():
-        _check_layer(modules.get(name), name, layer)
         _check_grid(name, layer.grid, tensor)
     _check_unfolded(modules, learned)
     make = _intx_tensor if tensor == "intx" else _int8_tensor
     parameters: dict[str, dict[str, nn.Parameter]] = {}
     for name, layer in layers.items():
         weight = _parameter(make(layer, dynamic_activations))
-        for user in _users(modules, name, layer):
+        for user in users[name]:
             bias = layer.modules.get(user)
             parameters[user] = {"weight": weight} | ({} if bias is None else {"bias": _parameter(bias.clone())})
     result = model if inplace else deep_copy(model)
@@ -95,44 +95,39 @@ def _parameter(value: Tensor) -> nn.Parameter:
 
 
 def _users(modules: Mapping[str, nn.Module], name: str, layer: LearnedLayer) -> list[str]:
-    """The linear layers that have a layer's weight; PT2E knows tied ones by one name."""
-    weight = modules[name].weight
-    others = [other for other in layer.modules if other != name and isinstance(modules.get(other), nn.Linear)]
-    return [name, *(other for other in others if modules[other].weight is weight)]
-
-
-def _check_layer(found: nn.Module | None, name: str, layer: LearnedLayer) -> None:
-    """Raise unless a learned layer is this linear layer of the model."""
-    if not isinstance(found, nn.Linear):
-        what = "no module of the model" if found is None else f"a {type(found).__name__}"
+    """The linear layers of the model that have a learned weight, which PT2E knows by one of its names."""
+    linear = [user for user in dict.fromkeys((name, *layer.modules)) if isinstance(modules.get(user), nn.Linear)]
+    if not linear:
+        what = f"a {type(modules[name]).__name__}" if name in modules else "no module of the model"
         raise InvalidModelError(
             f"layer {name!r}",
             f"is {what}, and torchao's tensors go into nn.Linear",
             "Pass the model that was exported, and learn its nn.Linear alone: "
             f"AdaRoundWeightOnlyQuantizer(linear_only=True, layers={{{name!r}: None}}).",
         )
+    users = [user for user in linear if modules[user].weight is modules[linear[0]].weight]
+    for user in users:
+        _check_user(modules[user], user, layer)
+    return users
+
+
+def _check_user(found: nn.Module, name: str, layer: LearnedLayer) -> None:
+    """Raise unless a linear layer of the model can take what was learned."""
+    weight, problem = found.weight, None
+    assert isinstance(weight, Tensor)
     if is_reparametrized(found):
-        raise InvalidModelError(
-            f"layer {name!r}", "computes its weight", "Remove its parametrizations before the export."
-        )
-    if found.weight.shape != layer.integers.shape:
-        raise InvalidModelError(
-            f"layer {name!r}",
-            f"has a weight of {tuple(found.weight.shape)}, the learned one has {tuple(layer.integers.shape)}",
-            "Pass the model that was exported.",
-        )
-    if found.weight.dtype != torch.float32 or found.weight.device != layer.integers.device:
-        raise InvalidModelError(
-            f"layer {name!r}",
-            f"is {found.weight.dtype} on {found.weight.device}, learned was float32 on {layer.integers.device}",
-            "Move or convert the model before.",
-        )
-    if layer.modules and name not in layer.modules:
-        raise InvalidModelError(
-            f"layer {name!r}",
-            f"is called with a bias of {', '.join(map(repr, layer.modules))}, where a learned one cannot go",
-            "Let the bias be the layer's own.",
-        )
+        problem = "computes its weight", "Remove its parametrizations before the export."
+    elif weight.shape != layer.integers.shape:
+        shapes = f"{tuple(weight.shape)}, the learned one has {tuple(layer.integers.shape)}"
+        problem = f"has a weight of {shapes}", "Pass the model that was exported."
+    elif weight.dtype != torch.float32 or weight.device != layer.integers.device:
+        kinds = f"{weight.dtype} on {weight.device}, learned was float32 on {layer.integers.device}"
+        problem = f"is {kinds}", "Move or convert the model before, and back behind."
+    elif layer.modules and name not in layer.modules:
+        owners = ", ".join(map(repr, layer.modules))
+        problem = f"is called with a bias of {owners}, where a learned one cannot go", "Let the bias be its own."
+    if problem is not None:
+        raise InvalidModelError(f"layer {name!r}", *problem)
 
 
 def _check_grid(name: str, grid: Grid, tensor: str) -> None:
