@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError, MissingDependencyError
 from adaround_plugin.graph.reparametrized import deep_copy, is_reparametrized
@@ -94,9 +95,14 @@ def _parameter(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value, requires_grad=False)
 
 
+def _is_linear(module: nn.Module | None) -> bool:
+    """Whether a module runs torchao's tensors; that of `nn.MultiheadAttention` does not, and has its own class."""
+    return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
 def _users(modules: Mapping[str, nn.Module], name: str, layer: LearnedLayer) -> list[str]:
     """The linear layers of the model that have a learned weight, which PT2E knows by one of its names."""
-    linear = [user for user in dict.fromkeys((name, *layer.modules)) if isinstance(modules.get(user), nn.Linear)]
+    linear = [user for user in dict.fromkeys((name, *layer.modules)) if _is_linear(modules.get(user))]
     if not linear:
         what = f"a {type(modules[name]).__name__}" if name in modules else "no module of the model"
         raise InvalidModelError(
@@ -105,7 +111,8 @@ def _users(modules: Mapping[str, nn.Module], name: str, layer: LearnedLayer) -> 
             "Pass the model that was exported, and learn its nn.Linear alone: "
             f"AdaRoundWeightOnlyQuantizer(linear_only=True, layers={{{name!r}: None}}).",
         )
-    users = [user for user in linear if modules[user].weight is modules[linear[0]].weight]
+    first, *others = linear
+    users = [first, *(user for user in others if modules[user].weight is modules[first].weight)]
     for user in users:
         _check_user(modules[user], user, layer)
     return users
