@@ -18,6 +18,7 @@ from adaround_plugin import deployment, inc, solvers
 from adaround_plugin.deployment.decomposed import convert_to_decomposed_fx
 from adaround_plugin.deployment.onnx_translations import get_onnx_translations
 from adaround_plugin.deployment.onnx_weights import pack_onnx_weights
+from adaround_plugin.deployment.torchao_tensors import to_torchao
 from adaround_plugin.hosts import pt2e
 from adaround_plugin.paper.cross_entropy import CrossEntropy
 from adaround_plugin.paper.forms import LayerForms
@@ -36,6 +37,7 @@ _BY_MODULE = (
     convert_to_decomposed_fx,
     get_onnx_translations,
     pack_onnx_weights,
+    to_torchao,
     best_of_draws,
     round_weights,
     write_integers,
