@@ -209,6 +209,15 @@ class ByFunction(nn.Module):
         return F.linear(x, self.layer.weight, self.layer.bias)
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(32, 4, batch_first=True), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_tied_layers_share_the_tensor_and_keep_their_biases(bias):
     model = seeded(lambda: Tied(bias))
@@ -249,6 +258,15 @@ def test_layers_of_functional_calls():
     result = to_torchao(model, found)
     assert_holds(result, found)
     torch.testing.assert_close(result(DATA[0]), reference(found, "PT2E")(DATA[0]))
+
+
+def test_an_attention_of_torchs_is_left_out_by_name():
+    model, data = seeded(Attention), batches(6, 32, sizes=(4, 4))
+    found = learned_pt2e(model, data, layers={"attention.in_proj_weight": None, "attention.out_proj": None})
+    result = to_torchao(model, found)
+    assert list(learned_weights(found)) == ["head"]
+    with torch.no_grad():
+        torch.testing.assert_close(result(data[0]), reference(found, "PT2E")(data[0]))
 
 
 def test_batch_norm_behind_a_convolution_is_no_obstacle():
@@ -377,8 +395,8 @@ def test_transformers_saves_and_loads(tmp_path: Path, dynamic: bool, tied: bool)
             return self.model(input_ids=ids).logits
 
     model, ids = seeded(Logits), torch.randint(50, (4, 6), generator=torch.Generator().manual_seed(0))
-    left = None if tied else {"model.lm_head": None}
-    quantizer = AdaRoundWeightOnlyQuantizer(left, linear_only=True, weight_bits=4, group_size=16)
+    layers: dict[str, Any] = {".*down_proj": {"weight_bits": 8}, **({} if tied else {"model.lm_head": None})}
+    quantizer = AdaRoundWeightOnlyQuantizer(layers, linear_only=True, weight_bits=4, group_size=16)
     found = learn(calibrated(exported(model, ids), [ids], quantizer), [ids], correct_bias=False)
     result = to_torchao(model, found, dynamic_activations=dynamic)
     inner: Any = result.model
@@ -388,7 +406,8 @@ def test_transformers_saves_and_loads(tmp_path: Path, dynamic: bool, tied: bool)
     inner.save_pretrained(tmp_path)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path)
     assert isinstance(loaded.lm_head.weight, IntxUnpackedToInt8Tensor) is tied
-    assert isinstance(loaded.model.layers[0].mlp.up_proj.weight, IntxUnpackedToInt8Tensor)
+    mlp = loaded.model.layers[0].mlp
+    assert (mlp.up_proj.weight.target_dtype, mlp.down_proj.weight.target_dtype) == (torch.int4, torch.int8)
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, result(ids))
 
@@ -437,15 +456,6 @@ UNSIGNED = QuantizationSpec(
     is_dynamic=False,
     observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(eps=2**-12),
 )
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x, x, x, need_weights=False)[0]
 
 
 class OwnBias(nn.Module):
