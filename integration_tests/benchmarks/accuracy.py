@@ -14,7 +14,7 @@ with, `--blocks features` learns everything in `features` as one block (with the
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
@@ -52,9 +52,9 @@ _AT_ONCE = 100
 _LAYERS = ("max_columns", "column_weighting", "damping", "output_hessian")
 
 
-def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+def accuracy(network: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, at_once: int = _AT_ONCE) -> float:
     """Top-1 in percent."""
-    batches = zip(torch.split(images, _AT_ONCE), torch.split(labels, _AT_ONCE), strict=True)
+    batches = zip(torch.split(images, at_once), torch.split(labels, at_once), strict=True)
     with torch.no_grad():
         right = sum(int((network(x).argmax(1) == y).sum()) for x, y in batches)
     return 100 * right / len(labels)
