@@ -11,7 +11,7 @@ from adaround_plugin import METHODS, LayerWise, adaround, get_report
 from adaround_plugin.learning.methods import Preset
 from adaround_plugin.report import LayerReport, Report
 from integration_tests import mutations
-from integration_tests.benchmarks import glyphs, integers, model_zoo, networks
+from integration_tests.benchmarks import glyphs, integers, model_zoo, networks, server_paths, servers
 from integration_tests.benchmarks.accuracy import Case, accuracy, preset_of
 from integration_tests.models import RECIPE
 
@@ -137,3 +137,32 @@ def test_a_model_that_a_host_does_not_prepare_is_told_with_its_error(monkeypatch
     found = model_zoo.run("branches", "fx")
     assert not found.traced
     assert "TraceError" in found.problem
+
+
+def test_a_server_path_is_compared_and_one_without_its_package_is_told(tmp_path: Path, monkeypatch, capsys) -> None:
+    calibration, _ = glyphs.load("train", 32, seed=1)
+    model = servers.learn(networks.load("resnet20"), 4, list(calibration.split(16)), tmp_path)
+    monkeypatch.setattr(servers, "learn", lambda *_: model)
+
+    def missing(_: server_paths.Model):
+        raise ImportError("nothing of that name")
+
+    monkeypatch.setitem(server_paths.RUNTIMES, "openvino", missing)
+    servers.main(["onnxruntime", "openvino", "--images", "32", "--test-images", "64", "--rounds", "1", "--bits", "4"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:3] for row in rows[:4]] == [
+        ["ONNX Runtime", "float", "-"],
+        ["ONNX Runtime", "W4A8", "yes"],
+        ["ONNX Runtime, INT4", "W4A8", "yes"],
+        ["ONNX Runtime, INT4 in memory", "W4A8", "yes"],
+    ]
+    assert float(rows[0][4]) < 0.01 < float(rows[1][4]) < 10
+    assert int(rows[2][7]) < int(rows[1][7]) < int(rows[0][7])
+    assert rows[4][0] == "openvino: pip install openvino"
+
+
+def test_integers_of_a_server_path_differ_where_one_does() -> None:
+    weights = [torch.arange(6).reshape(2, 3), torch.arange(4).reshape(2, 2)]
+    assert server_paths.same_integers([one.to(torch.int8) for one in reversed(weights)], weights)
+    assert not server_paths.same_integers([weights[0], weights[1].t()], weights)
+    assert not server_paths.same_integers(weights[:1], weights)
