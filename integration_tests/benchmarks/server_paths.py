@@ -124,8 +124,8 @@ def _inductor(model: Model) -> Iterator[ServerPath]:
         with torch.no_grad():
             lowered = lower_pt2e_quantized_to_x86(model.program, (model.example,))
         yield ServerPath("lower_pt2e_quantized_to_x86", model, lowered, integers=packed_integers(lowered))
-    compiled = torch.compile(model.program)
     with torch.no_grad(), inductor_config.patch(freezing=True):
+        compiled = torch.compile(model.program)  # takes the configuration of now
         compiled(model.example)  # compiles
         file = str(model.folder / f"{model.name}.pt2")
         aoti_compile_and_package(model.export(), package_path=file, inductor_configs={"freezing": True})
