@@ -38,13 +38,13 @@ class Hessian:
         """`moment + damping * mean(diagonal) * I`, per group; the identity where the data are constant.
 
         Constant means that the mean diagonal is below float32's noise, 1e-12 of `power`, `(G,)`: the mean square of
-        the data that `moment` was centred from.
+        the data that `moment` was centred from; or below its smallest normal number, where products are noise too.
 
         The ridge makes the form definite with fewer samples than columns, and pulls rounding towards the target
         where the data say little.
         """
         mean = moment.diagonal(dim1=1, dim2=2).mean(1)
-        noise = torch.zeros_like(mean) if power is None else 1e-12 * power
+        noise = (torch.zeros_like(mean) if power is None else 1e-12 * power).clamp(min=torch.finfo(torch.float32).tiny)
         return cls(moment, torch.where(mean > noise, damping * mean, torch.ones_like(mean)))
 
     @property

@@ -48,6 +48,15 @@ def test_constant_data_give_the_identity():
     torch.testing.assert_close(damped[1], 1.01 * torch.eye(3).double())
 
 
+def test_data_too_small_for_products_in_float32_give_the_identity():
+    columns = torch.randn(1, 16, 7, generator=torch.Generator().manual_seed(0)) * 1e-22
+    products = (columns @ columns.mT).double()
+    assert 0 < products.abs().max() < 1e-42
+    hessian = Hessian.damped(products, 0.1)
+    assert (hessian.diagonal - 1).abs().max() < 1e-12
+    assert torch.isfinite(hessian.cholesky).all()
+
+
 def test_damping_makes_rank_deficient_and_dead_columns_definite():
     moment = correlated(1, 20, 3, 0)
     moment[:, 4], moment[:, :, 4] = 0, 0

@@ -139,6 +139,12 @@ class Outcome:
     seconds: float = 0.0
     problem: str = ""
 
+    def cells(self) -> tuple[str, str]:
+        """What was learned, or why nothing was; and what was left alone."""
+        if self.learned is None:
+            return f"{'failed' if self.traced else 'not prepared'}: {self.problem}", "-"
+        return "{} of {}".format(*self.learned) + ("" if self.exact else ", **not exact**"), self.skipped or "none"
+
 
 def run(name: str, host: str) -> Outcome:
     """Prepare, learn and convert one model."""
@@ -208,19 +214,17 @@ def main() -> None:
     if any(name.startswith("timm/") for name in named) and importlib.util.find_spec("timm") is None:
         raise SystemExit("pip install --no-deps timm")
     warnings.simplefilter("ignore")
-    print("| model | host | learned | exact | left alone | s | problem |")
-    print("|---|---|---|---|---|---|---|")
+    print("| model | host | learned, of layers | left alone | s |")
+    print("|---|---|---|---|---|")
     for name in named:
-        for host in options.hosts:
-            found = run(name, host)
-            learned = "-" if found.learned is None else "{} of {}".format(*found.learned)
-            exact = "-" if found.learned is None else "yes" if found.exact else "**no**"
-            problem = found.problem if found.traced else f"not prepared: {found.problem}"
-            print(
-                f"| {name} | {host} | {learned} | {exact} | {found.skipped or 'none'} | {found.seconds:.0f} "
-                f"| {problem or ''} |",
-                flush=True,
-            )
+        found = {host: run(name, host) for host in options.hosts}
+        # one row where the hosts agree
+        alike = len({replace(outcome, seconds=0.0) for outcome in found.values()}) == 1
+        for host in [" and ".join(found)] if alike else found:
+            outcomes = list(found.values()) if alike else [found[host]]
+            learned, skipped = outcomes[0].cells()
+            seconds = " and ".join(f"{outcome.seconds:.0f}" for outcome in outcomes)
+            print(f"| {name} | {host} | {learned} | {skipped} | {seconds} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -124,13 +124,17 @@ def _inductor(model: Model) -> Iterator[ServerPath]:
         with torch.no_grad():
             lowered = lower_pt2e_quantized_to_x86(model.program, (model.example,))
         yield ServerPath("lower_pt2e_quantized_to_x86", model, lowered, integers=packed_integers(lowered))
-    with torch.no_grad(), inductor_config.patch(freezing=True):
-        compiled = torch.compile(model.program)  # takes the configuration of now
-        compiled(model.example)  # compiles
-        file = str(model.folder / f"{model.name}.pt2")
+    file = str(model.folder / f"{model.name}.pt2")
+    with torch.no_grad():
         aoti_compile_and_package(model.export(), package_path=file, inductor_configs={"freezing": True})
-    yield ServerPath("torch.compile", model, compiled)
+    yield ServerPath("torch.compile", model, functools.partial(_run_frozen, torch.compile(model.program)))
     yield ServerPath("AOTInductor", model, aoti_load_package(file), Path(file).stat().st_size)
+
+
+def _run_frozen(compiled: Run, batch: Tensor) -> Tensor:
+    """What is compiled is forgotten when another program is exported, and then compiled again as is set at the call."""
+    with torch.no_grad(), inductor_config.patch(freezing=True):
+        return compiled(batch)
 
 
 # --- ONNX
