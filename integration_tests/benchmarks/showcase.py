@@ -16,7 +16,7 @@ import argparse
 import logging
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,25 +98,30 @@ def _read(reader: Reader, images: Tensor, characters: Sequence[str]) -> list[str
         return [text for line in torch.split(images, 1) for text in decode(reader(line).argmax(2), characters)]
 
 
-def draw(file: Path, images: Tensor, texts: Sequence[str], readings: Sequence[Reading]) -> None:
-    """Draw lines (n, 3, 48, W), from -1 to 1, with what each model read below: green where it is right."""
+def draw(file: Path, images: Tensor, texts: Sequence[str], columns: Mapping[str, Sequence[str]]) -> None:
+    """Draw lines (n, 3, 48, W), from -1 to 1, with what was read there beside them: green where it is right.
+
+    Args:
+        file: where the picture goes.
+        images, texts: the lines, and what is written there.
+        columns: what was read, by the head of the column.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 0.55 + 0.62 * len(texts)), dpi=120)
-    columns = len(readings) + 1
-    axes = figure.subplots(
-        len(texts) + 1, columns, squeeze=False, gridspec_kw={"width_ratios": [2, *[1.2] * len(readings)]}
-    )
+    figure = Figure(figsize=(10, 0.5 + 0.6 * len(texts)), dpi=120)
+    widths = [2, *[1.2] * len(columns)]
+    axes = figure.subplots(len(texts) + 1, len(widths), squeeze=False, gridspec_kw={"width_ratios": widths})
     for one in axes.flat:
         one.axis("off")
-    for column, head in enumerate(["what is there", *(reading.name for reading in readings)]):
-        axes[0][column].text(0, 0.3, head, fontsize=11, fontweight="bold")
-    for row, (image, text) in enumerate(zip(images, texts, strict=True), 1):
-        axes[row][0].imshow(image[0], cmap="gray", vmin=-1, vmax=1)
-        for column, reading in enumerate(readings, 1):
-            read = reading.texts[row - 1]
-            colour = _RIGHT if read == text else _WRONG
-            axes[row][column].text(0, 0.4, read or "(nothing)", fontsize=11, color=colour, parse_math=False)
+    for axis, head in zip(axes[0], ["", *columns], strict=True):
+        axis.text(0, 0.3, head, fontsize=11, fontweight="bold")
+    for row, (image, text) in enumerate(zip(images, texts, strict=True)):
+        # nothing is drawn right of the paper, where pixels are 0
+        paper = image[0].masked_fill((image[0] == 0).all(0), torch.nan)
+        axes[row + 1][0].imshow(paper.numpy(), cmap="gray", vmin=-1, vmax=1)
+        for axis, read in zip(axes[row + 1][1:], columns.values(), strict=True):
+            colour = _RIGHT if read[row] == text else _WRONG
+            axis.text(0, 0.4, read[row] or "(nothing)", fontsize=11, color=colour, parse_math=False)
     figure.tight_layout(pad=0.4)
     figure.savefig(file)
 
@@ -127,6 +132,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("showcase"), help="folder for the files and the picture")
     parser.add_argument("--lines", type=int, default=LINES, help="to calibrate with")
     parser.add_argument("--test-lines", type=int, default=200)
+    parser.add_argument("--float-biases", action="store_true", help="let the runtimes round the biases")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -141,7 +147,7 @@ def main() -> None:
     prepared = _prepared(network, batches)
     for name, method in (("nearest", "nearest"), ("learned", "default")):
         start = time.perf_counter()
-        converted = convert_pt2e(adaround(prepared, batches, method, integer_biases=True))
+        converted = convert_pt2e(adaround(prepared, batches, method, integer_biases=not options.float_biases))
         print(f"{name}: {time.perf_counter() - start:.0f} s")
         files = {suffix: options.out / f"{name}.{suffix}" for suffix in ("pte", "onnx")}
         files["pte"].write_bytes(lowered(widen_weight_ranges(converted, linear_bits=4), images[:1]))
@@ -152,8 +158,10 @@ def main() -> None:
     print("\n| model | bytes | characters right % |\n|---|---|---|")
     for reading in readings:
         print(f"| {reading.name} | {reading.size:,} | {characters_right(reading.texts, texts):.1f} |")
-    shown = [reading for reading in readings if not reading.name.endswith("onnx")]
-    draw(options.out / "showcase.png", images[:_SHOWN], texts[:_SHOWN], shown)
+    shown = {reading.name: reading.texts[:_SHOWN] for reading in readings if not reading.name.endswith("onnx")}
+    heads = ("float", "nearest, 4 bits", "learned, 4 bits")
+    columns = dict(zip(heads, shown.values(), strict=True))
+    draw(options.out / "showcase.png", images[:_SHOWN], texts[:_SHOWN], columns)
 
 
 if __name__ == "__main__":
