@@ -5,7 +5,7 @@ PP-OCRv4's recognizer (see `recognizer`) goes through PT2E with XNNPACK's quanti
 lines of text, and as an ONNX file with packed weights, with which ONNX Runtime reads them. The picture shows a few
 lines, and what the float network and the two `.pte` files read there.
 
-    pip install -e '.[benchmarks,executorch,onnx]'
+    pip install -e '.[test]'
     pip install --no-deps rapidocr-onnxruntime==1.4.4
     python -m integration_tests.benchmarks.showcase --out showcase
 """
