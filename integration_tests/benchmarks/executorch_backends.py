@@ -12,9 +12,7 @@ output is at most from that of the converted program, in steps of its last activ
 from __future__ import annotations
 
 import argparse
-import logging
 import multiprocessing
-import warnings
 from functools import partial
 from typing import Any
 
@@ -24,6 +22,7 @@ from torch import Tensor, fx, nn
 from adaround_plugin.deployment import widen_weight_ranges
 from adaround_plugin.graph.compat import operator_name
 from adaround_plugin.hosts.pt2e import AdaRoundQuantizer
+from integration_tests.benchmarks.quiet import quiet
 from integration_tests.benchmarks.vendor_quantizers import NEEDS, VENDORS, Linears, Net, learn, samples
 
 __all__ = ["lowered", "run_program", "steps_apart"]
@@ -55,11 +54,10 @@ def steps_apart(converted: fx.GraphModule, buffer: bytes, example: Tensor) -> Te
     return apart.abs()
 
 
+@quiet()
 def _rows(vendor: str, bits: list[int | None]) -> list[str]:
     """The rows of one quantizer, made in a process of its own: what one vendor's code leaves behind disturbs others."""
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     # its own bits may be those that are asked for
     return list(dict.fromkeys(_row(vendor, count) for count in bits))
 
@@ -101,6 +99,7 @@ def _storage_row(bits: int) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+@quiet()
 def main() -> None:
     """Print a row for each quantizer and number of bits, or for each number of bits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,8 +110,6 @@ def main() -> None:
     parser.add_argument("--storage", action="store_true", help="sizes of XNNPACK's files instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     if options.storage:
         print("| bits | Net: as converted | widened to 8 | linear to 4 | Linears: as converted | widened to 8 | to 4 |")
         print("|---|---|---|---|---|---|---|")

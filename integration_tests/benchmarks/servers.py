@@ -15,9 +15,7 @@ OpenVINO is a wheel of its own: pip install openvino
 from __future__ import annotations
 
 import argparse
-import logging
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
@@ -30,6 +28,7 @@ from adaround_plugin import adaround
 from adaround_plugin.hosts.open import learned_weights
 from integration_tests.benchmarks import glyphs, networks
 from integration_tests.benchmarks.accuracy import TEST_SEED, Case, accuracy
+from integration_tests.benchmarks.quiet import quiet
 from integration_tests.benchmarks.server_paths import NEEDS, RUNTIMES, Model, Run, ServerPath
 
 __all__ = ["HEAD", "learn", "time_ratios", "walk"]
@@ -89,6 +88,7 @@ def _row(path: ServerPath, network: nn.Module, ratio: float, images: Tensor, lab
     return f"| {' | '.join(cells)} |"
 
 
+@quiet()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a Markdown table with a row for each path."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,8 +104,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := set(options.runtimes) - RUNTIMES.keys():
         parser.error(f"{sorted(unknown)} are none of {list(RUNTIMES)}")
     torch.set_num_threads(options.threads)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     network = networks.load(options.network)
     calibration, _ = glyphs.load("train", options.images, seed=1)
     batches = list(torch.split(calibration, options.batch))

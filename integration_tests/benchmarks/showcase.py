@@ -13,9 +13,7 @@ lines, and what the float network and the two `.pte` files read there.
 from __future__ import annotations
 
 import argparse
-import logging
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from adaround_plugin import adaround
 from adaround_plugin.deployment import widen_weight_ranges
 from adaround_plugin.hosts.pt2e import AdaRoundQuantizer
 from integration_tests.benchmarks.executorch_backends import lowered
+from integration_tests.benchmarks.quiet import quiet
 from integration_tests.benchmarks.recognizer import BATCH, LINES, alphabet, characters_right, decode, lines, load
 from integration_tests.benchmarks.vendor_quantizers import VENDORS
 
@@ -126,6 +125,7 @@ def draw(file: Path, images: Tensor, texts: Sequence[str], columns: Mapping[str,
     figure.savefig(file)
 
 
+@quiet()
 def main() -> None:
     """Quantize, write the files, read with them; print the table and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,8 +136,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     options.out.mkdir(parents=True, exist_ok=True)
     network, characters = load(), alphabet()
     batches = list(torch.split(lines(options.lines, "train")[0], BATCH))

@@ -9,13 +9,12 @@ say nothing of the accuracy of a trained model.
 
 # transformers imports torchvision where it finds one
 from integration_tests.benchmarks import torchvision_cpu  # noqa: F401
+from integration_tests.benchmarks.quiet import quiet
 
 # isort: split
 import argparse
 import copy
-import logging
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -265,6 +264,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".replace("|", "/")
 
 
+@quiet()
 def main() -> None:
     """Run and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -273,8 +273,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     head = ["model", "activations", "learned", "left alone", *(f"W{b}: nearest / learned" for b in options.bits)]
     head.append("CPU s")
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
