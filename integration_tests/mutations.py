@@ -546,6 +546,35 @@ FAULTS: Final = (
         "packed.pack(weight.integers.int() + shift - 1,",
         (f"{_WHOLE}test_inc_packing.py::test_a_packed_layer_holds_exactly_the_integers",),
     ),
+    # --- devices
+    Fault(
+        "biases are rounded down",
+        "hosts/biases.py",
+        "(corrected.double() / step).round()",
+        "(corrected.double() / step).floor()",
+        (_WHOLE + "test_integer_biases.py",),
+    ),
+    Fault(
+        "the step of a bias leaves out the input's scale",
+        "hosts/biases.py",
+        "step = input_scale * node.op",
+        "step = node.op",
+        (_WHOLE + "test_integer_biases.py",),
+    ),
+    Fault(
+        "integers of 8 are packed into 4 bits",
+        "deployment/onnx_weights.py",
+        "(ir.DataType.INT4, -8, 7, 21)",
+        "(ir.DataType.INT4, -8, 8, 21)",
+        (_WHOLE + "test_onnx.py",),
+    ),
+    Fault(
+        "products below float32's smallest number are taken for data",
+        "rounding/hessian.py",
+        ".clamp(min=torch.finfo(torch.float32).tiny)",
+        "",
+        (_UNIT + "test_hessian.py",),
+    ),
 )
 
 
