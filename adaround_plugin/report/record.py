@@ -1,17 +1,10 @@
-"""What was done to each layer, as plain data: a table to print, JSON to keep."""
+"""What was done to each layer, as plain data."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
-from torch import fx, nn
-
-from adaround_plugin.errors import InvalidModelError
-
-__all__ = ["BlockReport", "LayerReport", "RecipeTrial", "Report", "get_report"]
-
-KEY = "adaround_report"
+__all__ = ["BlockReport", "LayerReport", "RecipeTrial", "Record"]
 
 
 @dataclass(frozen=True)
@@ -97,8 +90,8 @@ class RecipeTrial:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What `adaround` did.
+class Record:
+    """What `adaround` did, without the ways to show it.
 
     Attributes:
         method, solver, recipe: what was used: the method, the solver of each layer's problem, and what it imitates.
@@ -112,7 +105,8 @@ class Report:
             decisions that are made of them, and several outputs count alike.
         nearest_output_error: the same with all layers rounded to nearest. Where that was less, layers were taken back.
         seconds: wall time by phase: `setup` (checks and the reference conversion), `importance` (of columns),
-            `forward`, `moments`, `solve`, `reconstruct` (learning on samples), `finetune`, `trials`, `total`.
+            `forward`, `moments`, `solve`, `reconstruct` (learning on samples), `finetune`, `compare` (with nearest,
+            in the end), `trials`, `total`.
     """
 
     method: str
@@ -127,107 +121,7 @@ class Report:
     nearest_output_error: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def to_json(self, indent: int | None = 2) -> str:
-        """The whole report as JSON."""
-        return json.dumps(asdict(self), indent=indent)
-
-    def __str__(self) -> str:
-        lines = _table(_HEAD, [_row(layer) for layer in self.layers])
-        learned = [*self.blocks, *([] if self.finetuning is None else [self.finetuning])]
-        if learned:
-            lines += _table(_BLOCK_HEAD, [_block_row(block) for block in learned])
-        lines += [f"skipped {name} ({kind}): {reason}" for name, kind, reason in self.skipped]
-        for trial in self.trials:
-            lines.append(f"tried {trial.recipe}: {trial.note or f'output error {_number(trial.output_error)}'}")
-        kept = sum(layer.learned for layer in self.layers)
-        seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in self.seconds.items())
-        lines.append(
-            f"method {self.method}: {kept} of {len(self.layers)} layers learned (solver {self.solver}, {self.recipe}); "
-            f"output error {_number(self.output_error)}, of nearest {_number(self.nearest_output_error)}; {seconds}"
-        )
-        return "\n".join(lines)
-
-
-_HEAD = (
-    "layer",
-    "op",
-    "weight",
-    "bits",
-    "nearest",
-    "learned",
-    "held-out nearest",
-    "held-out learned",
-    "flipped",
-    "clipped",
-    "bias",
-    "seconds",
-    "note",
-)
-_BLOCK_HEAD = (
-    "learned on samples",
-    "layers",
-    "start",
-    "learned",
-    "held-out start",
-    "held-out learned",
-    "iterations",
-    "seconds",
-    "note",
-)
-
-
-def _row(layer: LayerReport) -> tuple[str, ...]:
-    """The cells of one layer, under `_HEAD`."""
-    return (
-        layer.name,
-        layer.kind,
-        "x".join(map(str, layer.shape)),
-        str(layer.bits),
-        _number(layer.nearest_error),
-        _number(layer.learned_error),
-        _number(layer.nearest_holdout),
-        _number(layer.learned_holdout),
-        f"{layer.flipped:.1%}",
-        f"{layer.clipped:.1%}",
-        layer.bias,
-        f"{layer.seconds:.2f}",
-        layer.note,
-    )
-
-
-def _block_row(block: BlockReport) -> tuple[str, ...]:
-    """The cells of one block, under `_BLOCK_HEAD`."""
-    return (
-        block.name,
-        str(len(block.layers)),
-        _number(block.start_error),
-        _number(block.learned_error),
-        _number(block.start_holdout),
-        _number(block.learned_holdout),
-        str(block.iterations),
-        f"{block.seconds:.2f}",
-        block.note,
-    )
-
-
-def _table(head: tuple[str, ...], cells: list[tuple[str, ...]]) -> list[str]:
-    """Lines of aligned columns."""
-    rows = [head, *cells]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
-def get_report(model: nn.Module) -> Report:
-    """The report that `adaround` left in the model it returned.
-
-    Raises:
-        InvalidModelError: the model has none.
-    """
-    report = (model.meta if isinstance(model, fx.GraphModule) else getattr(model, "__dict__", {})).get(KEY)
-    if not isinstance(report, Report):
-        raise InvalidModelError("model", "carries no AdaRound report", "Pass the model that adaround(...) returned.")
-    return report
+    @property
+    def learned_on_samples(self) -> list[BlockReport]:
+        """The blocks, and the whole network where it was finetuned."""
+        return [*self.blocks, *([] if self.finetuning is None else [self.finetuning])]

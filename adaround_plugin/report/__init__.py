@@ -1,0 +1,9 @@
+"""What was done to each layer: plain data, and how they are shown.
+
+`record`: the data. `text`: as a table. `report`: the class that a user gets. Imports `errors`.
+"""
+
+from adaround_plugin.report.record import BlockReport, LayerReport, RecipeTrial
+from adaround_plugin.report.report import KEY, Report, get_report
+
+__all__ = ["KEY", "BlockReport", "LayerReport", "RecipeTrial", "Report", "get_report"]
