@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch.ao.quantization.backend_config import BackendConfig
 
+from adaround_plugin._version import __version__
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.hosts.base import Host, Skipped, handed_over
 from adaround_plugin.hosts.open import open_host
@@ -138,6 +139,14 @@ def adaround(
         output_error=output_error,
         nearest_output_error=nearest_output_error,
         seconds={"setup": setup, **run.seconds, "trials": trials, "total": time.perf_counter() - start},
+        settings={
+            "method": chosen,
+            "finetune": preset.finetune or False,
+            "exclude": sorted(excluded),
+            "seed": seed,
+            "integer_biases": integer_biases,
+        },
+        versions={"adaround_plugin": __version__, "torch": str(torch.__version__)},
     )
     return handed_over(host, model, inplace, KEY)
 

@@ -25,6 +25,7 @@ from adaround_plugin.paper.cross_entropy import CrossEntropy
 from adaround_plugin.paper.forms import LayerForms
 from adaround_plugin.paper.task_loss import expand_task_loss
 from adaround_plugin.paper.weights import best_of_draws, round_weights, write_integers
+from adaround_plugin.report import Report
 from adaround_plugin.rounding.qubo import Qubo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,6 +171,7 @@ def _documented() -> list[tuple[str, object]]:
     names = [(name, getattr(module, name)) for module in (adaround_plugin, solvers, inc) for name in module.__all__]
     names += [(f"pt2e.{name}", getattr(pt2e, name)) for name in pt2e.__all__]
     names += [(f"deployment.{name}", getattr(deployment, name)) for name in deployment.__all__]
+    names += [(f"Report.{name}", value) for name, value in vars(Report).items() if not name.startswith("_")]
     names += [(f"{one.__module__.removeprefix('adaround_plugin.')}.{one.__qualname__}", one) for one in _BY_MODULE]
     return names
 
@@ -192,7 +194,7 @@ def test_public_names_and_their_arguments_are_described(name: str, value: object
     taken = {
         parameter.name: parameter.default
         for parameter in inspect.signature(value).parameters.values()
-        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) and parameter.name != "self"
     }
     assert described == taken.keys()
     for argument, default in taken.items():

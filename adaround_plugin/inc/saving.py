@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization.quantize_fx import convert_fx
 
 from adaround_plugin.errors import InvalidModelError, NonFiniteError, is_out_of_memory
+from adaround_plugin.files import write_whole
 from adaround_plugin.graph.compat import forget_models
 from adaround_plugin.inc.config import AdaRoundConfig
 from adaround_plugin.inc.layers import weighted_layers
@@ -49,14 +50,9 @@ def save(model: fx.GraphModule, folder: str | os.PathLike[str]) -> None:
         "structure": _structure(model),
         "state": model.state_dict(),
     }
-    whole, unfinished = io.BytesIO(), path / f"{_FILE}.{os.getpid()}"
+    whole = io.BytesIO()
     torch.save(content, whole)
-    try:
-        unfinished.write_bytes(whole.getbuffer())
-        unfinished.replace(path / _FILE)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    write_whole(path / _FILE, whole.getbuffer())
 
 
 def load(folder: str | os.PathLike[str], original_model: nn.Module) -> fx.GraphModule:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
@@ -16,6 +17,9 @@ from adaround_plugin.report import BlockReport, LayerReport, RecipeTrial, Report
 from adaround_plugin.rounding.result import LayerRounding
 
 __all__ = ["Progress", "ReportBuilder"]
+
+# how Python writes a class, and an object without a text of its own; the group is the name of the class
+_NAMELESS = re.compile(r"<(?:class ')?(?:[\w<>]+\.)*(\w+)(?:'| object at 0x\w+)>")
 
 
 class Progress:
@@ -171,8 +175,10 @@ class ReportBuilder:
         output_error: float,
         nearest_output_error: float,
         seconds: dict[str, float],
+        settings: Mapping[str, object],
+        versions: dict[str, str],
     ) -> Report:
-        """The report; arguments as in `Report`."""
+        """The report; arguments as in `Report`, but for the settings, which are the objects themselves."""
         return Report(
             method=method,
             solver=solver,
@@ -185,6 +191,8 @@ class ReportBuilder:
             output_error=output_error,
             nearest_output_error=nearest_output_error,
             seconds=seconds,
+            settings={name: _NAMELESS.sub(r"\1", repr(value)) for name, value in settings.items()},
+            versions=versions,
         )
 
 

@@ -1,6 +1,7 @@
 """What was done to each layer: plain data, and how they are shown.
 
-`record`: the data. `text`: as a table. `report`: the class that a user gets. Imports `errors`.
+`record`: the data. `text`: as a table. `page`: as a page, made of `charts` and `markup` with `styles`. `report`: the
+class that a user gets. Imports `files` and `errors`.
 """
 
 from adaround_plugin.report.record import BlockReport, LayerReport, RecipeTrial

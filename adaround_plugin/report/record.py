@@ -107,6 +107,9 @@ class Record:
         seconds: wall time by phase: `setup` (checks and the reference conversion), `importance` (of columns),
             `forward`, `moments`, `solve`, `reconstruct` (learning on samples), `finetune`, `compare` (with nearest,
             in the end), `trials`, `total`.
+        settings: arguments of `adaround` by name, as Python writes them, that repeat what was done, without trials.
+            Objects without a text of their own stand there as the name of their type.
+        versions: of this package and of torch.
     """
 
     method: str
@@ -120,6 +123,8 @@ class Record:
     output_error: float | None = None
     nearest_output_error: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def learned_on_samples(self) -> list[BlockReport]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 
 from torch import fx, nn
 
 from adaround_plugin.errors import InvalidModelError
+from adaround_plugin.files import check_path, write_whole
+from adaround_plugin.report.page import fragment, page
 from adaround_plugin.report.record import Record
 from adaround_plugin.report.text import text
 
@@ -23,9 +26,23 @@ class Report(Record):
     def __str__(self) -> str:
         return text(self)
 
+    def _repr_html_(self) -> str:
+        return fragment(self)
+
     def to_json(self, indent: int | None = 2) -> str:
         """The whole report as JSON."""
         return json.dumps(asdict(self), indent=indent)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as one HTML page with charts, which needs no network and no script; all or nothing.
+
+        Args:
+            path: of the file; one that is there is replaced.
+
+        Raises:
+            InvalidOptionError: `path` is no path, or that of a folder, or lies in a folder that does not exist.
+        """
+        write_whole(check_path("path", path), page(self).encode("utf-8", "xmlcharrefreplace"))
 
 
 def get_report(model: nn.Module) -> Report:

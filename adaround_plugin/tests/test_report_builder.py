@@ -60,7 +60,15 @@ def builder() -> ReportBuilder:
 
 def layers(builder: ReportBuilder) -> list[LayerReport]:
     report = builder.build(
-        method="m", solver="s", recipe="r", skipped=[], output_error=0.0, nearest_output_error=0.0, seconds={}
+        method="m",
+        solver="s",
+        recipe="r",
+        skipped=[],
+        output_error=0.0,
+        nearest_output_error=0.0,
+        seconds={},
+        settings={},
+        versions={},
     )
     return report.layers
 
@@ -183,6 +191,8 @@ def test_everything_told_is_in_the_report(builder):
         output_error=0.25,
         nearest_output_error=0.5,
         seconds={"total": 1.0},
+        settings={"method": (Recipe(damping=0.5), "a", Tensor, object()), "seed": 3},
+        versions={"torch": "1"},
     )
     assert (report.method, report.solver, report.recipe) == ("blocks", "Annealing", "errors propagated")
     assert [layer.name for layer in report.layers] == ["a", "b"]
@@ -192,6 +202,9 @@ def test_everything_told_is_in_the_report(builder):
     assert report.finetuning is not None
     assert report.finetuning.name == "network"
     assert (report.output_error, report.nearest_output_error, report.seconds) == (0.25, 0.5, {"total": 1.0})
+    # as Python writes them, without addresses
+    assert report.settings == {"method": f"({Recipe(damping=0.5)!r}, 'a', Tensor, object)", "seed": "3"}
+    assert report.versions == {"torch": "1"}
 
 
 def test_steps_are_shown_as_they_come(monkeypatch):

@@ -1,0 +1,40 @@
+"""Files that are written all or nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from adaround_plugin.errors import InvalidOptionError
+
+__all__ = ["check_path", "write_whole"]
+
+
+def check_path(argument: str, value: Any) -> Path:
+    """The path of a file to write.
+
+    Raises:
+        InvalidOptionError: `value` is no path, or that of a folder, or lies in a folder that does not exist.
+    """
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str) or "\0" in os.fspath(value):
+        raise InvalidOptionError(argument, f"{value!r} is not a path", "Pass a string or a pathlib.Path.")
+    path = Path(value)
+    if path.is_dir():
+        raise InvalidOptionError(argument, f"{str(path)!r} is a folder", "Pass the path of a file.")
+    if not path.parent.is_dir():
+        raise InvalidOptionError(
+            argument, f"the folder {str(path.parent)!r} does not exist", "Make it, or pass another path."
+        )
+    return path
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file, or leave what was there: the content goes to a file beside it that then takes its name."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise

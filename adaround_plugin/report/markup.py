@@ -1,0 +1,47 @@
+"""Pieces of HTML: everything that comes from a report is escaped here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from html import escape
+
+__all__ = ["breakable", "escaped", "paragraph", "section", "table"]
+
+
+def escaped(text: object) -> str:
+    """Text that HTML shows as it is, also between quotes."""
+    return escape(str(text), quote=True)
+
+
+def breakable(name: str) -> str:
+    """A qualified name that may go on in the next line behind its dots and underscores."""
+    return re.sub(r"(?<=[._])", "<wbr>", escaped(name))
+
+
+def paragraph(text: object, kind: str = "") -> str:
+    """Plain text as a paragraph of a class."""
+    return f'<p class="{kind}">{escaped(text)}</p>'
+
+
+def section(title: str, *parts: str) -> str:
+    """A heading, and the HTML below it; nothing where there is none."""
+    body = "\n".join(part for part in parts if part)
+    return f"<section>\n<h2>{escaped(title)}</h2>\n{body}\n</section>" if body else ""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in a frame that scrolls where it is too wide; nothing where there are no rows.
+
+    Args:
+        head, rows: plain text of the cells. The first cell of each row is its heading.
+    """
+    if not rows:
+        return ""
+    heads = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in head)
+    lines = [f"<tr>{heads}</tr>"]
+    for first, *others in rows:
+        cells = "".join(f"<td>{escaped(cell)}</td>" for cell in others)
+        lines.append(f'<tr><th scope="row">{escaped(first)}</th>{cells}</tr>')
+    body = "\n".join(lines)
+    return f'<div class="scroll"><table>\n{body}\n</table></div>'

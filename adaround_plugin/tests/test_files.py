@@ -1,0 +1,46 @@
+"""Files that are written all or nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.files import check_path, write_whole
+
+
+def test_a_file_is_written_or_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for content in (b"first", memoryview(b"second")):
+        write_whole(path, content)
+        assert path.read_bytes() == bytes(content)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    with pytest.raises(TypeError):
+        write_whole(path, "text, not bytes")
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_take_its_name_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "full").mkdir(parents=True)
+    with pytest.raises(OSError, match="folder"):
+        write_whole(tmp_path / "folder", b"content")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("value", ["a\0b", b"bytes", 3, None, True])
+def test_what_is_no_path_is_refused(value: object) -> None:
+    with pytest.raises(InvalidOptionError, match=r"target: .* is not a path"):
+        check_path("target", value)
+
+
+def test_a_path_is_taken_as_text_or_as_an_object(tmp_path: Path) -> None:
+    assert check_path("target", str(tmp_path / "file")) == check_path("target", tmp_path / "file") == tmp_path / "file"
+    with pytest.raises(InvalidOptionError, match=r"target: .* is a folder"):
+        check_path("target", "")
