@@ -1,7 +1,8 @@
 """What was done to each layer: plain data, and how they are shown.
 
 `record`: the data. `text`: as a table. `page`: as a page, made of `charts` and `markup` with `styles`. `report`: the
-class that a user gets. Imports `files` and `errors`.
+class that a user gets. `frame` and `figure` import pandas and matplotlib when they are asked. Imports `files` and
+`errors`.
 """
 
 from adaround_plugin.report.record import BlockReport, LayerReport, RecipeTrial

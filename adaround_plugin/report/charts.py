@@ -14,7 +14,7 @@ from adaround_plugin.report.markup import breakable, escaped
 from adaround_plugin.report.record import BlockReport, LayerReport
 from adaround_plugin.report.text import number
 
-__all__ = ["Errors", "error_chart", "time_chart"]
+__all__ = ["Errors", "error_chart", "is_drawn", "time_chart"]
 
 # share of the width that stays free left and right, for half a dot and half a label
 _MARGIN = 4.0
@@ -86,13 +86,13 @@ def error_chart(rows: Sequence[Errors], before: str) -> str:
     Returns:
         HTML; nothing where no row has a number.
     """
-    values = [value for row in rows for value in (*row.before, *row.after) if _is_drawn(value)]
+    values = [value for row in rows for value in (*row.before, *row.after) if is_drawn(value)]
     if not values:
         return ""
     scale = _Scale.over(values)
     marks = "".join(f'<text x="{x:.2f}%" y="12" text-anchor="middle">{label}</text>' for x, label in scale.ticks())
     lines = "".join(f'<line class="grid" x1="{x:.2f}%" x2="{x:.2f}%" y1="0" y2="100%"/>' for x, _ in scale.ticks())
-    held = any(_is_drawn(value) for row in rows for value in (row.before[1], row.after[1]))
+    held = any(is_drawn(value) for row in rows for value in (row.before[1], row.after[1]))
     key = [("before", before), ("after", "learned"), *([("held", "held-out samples")] if held else [])]
     legend = "".join(f'<span><i class="{kind}"></i>{escaped(label)}</span>' for kind, label in key)
     axis = _row("", f'<svg height="16" aria-hidden="true">{marks}</svg>', "", "axis")
@@ -111,9 +111,7 @@ def _error_row(row: Errors, scale: _Scale, grid: str, before: str) -> str:
 
 def _lane(kind: str, label: str, pair: tuple[float | None, float | None], y: int, scale: _Scale) -> str:
     """The error on the learning samples as a dot, that on held-out samples as a ring, and a line between."""
-    places = [
-        (scale.at(value), value, held) for value, held in zip(pair, ("", "held"), strict=True) if _is_drawn(value)
-    ]
+    places = [(scale.at(value), value, held) for value, held in zip(pair, ("", "held"), strict=True) if is_drawn(value)]
     line = ""
     if len(places) == 2:
         line = f'<line class="{kind}" x1="{places[0][0]:.2f}%" x2="{places[1][0]:.2f}%" y1="{y}" y2="{y}"/>'
@@ -153,6 +151,6 @@ def _row(name: str, drawing: str, told: str, kind: str = "") -> str:
     )
 
 
-def _is_drawn(value: float | None) -> TypeGuard[float]:
+def is_drawn(value: float | None) -> TypeGuard[float]:
     """Whether a logarithmic scale has a place for it."""
     return value is not None and math.isfinite(value) and value > 0

@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
 from adaround_plugin.errors import InvalidModelError
 from adaround_plugin.files import check_path, write_whole
+from adaround_plugin.report.figure import figure
+from adaround_plugin.report.frame import frame
 from adaround_plugin.report.page import fragment, page
 from adaround_plugin.report.record import Record
 from adaround_plugin.report.text import text
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 __all__ = ["KEY", "Report", "get_report"]
 
@@ -43,6 +50,22 @@ class Report(Record):
             InvalidOptionError: `path` is no path, or that of a folder, or lies in a folder that does not exist.
         """
         write_whole(check_path("path", path), page(self).encode("utf-8", "xmlcharrefreplace"))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """The layers as a pandas DataFrame: a row for each, and a column for each attribute of `LayerReport`.
+
+        Raises:
+            MissingDependencyError: pandas cannot be imported.
+        """
+        return frame(self)
+
+    def plot(self) -> Figure:
+        """The errors of the layers, nearest beside learned, as a figure of matplotlib that pyplot does not know.
+
+        Raises:
+            MissingDependencyError: matplotlib cannot be imported.
+        """
+        return figure(self)
 
 
 def get_report(model: nn.Module) -> Report:
