@@ -534,7 +534,7 @@ FAULTS: Final = (
     ),
     Fault(
         "a save that is interrupted leaves its file behind",
-        "inc/saving.py",
+        "files.py",
         "unfinished.unlink(missing_ok=True)",
         "pass",
         (f"{_WHOLE}test_interruptions.py::test_a_save_that_is_interrupted_leaves_the_folder_as_it_was",),
@@ -574,6 +574,35 @@ FAULTS: Final = (
         ".clamp(min=torch.finfo(torch.float32).tiny)",
         "",
         (_UNIT + "test_hessian.py",),
+    ),
+    # --- the report
+    Fault(
+        "a page of a report runs what names hold",
+        "report/markup.py",
+        "return escape(str(text), quote=True)",
+        "return str(text)",
+        (f"{_UNIT}test_report_page.py::test_texts_are_shown_as_they_are",),
+    ),
+    Fault(
+        "a chart puts errors where they do not belong",
+        "report/charts.py",
+        "share = (math.log10(value) - self.low) / (self.high - self.low)",
+        "share = value / 10.0**self.high",
+        (f"{_UNIT}test_report_page.py",),
+    ),
+    Fault(
+        "a report names another seed",
+        "api.py",
+        '"seed": seed,',
+        '"seed": 0,',
+        (f"{_WHOLE}test_report_settings.py",),
+    ),
+    Fault(
+        "a file is written in place",
+        "files.py",
+        "unfinished.write_bytes(content)\n        unfinished.replace(path)",
+        "path.write_bytes(content)",
+        (f"{_UNIT}test_files.py",),
     ),
 )
 

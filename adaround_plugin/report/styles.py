@@ -50,7 +50,7 @@ table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tab
 th, td { text-align: left; vertical-align: top; padding: 0.3rem 0.9rem 0.3rem 0; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 th { font-weight: 600; }
-td:last-child { white-space: normal; min-width: 18rem; }
+td:last-child { white-space: normal; min-width: 14rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.25rem 1rem; margin: 0.5rem 0; }
 dt { color: var(--faint); }
 dd { margin: 0; }

@@ -18,11 +18,18 @@ def test_a_file_is_written_or_replaced(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"before")
-    with pytest.raises(TypeError):
-        write_whole(path, "text, not bytes")
+
+    def half(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError("no room")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="no room"):
+        write_whole(path, b"content")
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
 
