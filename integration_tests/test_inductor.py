@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch._inductor import aoti_compile_and_package, aoti_load_package
-from torch._inductor import config as inductor_config
 from torchao.quantization.pt2e.lowering import lower_pt2e_quantized_to_x86
 
 from integration_tests.benchmarks.server_paths import packed_integers
@@ -17,9 +12,6 @@ from integration_tests.models import batches, learn
 from integration_tests.pt2e_models import all_learned, convert, prepared_pt2e, x86
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Inductor's own, of several kinds
-needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("clang++") is None, reason="Inductor needs a compiler"
-)
 
 
 def small(*layers: nn.Module, shape: tuple[int, ...], bits: int = 4) -> tuple[fx.GraphModule, fx.GraphModule, Tensor]:
@@ -50,18 +42,3 @@ def test_lowering_to_x86_keeps_the_learned_integers(bits):
     assert len(found) == len(weights) == 3
     for one, other in zip(found, weights.values(), strict=True):
         assert torch.equal(one.long(), other.integers.long())
-
-
-@needs_compiler
-def test_compiled_and_packaged_programs_compute_the_same(tmp_path: Path):
-    _, model, batch = small(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), shape=(16,))
-    try:
-        with torch.no_grad(), inductor_config.patch(freezing=True):
-            expected = model(batch)
-            compiled = torch.compile(model)
-            assert_close(compiled(batch), expected)
-            program = torch.export.export(model, (batch,), strict=True)
-            file = aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-            assert_close(aoti_load_package(file)(batch), expected)
-    finally:
-        torch._dynamo.reset()
