@@ -50,6 +50,11 @@ class NonFiniteError(AdaRoundError, ArithmeticError):
 class MissingDependencyError(AdaRoundError, ImportError):
     """An optional dependency of this package is not installed."""
 
+    @classmethod
+    def of(cls, package: str, extras: str, error: ImportError) -> "MissingDependencyError":
+        """A package that could not be imported, and the extras of this one that install it."""
+        return cls(package, f"cannot be imported ({error})", f"Run: pip install 'adaround_plugin[{extras}]'.")
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, Python's or that of a device: whoever takes an error for another must let this pass."""

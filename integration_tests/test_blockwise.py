@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
 from adaround_plugin import BlockWise, InvalidOptionError, LayerWise, adaround, get_report
-from adaround_plugin.hosts.open import learned_weights, open_host
+from adaround_plugin.hosts.learned import learned_weights
+from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import Progress, ReportBuilder
 from adaround_plugin.regions.blocks import find_blocks, layer_exits, output_exits

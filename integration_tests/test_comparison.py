@@ -13,7 +13,8 @@ from torch.ao.quantization.quantize_fx import convert_to_reference_fx
 
 from adaround_plugin import Finetune, adaround, get_report
 from adaround_plugin.hosts.base import open_streams
-from adaround_plugin.hosts.open import learned_weights, open_host
+from adaround_plugin.hosts.learned import learned_weights
+from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning import comparison
 from adaround_plugin.learning.comparison import Comparison, _part
 from adaround_plugin.learning.passes import Pass

@@ -21,7 +21,7 @@ from adaround_plugin import (
     get_equalization_report,
     get_report,
 )
-from adaround_plugin.hosts.open import learned_weights
+from adaround_plugin.hosts.learned import learned_weights
 from adaround_plugin.inc import AdaRoundConfig
 from adaround_plugin.learning.methods import Preset
 from adaround_plugin.learning.passes import Pass

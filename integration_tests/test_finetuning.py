@@ -16,7 +16,8 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from adaround_plugin import BlockWise, Finetune, InvalidOptionError, LayerWise, adaround, get_report
 from adaround_plugin.graph.paths import quantizes
 from adaround_plugin.hosts.activation_observers import AdaRoundActivationMixin
-from adaround_plugin.hosts.open import learned_weights, open_host
+from adaround_plugin.hosts.learned import learned_weights
+from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.report import BlockReport, Report
 from adaround_plugin.rounding.schemes import up_or_down

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from adaround_plugin import AdaRoundObserver, InvalidBatchError, InvalidOptionError
 from adaround_plugin.hosts.base import open_streams
-from adaround_plugin.hosts.open import learned_weights
+from adaround_plugin.hosts.learned import learned_weights
 from adaround_plugin.paper.cross_entropy import CrossEntropy
 from adaround_plugin.paper.forms import LayerForms
 from adaround_plugin.paper.weights import write_integers

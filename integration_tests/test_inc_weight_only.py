@@ -23,7 +23,7 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from adaround_plugin import get_report
 from adaround_plugin.errors import InvalidBatchError, InvalidModelError, InvalidOptionError
-from adaround_plugin.hosts.open import learned_weights
+from adaround_plugin.hosts.learned import learned_weights
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
 from adaround_plugin.inc import AdaRoundConfig
 from integration_tests.inc_models import RECIPE, Tokens, calibrate, run_afresh

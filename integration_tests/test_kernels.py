@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from adaround_plugin import LayerWise, get_report
-from adaround_plugin.hosts.open import learned_weights, open_host
+from adaround_plugin.hosts.learned import learned_weights
+from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.layerwise import PendingLayers
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import Progress, ReportBuilder

@@ -22,7 +22,7 @@ from adaround_plugin import InvalidModelError, InvalidOptionError
 from adaround_plugin.deployment.decomposed import convert_to_decomposed_fx
 from adaround_plugin.deployment.onnx_translations import get_onnx_translations
 from adaround_plugin.deployment.onnx_weights import pack_onnx_weights
-from adaround_plugin.hosts.open import learned_weights
+from adaround_plugin.hosts.learned import learned_weights
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
 from integration_tests import models
 from integration_tests.models import batches, learn, prepared_model

@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from adaround_plugin import LayerWise, Paper, adaround, get_report
-from adaround_plugin.hosts.open import learned_weights, open_host
+from adaround_plugin.hosts.learned import learned_weights
+from adaround_plugin.hosts.open import open_host
 from adaround_plugin.paper.variants import Sigmoid, StraightThrough, Temperature
 from adaround_plugin.report import Report
 from adaround_plugin.rounding.schemes import up_or_down

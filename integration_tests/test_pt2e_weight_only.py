@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
 from adaround_plugin import InvalidModelError, InvalidOptionError, get_report
-from adaround_plugin.hosts.open import learned_weights
+from adaround_plugin.hosts.learned import learned_weights
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer, get_adaround_weight_spec
 from integration_tests.models import batches, learn
 from integration_tests.pt2e_models import calibrated, exported

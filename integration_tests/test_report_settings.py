@@ -10,7 +10,7 @@ from torch import nn
 
 import adaround_plugin
 from adaround_plugin import BlockWise, Finetune, LayerWise, Paper, adaround, get_report, solvers
-from adaround_plugin.hosts.open import learned_weights
+from adaround_plugin.hosts.learned import learned_weights
 from adaround_plugin.paper import variants
 from adaround_plugin.solvers import CoordinateDescent
 from integration_tests.models import QUICK

@@ -40,7 +40,7 @@ from adaround_plugin import (
 from adaround_plugin.deployment.torchao_tensors import to_torchao
 from adaround_plugin.graph.arguments import argument
 from adaround_plugin.graph.operators import is_linear
-from adaround_plugin.hosts.open import learned_layers, learned_weights
+from adaround_plugin.hosts.learned import learned_layers, learned_weights
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer, get_adaround_weight_spec
 from adaround_plugin.hosts.pt2e.compat import annotate_inputs
 from integration_tests.benchmarks.executorch_backends import lowered, run_program

@@ -15,7 +15,8 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from adaround_plugin import InvalidOptionError, LayerWise, Paper, adaround, get_report
 from adaround_plugin.hosts.base import open_streams
-from adaround_plugin.hosts.open import learned_weights, open_host
+from adaround_plugin.hosts.learned import learned_weights
+from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning import columns, trials
 from adaround_plugin.learning.columns import Columns
 from adaround_plugin.learning.layer import Recipe

@@ -18,7 +18,7 @@ from torchao.quantization.pt2e.quantizer import QuantizationSpec, Quantizer
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
 from adaround_plugin import InvalidModelError, InvalidOptionError, adaround, get_report
-from adaround_plugin.hosts.open import learned_weights
+from adaround_plugin.hosts.learned import learned_weights
 from adaround_plugin.hosts.pt2e import AdaRoundObserver, AdaRoundQuantizer
 from integration_tests.benchmarks.vendor_quantizers import VENDORS, calibrated, learn, qualcomm, samples
 from integration_tests.models import QUICK

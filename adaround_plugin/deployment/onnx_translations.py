@@ -14,9 +14,7 @@ try:
     import torchao.quantization.quant_primitives  # noqa: F401
     from onnxscript import FLOAT, INT8, opset21
 except ImportError as error:
-    raise MissingDependencyError(
-        "onnx", f"cannot be imported ({error})", "Run: pip install 'adaround_plugin[onnx,pt2e]'."
-    ) from error
+    raise MissingDependencyError.of("onnx", "onnx,pt2e", error) from error
 
 __all__ = ["get_onnx_translations"]
 

@@ -23,9 +23,7 @@ try:
     from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
     from onnxscript.optimizer import fold_constants
 except ImportError as error:
-    raise MissingDependencyError(
-        "onnx", f"cannot be imported ({error})", "Run: pip install 'adaround_plugin[onnx]'."
-    ) from error
+    raise MissingDependencyError.of("onnx", "onnx", error) from error
 
 __all__ = ["pack_onnx_weights"]
 

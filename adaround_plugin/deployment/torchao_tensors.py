@@ -15,7 +15,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError, MissingDependencyError
 from adaround_plugin.graph.reparametrized import deep_copy, is_reparametrized
-from adaround_plugin.hosts.open import LearnedLayer, is_exported, learned_layers
+from adaround_plugin.hosts.learned import LearnedLayer, learned_layers
+from adaround_plugin.hosts.open import is_exported
 from adaround_plugin.options import check_bool, check_choice
 from adaround_plugin.report import KEY, get_report
 from adaround_plugin.rounding.grid import Grid, integer_range
@@ -24,9 +25,7 @@ try:
     from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor, PerRow
     from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 except ImportError as error:
-    raise MissingDependencyError(
-        "torchao", f"cannot be imported ({error})", "Run: pip install 'adaround_plugin[pt2e]'."
-    ) from error
+    raise MissingDependencyError.of("torchao", "pt2e", error) from error
 
 __all__ = ["to_torchao"]
 

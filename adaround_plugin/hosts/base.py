@@ -149,6 +149,9 @@ class Host(Protocol):
     def is_type(self, node: WeightedNode, kind: type[nn.Module]) -> bool:
         """Whether a weighted node is, or belongs to, a module of this type."""
 
+    def caller(self, call: fx.Node) -> str:
+        """Qualified name of the module that a call in the float graph is, or stands in; empty where that is unknown."""
+
     def write(self, model: fx.GraphModule, roundings: Mapping[str, LayerRounding], scales: Mapping[str, float]) -> None:
         """Write roundings, by name of the weighted node, and scales of activations, by name of the observer, into a
         copy of `prepared`."""

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.ao.quantization.backend_config import BackendConfig
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.graph.arguments import argument
 from adaround_plugin.graph.compat import operator_name
-from adaround_plugin.hosts.base import Host, WeightedNode
-from adaround_plugin.hosts.biases import bias_at, with_integer_bias
+from adaround_plugin.hosts.base import Host
+from adaround_plugin.hosts.biases import with_integer_bias
 from adaround_plugin.hosts.fx.host import PreparedFX
-from adaround_plugin.rounding.grid import Grid
 
-__all__ = ["LearnedLayer", "is_exported", "learned_layers", "learned_weights", "open_host"]
+__all__ = ["is_exported", "open_host"]
 
 # hosts convert as they do by default, whatever torch's default device is
 _CPU = torch.device("cpu")
@@ -64,58 +59,6 @@ def _opened(prepared: nn.Module, backend_config: BackendConfig | None) -> Host:
     assert isinstance(prepared, fx.GraphModule)
     with _CPU:
         return PreparedPT2E(prepared)
-
-
-@dataclass(frozen=True)
-class LearnedLayer:
-    """What `adaround` wrote for one weight.
-
-    Attributes:
-        integers: int64, of the weight's shape.
-        grid: their scale, zero point and range.
-        modules: the learned bias `(out,)` of each module that uses the weight, by its name: tied layers have each
-            their own. None where there is none. Empty where the host leaves no way to change them.
-    """
-
-    integers: Tensor
-    grid: Grid
-    modules: Mapping[str, Tensor | None]
-
-
-def learned_layers(prepared: nn.Module) -> dict[str, LearnedLayer]:
-    """Every weight that `adaround` wrote, by layer name; tied names have the same object."""
-    host = open_host(prepared)
-    layers = {
-        node: LearnedLayer(node.grid.nearest(node.weight), node.grid, _modules(host, node)) for node in host.nodes
-    }
-    return {name: layers[node] for node in host.nodes for name in node.names}
-
-
-def learned_weights(prepared: nn.Module) -> dict[str, tuple[Tensor, Grid]]:
-    """Integers (int64, of the weight's shape) and grid of every weight that `adaround` wrote, by layer name."""
-    return {name: (layer.integers, layer.grid) for name, layer in learned_layers(prepared).items()}
-
-
-def _modules(host: Host, node: WeightedNode) -> dict[str, Tensor | None]:
-    """The modules that use a weight, and their biases: the one that is called, and the one that the bias belongs to."""
-    if node.bias == "fixed":
-        return {}
-    found: dict[str, Tensor | None] = {}
-    for site in node.sites:
-        call = site.float_node
-        bias = bias_at(host, call)
-        if call.op == "call_module":
-            found[str(call.target)] = bias
-            continue
-        # imported where it is needed, as only exported programs need torchao
-        from adaround_plugin.hosts.pt2e.nodes import innermost_module
-
-        caller, _ = innermost_module(call)
-        found[caller] = bias
-        source = argument(call, 2, "bias")
-        if source is not None:
-            found.setdefault(str(source.target).rpartition(".")[0], bias)
-    return found
 
 
 def is_exported(model: nn.Module) -> bool:

@@ -20,9 +20,7 @@ try:
     from neural_compressor.torch.quantization.config import FRAMEWORK_NAME, OperatorConfig, RTNConfig, TorchBaseConfig
     from neural_compressor.torch.utils import register_algo
 except ImportError as error:
-    raise MissingDependencyError(
-        "neural-compressor", f"cannot be imported ({error})", "Run: pip install 'adaround_plugin[inc]'."
-    ) from error
+    raise MissingDependencyError.of("neural-compressor", "inc", error) from error
 
 __all__ = [
     "DEFAULT_WHITE_LIST",

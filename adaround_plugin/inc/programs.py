@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from adaround_plugin.graph.arguments import argument
 from adaround_plugin.graph.operators import is_weighted_function
-from adaround_plugin.hosts.open import learned_weights
+from adaround_plugin.hosts.learned import learned_weights
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
 from adaround_plugin.hosts.pt2e.nodes import innermost_module, parameter_node
 from adaround_plugin.inc.packing import IntegerLinear

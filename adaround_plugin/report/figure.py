@@ -31,9 +31,7 @@ def figure(record: Record) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependencyError(
-            "matplotlib", f"cannot be imported ({error})", "Run: pip install 'adaround_plugin[report]'."
-        ) from error
+        raise MissingDependencyError.of("matplotlib", "report", error) from error
     rows = [Errors.of_layer(layer) for layer in record.layers]
     width = _WIDTH + _LETTER * max((len(row.name) for row in rows), default=0)
     made = Figure(figsize=(width, _FRAME + _ROW * len(rows)), layout="constrained")

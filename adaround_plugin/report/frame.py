@@ -23,9 +23,7 @@ def frame(record: Record) -> pd.DataFrame:
     try:
         import pandas as pd
     except ImportError as error:
-        raise MissingDependencyError(
-            "pandas", f"cannot be imported ({error})", "Run: pip install 'adaround_plugin[report]'."
-        ) from error
+        raise MissingDependencyError.of("pandas", "report", error) from error
     columns = [field.name for field in fields(LayerReport)]
     table = pd.DataFrame([asdict(layer) for layer in record.layers], columns=columns)
     # None alone would be a column of objects

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from adaround_plugin import LayerWise, adaround, get_report
-from adaround_plugin.hosts.open import learned_weights
+from adaround_plugin.hosts.learned import learned_weights
 from adaround_plugin.report import Report
 from integration_tests.models import assert_unchanged, call, keep_passes, run_stream, snapshot
 from integration_tests.region_models import converted, prepared_by

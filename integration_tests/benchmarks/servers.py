@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_plugin import adaround
-from adaround_plugin.hosts.open import learned_weights
+from adaround_plugin.hosts.learned import learned_weights
 from integration_tests.benchmarks import glyphs, networks
 from integration_tests.benchmarks.accuracy import TEST_SEED, Case, accuracy
 from integration_tests.benchmarks.quiet import quiet

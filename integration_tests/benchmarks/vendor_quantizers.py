@@ -17,7 +17,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from adaround_plugin import adaround, get_report
 from adaround_plugin.graph.arguments import argument, attribute
 from adaround_plugin.graph.operators import is_weighted_function
-from adaround_plugin.hosts.open import learned_weights
+from adaround_plugin.hosts.learned import learned_weights
 from adaround_plugin.report import Report
 
 __all__ = ["NEEDS", "VENDORS", "Learned", "Linears", "Net", "calibrated", "integers", "learn", "qualcomm", "samples"]

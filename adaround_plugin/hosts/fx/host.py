@@ -114,6 +114,10 @@ class PreparedFX:
         stacks = [site.float_node.meta.get("nn_module_stack") for site in node.sites]
         return any(issubclass(list(stack.values())[-1][1], kind) for stack in stacks if stack)
 
+    def caller(self, call: fx.Node) -> str:
+        """The module that is called; a function stands in none that the graph names."""
+        return str(call.target) if call.op == "call_module" else ""
+
     def write(self, model: fx.GraphModule, roundings: Mapping[str, LayerRounding], scales: Mapping[str, float]) -> None:
         """Write roundings (by name of the weighted node) and scales of activations (by name of the observer) into
         `model`, a copy of this prepared model."""

@@ -130,6 +130,10 @@ class PreparedPT2E:
         names = _names_of(kind)
         return any(innermost_module(site.float_node)[1] in names for site in node.sites)
 
+    def caller(self, call: fx.Node) -> str:
+        """The module in whose code the operator stands."""
+        return innermost_module(call)[0]
+
     def write(self, model: fx.GraphModule, roundings: Mapping[str, LayerRounding], scales: Mapping[str, float]) -> None:
         """Write roundings (by name of the weighted node) and scales of activations (by name of the observer) into
         `model`, a copy of this prepared model."""
