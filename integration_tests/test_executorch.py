@@ -67,7 +67,7 @@ def test_programs_with_integer_biases_run_as_converted(bits, linear_bits):
     apart = steps_apart(model, lowered(widen_weight_ranges(model, linear_bits), DATA[0]), DATA[0])
     # none is apart in a process of its own; what ran before in one moves the last bits of what is learned
     assert apart.max() < 1.01
-    assert (apart < 0.01).float().mean() > 0.9
+    assert (apart < 0.01).float().mean() > 0.98
 
 
 @pytest.mark.parametrize(("bits", "linear_bits"), [(8, 8), (4, 4), (2, 4)])
