@@ -14,6 +14,7 @@ from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.layerwise import PendingLayers
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import Progress, ReportBuilder
+from adaround_plugin.learning.shared import Shared
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.rounding import linear_op
 from adaround_plugin.solvers import Annealing, sweep
@@ -69,31 +70,32 @@ def test_networks_learned_without_kernels_are_as_good(name: str, monkeypatch: py
     assert errors[0] == pytest.approx(errors[1], rel=0.05)
 
 
-def trial(host: Any, arguments: list[list[Any]], settings: LayerWise, beside: Pass | None = None) -> Pass:
+def trial(host: Any, arguments: list[list[Any]], shared: Shared, beside: Pass | None = None) -> Pass:
     sampling = Sampling.of(arguments, 0.125, 2048, 0)
     report = ReportBuilder(Progress(0, False))
-    return Pass(host, arguments, sampling, report=report, is_trial=True, beside=beside)
+    return Pass(host, arguments, sampling, report=report, shared=shared, beside=beside)
 
 
-def test_passes_beside_each_other_learn_what_each_would_alone() -> None:
+def test_passes_beside_each_other_learn_what_each_would_alone_on_the_grids_of_the_first() -> None:
     model, batches = prepared("vit", 3)
     host, arguments = open_host(model), [[batch] for batch in batches]
     settings = [LayerWise().with_recipe(recipe) for recipe in LayerWise().recipes(64)]
     with torch.no_grad():
-        alone = []
+        alone, grids = [], Shared()
         for one in settings:
-            run = trial(host, arguments, one)
+            shared = Shared()
+            shared.grids = dict(grids.grids)
+            run = trial(host, arguments, grids if one is settings[0] else shared)
             PendingLayers(run, one).decide_all()
             alone.append((run.finish().mean, run))
-        runs: list[Pass] = []
-        for one in settings:
-            runs.append(trial(host, arguments, one, runs[0] if runs else None))
+        runs, shared = list[Pass](), Shared()
+        for _ in settings:
+            runs.append(trial(host, arguments, shared, runs[0] if runs else None))
         pending = [PendingLayers(run, one) for run, one in zip(runs, settings, strict=True)]
         while pending[0].pending:
             for one_pending in pending:
                 one_pending.decide_next()
-            assert runs[0].float_columns
-            runs[0].forget_float_columns()
+            shared.end_step()
         together = [run.finish().mean for run in runs]
     assert together == [error for error, _ in alone]
     assert len(set(together)) == len(settings)

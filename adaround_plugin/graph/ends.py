@@ -37,6 +37,10 @@ def ends_of(stream: Stream) -> list[fx.Node]:
 
     The float and the quantized graph of a host have the same ends, in the same order.
     """
+    return stream.once(_find_ends)
+
+
+def _find_ends(stream: Stream) -> list[fx.Node]:
     ends: list[fx.Node] = []
     map_arg(stream.output_node.args[0], ends.append)
     known, lost = computed(stream), chosen_rows(stream, of_samples=True)

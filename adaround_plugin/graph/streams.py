@@ -7,9 +7,9 @@ kept value (`dequantize`, parameters) is made again when asked for, so that the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
@@ -23,6 +23,8 @@ __all__ = ["BothValues", "Stream", "Values", "tensors", "unpacks"]
 Values = dict[fx.Node, Any]
 # of the float and of the quantized stream, for one batch
 BothValues = tuple[Values, Values]
+
+T = TypeVar("T")
 
 
 class Stream(fx.Interpreter):
@@ -57,6 +59,14 @@ class Stream(fx.Interpreter):
         self._replaced: dict[fx.Node, tuple[Any, ...]] = {}
         self.done: set[fx.Node] = set(self.placeholders)
         self._kept: set[fx.Node] = set()
+        self._facts: dict[Callable[[Stream], Any], Any] = {}
+
+    def once(self, find: Callable[[Stream], T]) -> T:
+        """What a function finds in the stream's graph, which stays as it is: looked for when first asked for."""
+        if find not in self._facts:
+            self._facts[find] = find(self)
+        found: T = self._facts[find]
+        return found
 
     def keep(self, nodes: Iterable[fx.Node]) -> None:
         """Let the values of these nodes be needed to the end."""

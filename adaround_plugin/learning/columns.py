@@ -244,13 +244,13 @@ class Columns:
     def _float_columns(
         self, node: WeightedNode, site: CallSite, batch: int, x: Tensor, index: Tensor, position: Tensor
     ) -> Tensor:
-        """The columns of the float stream, which passes beside each other gather once."""
-        kept, key = self._run.float_columns, (site.float_node, batch)
-        if kept is not None and key in kept:
-            return kept[key]
-        found = node.op.patches(x, node.weight.shape).columns(index, position)
-        if kept is not None:
-            kept[key] = found
+        """The columns of the float stream, which trials beside each other gather once."""
+        shared = self._run.shared
+        found = None if shared is None else shared.columns(site.float_node, batch)
+        if found is None:
+            found = node.op.patches(x, node.weight.shape).columns(index, position)
+            if shared is not None:
+                shared.keep(site.float_node, batch, found)
         return found
 
     def forget(self, node: WeightedNode) -> bool:

@@ -105,9 +105,9 @@ class LayerWise:
 
         A baseline imitates nothing: only what is asked for by name is done.
 
-        The first is the best measured on most networks, the second needs no derivatives, the third is the best on a
-        transformer with massive activations; propagated errors may overfit what few samples show, and corrected biases
-        what very few do: the last two do without (docs/benchmarks.md). Fewer samples want more damping.
+        The first is the best measured on most networks, the second needs no derivatives, the third is for networks with
+        massive activations; propagated errors and corrected biases may overfit what few samples show: the last two do
+        without (docs/explanation/method.md). Fewer samples want more damping.
         """
         many, few = samples >= _MANY_SAMPLES, samples < _FEW_SAMPLES
         damping, coupled = 0.01 if many else 0.1, samples >= _COUPLED_SAMPLES
@@ -117,8 +117,7 @@ class LayerWise:
                 Recipe(True, True, "fisher", damping, coupled),
                 Recipe(True, True, "none", damping, coupled),
                 Recipe(True, True, "inverse_norm", damping, coupled),
-                *([] if many else [Recipe(False, True, "inverse_norm", damping, coupled)]),
-                *(candidates if few else []),
+                *([Recipe(False, True, "inverse_norm", damping, coupled), *candidates] if few else []),
             ]
         given = {name: getattr(self, name) for name in asdict(candidates[0]) if getattr(self, name) != "auto"}
         return list(dict.fromkeys(replace(candidate, **given) for candidate in candidates))
@@ -221,9 +220,12 @@ class PendingLayers:
         with run.clock("moments", node):
             moments.finish(node)
         outputs = self._columns.outputs.pop(node.name, None)
-        layer = Layer(node.op, node.weight, node.grid, moments.learning, moments.holdout, outputs)
+        # trials search once for all
+        known = {} if run.shared is None else run.shared.grids
+        grid = known.get(node.name, node.grid)
+        layer = Layer(node.op, node.weight, grid, moments.learning, moments.holdout, outputs)
         recipe = replace(self.recipe, correct_bias=self.recipe.correct_bias and node.bias != "fixed")
-        search = settings.searches_scale(node)
+        search = settings.searches_scale(node) and node.name not in known
         with run.clock("solve", node):
             rounding = (
                 layer.learn(
@@ -238,7 +240,8 @@ class PendingLayers:
             )
             rounding = run.set_rounding(node, rounding)
         weighed = self._columns.forget(node)
-        if run.is_trial:
+        if run.shared is not None:
+            run.shared.grids.setdefault(node.name, rounding.grid)
             return
         notes = [] if layer.moments.count else ["no learning sample reached this layer"]
         if self._after is not None and layer.moments.count:

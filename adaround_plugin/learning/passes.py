@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from adaround_plugin.graph.ends import ends_of
 from adaround_plugin.graph.streams import BothValues, tensors
 from adaround_plugin.hosts.base import Host, WeightedNode, open_streams
 from adaround_plugin.learning.output_error import OutputError, OutputTally
 from adaround_plugin.learning.report_builder import ReportBuilder
+from adaround_plugin.learning.shared import Shared
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.forward import Place
 from adaround_plugin.rounding.result import LayerRounding
@@ -45,14 +46,13 @@ class Pass:
         excluded: names of the weighted nodes that stay nearest.
         seed: of all that is drawn.
         report: takes what is to be reported.
-        is_trial: whether layers are not compared with nearest.
-        beside: a pass on the same batches that makes every step before this one does; its float stream is shared.
+        shared: of a trial, whose layers are not compared with nearest: what it has in common with others.
+        beside: a trial on the same batches that makes every step before this one does; its float stream is shared.
 
     Attributes:
         streams: the float and the quantized stream.
         values: what they keep of each batch.
         roundings: by name of the weighted node; round-to-nearest until it is decided.
-        float_columns: what passes beside each other keep of the float stream; None for a pass of its own.
         scales: what was learned for activations, by name of the observer.
         seconds: by phase; `layer_seconds` by weighted node.
     """
@@ -66,19 +66,16 @@ class Pass:
         excluded: frozenset[str] = frozenset(),
         seed: int = 0,
         report: ReportBuilder,
-        is_trial: bool = False,
+        shared: Shared | None = None,
         beside: Pass | None = None,
     ) -> None:
         self.host, self.sampling, self.excluded, self.seed = host, sampling, excluded, seed
-        self.report, self.is_trial = report, is_trial
+        self.report, self.shared = report, shared
         self.streams = open_streams(host)
         exact = [self.streams[0].bind(of_batch) for of_batch in arguments]
-        # by call site and batch, columns of the float stream that passes beside each other gather once
-        self.float_columns: dict[tuple[fx.Node, int], Tensor] | None = {} if is_trial else None
         if beside is not None:
             self.streams = beside.streams[0], self.streams[1]
             exact = [of_batch for of_batch, _ in beside.values]
-            self.float_columns = beside.float_columns
         for stream in self.streams:
             stream.keep(ends_of(stream))
         self.values: list[BothValues] = [
@@ -92,6 +89,11 @@ class Pass:
         self.scales: dict[str, float] = {}
         self.seconds: dict[str, float] = defaultdict(float)
         self.layer_seconds: dict[str, float] = defaultdict(float)
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether this only tells what a recipe leads to."""
+        return self.shared is not None
 
     @property
     def nodes(self) -> list[WeightedNode]:
@@ -152,11 +154,6 @@ class Pass:
             for of_batch, keep in zip(values, needed, strict=True):
                 for dead in of_batch.keys() - keep:
                     del of_batch[dead]
-
-    def forget_float_columns(self) -> None:
-        """Free what was kept of the float stream, when all passes beside each other have made a step."""
-        if self.float_columns is not None:
-            self.float_columns.clear()
 
     def look_ahead(self, visit: Callable[[int, BothValues], None]) -> None:
         """Visit every batch with all nodes run, weights rounded as they are now; what runs here is run again later."""

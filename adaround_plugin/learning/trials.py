@@ -18,22 +18,29 @@ from adaround_plugin.learning.methods import Method
 from adaround_plugin.learning.output_error import OutputError
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import ReportBuilder
+from adaround_plugin.learning.shared import Shared
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.importance import sensitivities
 from adaround_plugin.regions.pieces import is_separable, piece, takes_one
 from adaround_plugin.regions.spread import spread
 
-__all__ = ["choose_recipe"]
+__all__ = ["NO_MASSIVE", "choose_recipe"]
+
+# why a recipe is not tried
+NO_MASSIVE = "no layer's input has massive activations"
 
 # recipes learn from an eighth of the samples, but from about this many if there are: fewer overfit more than the run
 # that follows. As many again judge; a quarter does where there are fewer
 _TRIAL_SHARE, _LEAST_SAMPLES = 8, 128
-# columns of a layer: at most this many where they come from many samples, else twice as many
-_TRIAL_COLUMNS = 2048
+# columns of a layer: at most this many where they come from many samples, else twice as many; or so many for a weight
+# of a row
+_TRIAL_COLUMNS, _PER_WEIGHT = 2048, 2
 # so few samples need it
 _TRIAL_DAMPING = 0.1
 # by so much trials of few samples are too hard on columns that count unlike (docs/explanation/method.md)
 _FAVOUR = 0.15
+# a layer has massive activations where a smaller share of its columns counts; without any it was 0.4 or more
+_MASSIVE = 0.1
 # a recipe must be better than the first by so many standard deviations, and is in doubt up to there
 _SURE = 1.0
 
@@ -101,6 +108,7 @@ class _Trials:
     ) -> None:
         self._layers, self._host, self._arguments = layers, host, arguments
         self._excluded, self._seed, self._report = excluded, seed, report
+        self._shared = Shared()
         whole = Sampling.of(arguments, 0, 1, 0)
         learned = max(_LEAST_SAMPLES, whole.total // _TRIAL_SHARE)
         self._total, self._size = whole.total, whole.size[whole.largest]
@@ -133,25 +141,40 @@ class _Trials:
 
         The second best is tried again on other samples if that is in doubt, and there are as many.
         """
-        tried = [
-            _Tried(recipe, [error], self._total) for recipe, error in zip(recipes, self._errors(recipes), strict=True)
-        ]
+        tried = self._tried(recipes)
         first, *others = tried
-        second = max(others, key=lambda one: one.margin(first))
+        second = max(others, key=lambda one: one.margin(first), default=first)
         others_left = self._total >= 2 * len(first.errors[0].samples)
-        if others_left and abs(second.margin(first)) < _SURE * second.deviation(first):
+        if others and others_left and abs(second.margin(first)) < _SURE * second.deviation(first):
             again = self._errors([first.recipe, second.recipe], offset=0.0)
             first.errors.append(again[0])
             second.errors.append(again[1])
         for one in tried:
             self._report.trial(one.recipe, one.predicted if isfinite(one.predicted) else None)
+        known = [one.recipe for one in tried]
+        for recipe in recipes:
+            if recipe not in known:
+                self._report.trial(recipe, None, NO_MASSIVE)
         better = [one for one in others if one.margin(first) > _SURE * one.deviation(first)]
         return max(better, key=lambda one: one.margin(first), default=first).recipe
+
+    def _tried(self, recipes: Sequence[Recipe]) -> list[_Tried]:
+        """The recipes with what they lead to; those against massive activations where there are any."""
+        against = [
+            one
+            for one in recipes
+            if one.column_weighting == "inverse_norm" and replace(one, column_weighting="none") in recipes
+        ]
+        always = [one for one in recipes if one not in against]
+        errors = self._errors(always)
+        if self._shared.least_share < _MASSIVE:
+            always, errors = always + against, errors + self._errors(against)
+        return [_Tried(recipe, [error], self._total) for recipe, error in zip(always, errors, strict=True)]
 
     def _errors(self, recipes: Sequence[Recipe], offset: float = 0.5) -> list[OutputError]:
         """What recipes lead to on one part of the samples."""
         part = self._part(offset)
-        sampling = Sampling.of(part, self._holdout, self._columns, self._seed)
+        sampling = Sampling.of(part, self._holdout, self._columns, self._seed, _PER_WEIGHT)
         trials: list[tuple[Pass, PendingLayers]] = []
         for recipe in recipes:
             tried = replace(recipe, output_hessian=False)
@@ -164,7 +187,7 @@ class _Trials:
                 excluded=self._excluded,
                 seed=self._seed,
                 report=self._report,
-                is_trial=True,
+                shared=self._shared,
                 beside=trials[0][0] if trials else None,
             )
             trials.append((run, PendingLayers(run, self._layers.with_recipe(tried))))
@@ -172,7 +195,7 @@ class _Trials:
         while trials[0][1].pending:
             for _, pending in trials:
                 pending.decide_next()
-            trials[0][0].forget_float_columns()
+            self._shared.end_step()
         return [run.finish() for run, _ in trials]
 
 

@@ -164,8 +164,9 @@ class Sampling:
         every: one of each run of `every` samples is held out, of as many whole ones where that is no integer; 0 holds
             out none.
         max_columns: at most about this many columns per layer, a quarter of that for a convolution of four groups or
-            more, or four per weight of a row where that is more.
+            more, or `per_weight` for each weight of a row where that is more.
         seed: shifts the output positions that are used where not all are.
+        per_weight: see `max_columns`.
     """
 
     first: tuple[int, ...]
@@ -173,9 +174,12 @@ class Sampling:
     every: Fraction | int
     max_columns: int
     seed: int
+    per_weight: int = 4
 
     @classmethod
-    def of(cls, bound: list[list[Any]], holdout: float, max_columns: int, seed: int) -> Sampling:
+    def of(
+        cls, bound: list[list[Any]], holdout: float, max_columns: int, seed: int, per_weight: int = per_weight
+    ) -> Sampling:
         """The sampling of bound batches with a share `holdout` held out (at least one sample, if there are two).
 
         A share of one in `k` is one of each `k` samples; any other one is met to the nearest sample.
@@ -187,7 +191,7 @@ class Sampling:
             run = round(1 / holdout)
             is_one_in = math.isclose(run * holdout, 1)
             every = min(run, total) if is_one_in else Fraction(total, max(1, round(holdout * total)))
-        return cls(tuple(first), size, every, max_columns, seed)
+        return cls(tuple(first), size, every, max_columns, seed, per_weight)
 
     @property
     def total(self) -> int:
@@ -243,7 +247,7 @@ class Sampling:
         length, positions, device = patches.samples, patches.positions, patches.x.device
         per_sample = length / self.size[batch]
         # the short rows of many groups ask for fewer
-        most = max(self.max_columns // min(patches.groups, 4), 4 * patches.row_length)
+        most = max(self.max_columns // min(patches.groups, 4), self.per_weight * patches.row_length)
         # an expert that no token goes to has none
         rate = min(1.0, most / max(1.0, sites * positions * per_sample * self.total))
         entry = self.first[batch] * per_sample + torch.arange(length, dtype=torch.float64, device=device)

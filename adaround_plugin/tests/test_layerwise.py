@@ -20,8 +20,8 @@ SOLVERS: list[Any] = ["annealing", Annealing(), "gptq", *NEAREST]
 @pytest.mark.parametrize(
     ("samples", "damping", "coupled", "count"),
     [
-        *((1, 0.1, False, 5), (127, 0.1, False, 5), (128, 0.1, False, 4), (255, 0.1, False, 4), (256, 0.1, True, 4)),
-        *((511, 0.1, True, 4), (512, 0.01, True, 3), (4096, 0.01, True, 3)),
+        *((1, 0.1, False, 5), (127, 0.1, False, 5), (128, 0.1, False, 3), (255, 0.1, False, 3), (256, 0.1, True, 3)),
+        *((511, 0.1, True, 3), (512, 0.01, True, 3), (4096, 0.01, True, 3)),
     ],
 )
 def test_open_options_leave_recipes_and_the_damping_to_the_samples(samples, damping, coupled, count):
