@@ -20,6 +20,7 @@ from adaround_plugin.learning.layerwise import LayerWise
 from adaround_plugin.learning.methods import METHODS
 from adaround_plugin.learning.paper import Paper
 from adaround_plugin.report import get_report
+from adaround_plugin.saving.rounding import load_rounding, save_rounding
 
 __all__ = [
     "METHODS",
@@ -41,4 +42,6 @@ __all__ = [
     "get_equalization_report",
     "get_report",
     "get_weight_only_backend_config",
+    "load_rounding",
+    "save_rounding",
 ]

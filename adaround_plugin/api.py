@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,10 +12,13 @@ from torch import fx, nn
 from torch.ao.quantization.backend_config import BackendConfig
 
 from adaround_plugin._version import __version__
+from adaround_plugin.digests import digest
 from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.files import check_folder
 from adaround_plugin.hosts.base import Host, Skipped, handed_over
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.hosts.original import check_original
+from adaround_plugin.learning.checkpoint import Checkpoint, FolderCheckpoint, identity
 from adaround_plugin.learning.comparison import Comparison
 from adaround_plugin.learning.finetuning import Finetune
 from adaround_plugin.learning.methods import Method, Preset, get_preset
@@ -46,6 +50,7 @@ def adaround(
     backend_config: BackendConfig | None = None,
     float_model: nn.Module | None = None,
     integer_biases: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> fx.GraphModule:
     """Learn the rounding of every quantized weight; the line between calibration and conversion.
 
@@ -77,6 +82,9 @@ def adaround(
             weight's (Jacob et al. 2018, arXiv 1712.05877, section 2.4), where both are known. Layers further on make up
             for it, and the runtime gives what the converted model gives. For XNNPACK, ONNX Runtime and others with
             8-bit activations; it matters at few bits, where the steps are large.
+        checkpoint: a folder in which each decision is kept as it is made: the recipe, each layer, each block,
+            finetuning, the comparison with nearest. After an interruption of whatever kind the same call goes on from
+            there, and gives the same bits as one that was not interrupted.
 
     Returns:
         The prepared model with learned weights, biases and frozen weight observers, to be converted by the host;
@@ -85,9 +93,10 @@ def adaround(
     Raises:
         InvalidOptionError: an option is out of range, an entry of `exclude` or the name of a block matches nothing,
             blocks share a layer or have no single end, a solver's answer is none, integer biases are asked for where
-            there can be none, or with finetuning, or this is one of several processes of `torch.distributed`.
+            there can be none, or with finetuning, or this is one of several processes of `torch.distributed`; or the
+            checkpoint is of another run, which the error names.
         InvalidModelError: not prepared, not calibrated, in train mode, not float32, nothing to quantize, or not what
-            `float_model` computes.
+            `float_model` computes; or a file of the checkpoint was changed.
         InvalidBatchError: no batches, or one that does not fit the model or lies on another device.
         NonFiniteError: NaN or infinity in weights or activations; the layer is named.
     """
@@ -104,6 +113,7 @@ def adaround(
             "finetuning moves the scales that they are multiples of",
             "Leave it out, or pass finetune=False.",
         )
+    folder = None if checkpoint is None else check_folder("checkpoint", checkpoint)
     check_alone()
     host = open_host(prepared, backend_config, integer_biases=integer_biases)
     excluded = _excluded(host, exclude)
@@ -112,14 +122,23 @@ def adaround(
     if float_model is not None:
         check_original(host, float_model, arguments[0])
     sampling = Sampling.of(arguments, chosen.layers.holdout, chosen.layers.max_columns, seed)
+    settings: dict[str, object] = {
+        "method": chosen,
+        "finetune": preset.finetune or False,
+        "exclude": sorted(excluded),
+        "seed": seed,
+        "integer_biases": integer_biases,
+    }
+    versions = {"adaround_plugin": __version__, "torch": str(torch.__version__)}
+    kept = Checkpoint() if folder is None else FolderCheckpoint(folder, identity(host, arguments, settings, versions))
     with torch.no_grad(), Progress(len(host.nodes) - len(excluded), progress) as bar:
         report = ReportBuilder(bar)
         setup = time.perf_counter() - start
-        layers = choose_recipe(chosen, host, arguments, excluded=excluded, seed=seed, report=report)
+        layers = choose_recipe(chosen, host, arguments, excluded=excluded, seed=seed, report=report, checkpoint=kept)
         chosen = chosen.with_layers(layers)
         trials = time.perf_counter() - start - setup
         comparison = Comparison(host, arguments, sampling)
-        run = Pass(host, arguments, sampling, excluded=excluded, seed=seed, report=report)
+        run = Pass(host, arguments, sampling, excluded=excluded, seed=seed, report=report, checkpoint=kept)
         # from here on the pass alone keeps all batches
         arguments.clear()
         entry = None if preset.finetune is None else run.snapshot()
@@ -139,14 +158,10 @@ def adaround(
         output_error=output_error,
         nearest_output_error=nearest_output_error,
         seconds={"setup": setup, **run.seconds, "trials": trials, "total": time.perf_counter() - start},
-        settings={
-            "method": chosen,
-            "finetune": preset.finetune or False,
-            "exclude": sorted(excluded),
-            "seed": seed,
-            "integer_biases": integer_biases,
-        },
-        versions={"adaround_plugin": __version__, "torch": str(torch.__version__)},
+        settings={**settings, "method": chosen},
+        versions=versions,
+        weights={node.name: digest(node.weight) for node in host.nodes},
+        recalled=kept.recalled,
     )
     return handed_over(host, model, inplace, KEY)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from adaround_plugin.errors import InvalidOptionError
 
-__all__ = ["check_path", "write_whole"]
+__all__ = ["check_folder", "check_path", "write_whole"]
 
 
 def check_path(argument: str, value: Any) -> Path:
@@ -17,9 +17,7 @@ def check_path(argument: str, value: Any) -> Path:
     Raises:
         InvalidOptionError: `value` is no path, or that of a folder, or lies in a folder that does not exist.
     """
-    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str) or "\0" in os.fspath(value):
-        raise InvalidOptionError(argument, f"{value!r} is not a path", "Pass a string or a pathlib.Path.")
-    path = Path(value)
+    path = _as_path(argument, value)
     if path.is_dir():
         raise InvalidOptionError(argument, f"{str(path)!r} is a folder", "Pass the path of a file.")
     if not path.parent.is_dir():
@@ -27,6 +25,24 @@ def check_path(argument: str, value: Any) -> Path:
             argument, f"the folder {str(path.parent)!r} does not exist", "Make it, or pass another path."
         )
     return path
+
+
+def check_folder(argument: str, value: Any) -> Path:
+    """The path of a folder that exists, or can be made.
+
+    Raises:
+        InvalidOptionError: `value` is no path, or that of a file.
+    """
+    path = _as_path(argument, value)
+    if path.exists() and not path.is_dir():
+        raise InvalidOptionError(argument, f"{str(path)!r} is a file", "Pass the path of a folder.")
+    return path
+
+
+def _as_path(argument: str, value: Any) -> Path:
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str) or "\0" in os.fspath(value):
+        raise InvalidOptionError(argument, f"{value!r} is not a path", "Pass a string or a pathlib.Path.")
+    return Path(value)
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:

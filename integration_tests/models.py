@@ -789,6 +789,15 @@ def prepared_net(name: str, activation_bits: int | None = 8) -> Prepared:
 
 @functools.cache
 def _prepared_net(name: str, activation_bits: int | None) -> Prepared:
+    model, prepared, data = fresh_net(name, activation_bits)
+    with torch.no_grad():
+        for batch in copy.deepcopy(data):
+            call(prepared, batch)
+    return model, prepared, data
+
+
+def fresh_net(name: str, activation_bits: int | None = 8) -> Prepared:
+    """Float model, prepared model that is not calibrated, and batches of a net."""
     torch.manual_seed(0)
     model, data = NETS[name]()
     model.eval()
@@ -807,9 +816,6 @@ def _prepared_net(name: str, activation_bits: int | None) -> Prepared:
         first = (first["left"], first["right"])
     example = first if isinstance(first, tuple) else (first,)
     prepared = prepare_fx(copy.deepcopy(model), mapping, example, prepare_custom_config=custom, backend_config=config)
-    with torch.no_grad():
-        for batch in copy.deepcopy(data):
-            call(prepared, batch)
     return model, prepared, data
 
 

@@ -385,8 +385,8 @@ FAULTS: Final = (
     Fault(
         "what was learned on samples is taken though it is worse",
         "learning/region_step.py",
-        "        if found.better:\n            self._take(region, found)\n",
-        "        self._take(region, found)\n",
+        "        if not found.better:\n            return _Decided(report)\n",
+        "",
         (f"{_WHOLE}test_finetuning.py::test_what_is_worse_on_held_out_samples_is_not_kept",),
     ),
     Fault(
@@ -442,8 +442,8 @@ FAULTS: Final = (
     Fault(
         "a tied weight is written once only",
         "hosts/fx/host.py",
-        "for name in node.names if node.name in roundings else ():",
-        "for name in node.names[:1] if node.name in roundings else ():",
+        "            for name in node.names:\n                key",
+        "            for name in node.names[:1]:\n                key",
         (f"{_WHOLE}test_fx_streams.py::test_tied_weights_get_one_set_of_integers_and_biases_of_their_own",),
     ),
     Fault(
@@ -456,8 +456,8 @@ FAULTS: Final = (
     Fault(
         "corrected biases are not written into the program of PT2E",
         "hosts/pt2e/host.py",
-        "_put(model, bias, old + correction, ",
-        "_put(model, bias, old, ",
+        "_put(model, bias, corrected, ",
+        "_put(model, bias, attribute(model, str(bias.target)).detach(), ",
         (f"{_WHOLE}test_pt2e_streams.py::test_output_error_is_that_of_the_converted_program_on_held_out_samples",),
     ),
     Fault(

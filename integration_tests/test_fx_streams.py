@@ -35,10 +35,9 @@ from adaround_plugin.hosts import weight_observers
 from adaround_plugin.hosts.base import open_streams
 from adaround_plugin.hosts.fx.clamps import insert_clamps
 from adaround_plugin.hosts.fx.host import PreparedFX
-from adaround_plugin.hosts.grids import same_grid
 from adaround_plugin.paper.weights import round_weights
 from adaround_plugin.report import Report
-from adaround_plugin.rounding.grid import Grid, GridSpec
+from adaround_plugin.rounding.grid import Grid, GridSpec, same_grid
 from adaround_plugin.rounding.problem import Rounding
 from adaround_plugin.rounding.ranges import min_mse_grid
 from adaround_plugin.rounding.result import LayerRounding

@@ -13,10 +13,9 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import get_defau
 
 from adaround_plugin.errors import AdaRoundError, InvalidModelError, InvalidOptionError
 from adaround_plugin.hosts import weight_observers
-from adaround_plugin.hosts.grids import same_grid
 from adaround_plugin.hosts.pt2e import AdaRoundObserver, get_adaround_weight_spec, get_adaround_x86_inductor_config
 from adaround_plugin.hosts.pt2e.host import PreparedPT2E
-from adaround_plugin.rounding.grid import Grid, GridSpec, integer_range
+from adaround_plugin.rounding.grid import Grid, GridSpec, integer_range, same_grid
 from adaround_plugin.rounding.ranges import min_max_grid, min_mse_grid
 from integration_tests.models import batches
 from integration_tests.pt2e_models import EveryOperator, all_converted, convert, prepared_pt2e

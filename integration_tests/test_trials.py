@@ -237,7 +237,7 @@ class HandMade(_Trials):
 
     @property
     def reported(self) -> list[float | None]:
-        return [trial.output_error for trial in self._report._trials]
+        return [trial.output_error for trial in self._report.trials]
 
 
 FIRST, SECOND, THIRD = Recipe(), Recipe(propagate_error=False), Recipe(column_weighting="fisher")

@@ -55,6 +55,12 @@ class AdaRoundActivationMixin:
         self.learned_zero_point = int(self.calculate_qparams()[1])
         self.learned_scale = scale
 
+    def restore(self, scale: float, zero_point: int) -> None:
+        """Report these from now on, whatever was or is observed."""
+        self.learned_scale, self.learned_zero_point = scale, zero_point
+        low, high = grid_ends(scale, zero_point, self.quant_min, self.quant_max)
+        self.min_val, self.max_val = torch.full_like(self.min_val, low), torch.full_like(self.max_val, high)
+
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """`(scale, zero_point)` of the values seen, or those that were learned, each `(1,)`."""
         low, high = float(self.min_val), float(self.max_val)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, fx, nn
 
@@ -118,6 +118,7 @@ class Host(Protocol):
     """A calibrated model of one toolkit.
 
     Attributes:
+        toolkit: its name.
         prepared: the model; it is read only.
         signature: the model's inputs.
         float_graph: its graph without observers, the modules separate from those of `prepared`.
@@ -128,6 +129,7 @@ class Host(Protocol):
         batch_size: the number of samples that the graphs are made for; None for any.
     """
 
+    toolkit: ClassVar[str]
     prepared: fx.GraphModule
     signature: inspect.Signature
     float_graph: fx.GraphModule
@@ -137,6 +139,9 @@ class Host(Protocol):
     quantizers: list[ActivationQuantizer]
     batch_size: int | None
 
+    def __init__(self, prepared: Any) -> None:
+        """Open a calibrated model."""
+
     def flatten(self, arguments: inspect.BoundArguments) -> list[Any]:
         """Arguments as values of the graph's placeholders; raises `ValueError` where they do not fit."""
 
@@ -145,6 +150,14 @@ class Host(Protocol):
 
     def copy(self) -> fx.GraphModule:
         """A deep copy of `prepared` that the host converts like `prepared` itself."""
+
+    @staticmethod
+    def copied(prepared: fx.GraphModule) -> fx.GraphModule:
+        """The same of a prepared model that may not be calibrated."""
+
+    @staticmethod
+    def freeze(model: fx.GraphModule, observer: str, grid: Grid) -> None:
+        """Put an observer that always reports a grid in the place of one of a copy, by its qualified name."""
 
     def is_type(self, node: WeightedNode, kind: type[nn.Module]) -> bool:
         """Whether a weighted node is, or belongs to, a module of this type."""

@@ -12,7 +12,7 @@ from adaround_plugin.graph.arguments import attribute
 from adaround_plugin.graph.compat import Dropout, Normalization, is_observed, is_observer, is_trained, unfused
 from adaround_plugin.graph.operators import module_op
 
-__all__ = ["check_prepared_fx", "check_untrained", "check_values"]
+__all__ = ["check_prepared_fx", "check_untrained", "check_values", "observed_range"]
 
 
 def check_prepared_fx(prepared: nn.Module) -> None:
@@ -71,9 +71,10 @@ def check_values(prepared: nn.Module, is_observer: Callable[[nn.Module], bool]) 
         if not torch.isfinite(parameter).all():
             raise NonFiniteError(f"parameter {name!r}", "holds NaN or infinity", "Repair the float model.")
     for name, module in prepared.named_modules():
-        low, high = getattr(module, "min_val", None), getattr(module, "max_val", None)
-        if not is_observer(module) or not isinstance(low, Tensor) or not isinstance(high, Tensor):
+        range_ = observed_range(module) if is_observer(module) else None
+        if range_ is None:
             continue
+        low, high = range_
         if low.numel() == 0 or bool((low > high).any()):
             raise InvalidModelError(
                 f"observer {name!r}", "has seen no data", "Run calibration batches through the prepared model first."
@@ -83,6 +84,12 @@ def check_values(prepared: nn.Module, is_observer: Callable[[nn.Module], bool]) 
             raise NonFiniteError(
                 f"activation of {source!r}", "NaN or infinity was observed", "Check the model and the calibration data."
             )
+
+
+def observed_range(observer: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """The least and the greatest value that an observer has seen; None of one that keeps no range."""
+    low, high = getattr(observer, "min_val", None), getattr(observer, "max_val", None)
+    return (low, high) if isinstance(low, Tensor) and isinstance(high, Tensor) else None
 
 
 def _check_real(graph: fx.GraphModule, is_observer: Callable[[nn.Module], bool]) -> None:

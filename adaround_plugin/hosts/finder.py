@@ -20,9 +20,9 @@ from adaround_plugin.graph.calls import Call, CallSite, function_call
 from adaround_plugin.graph.operators import function_op
 from adaround_plugin.graph.transforms import has_origin, origin
 from adaround_plugin.hosts.base import Skipped, WeightedNode
-from adaround_plugin.hosts.grids import observed_grid, same_grid
+from adaround_plugin.hosts.grids import observed_grid
 from adaround_plugin.hosts.weight_observers import AdaRoundWeightMixin
-from adaround_plugin.rounding.grid import Grid
+from adaround_plugin.rounding.grid import Grid, same_grid
 from adaround_plugin.rounding.linear_op import LinearOp
 from adaround_plugin.rounding.result import LayerRounding
 

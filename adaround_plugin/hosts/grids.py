@@ -12,7 +12,7 @@ from adaround_plugin.hosts.weight_observers import AdaRoundWeightMixin, FrozenMi
 from adaround_plugin.rounding.grid import Grid, GridSpec
 from adaround_plugin.rounding.linear_op import LinearOp
 
-__all__ = ["observed_grid", "observed_spec", "same_grid"]
+__all__ = ["observed_grid", "observed_spec"]
 
 _PER_CHANNEL = (torch.per_channel_symmetric, torch.per_channel_affine)
 _SYMMETRIC = (torch.per_channel_symmetric, torch.per_tensor_symmetric)
@@ -48,14 +48,4 @@ def observed_spec(observer: Any) -> GridSpec:
         ch_axis=observer.ch_axis if observer.qscheme in _PER_CHANNEL else None,
         symmetric=observer.qscheme in _SYMMETRIC,
         dtype=observer.dtype,
-    )
-
-
-def same_grid(one: Grid, other: Grid) -> bool:
-    """Whether two grids have the same points."""
-    return (
-        (one.quant_min, one.quant_max, one.ch_axis, one.dtype)
-        == (other.quant_min, other.quant_max, other.ch_axis, other.dtype)
-        and torch.equal(one.scale, other.scale)
-        and torch.equal(one.zero_point, other.zero_point)
     )

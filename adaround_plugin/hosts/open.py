@@ -12,7 +12,7 @@ from adaround_plugin.hosts.base import Host
 from adaround_plugin.hosts.biases import with_integer_bias
 from adaround_plugin.hosts.fx.host import PreparedFX
 
-__all__ = ["is_exported", "open_host"]
+__all__ = ["host_type", "is_exported", "open_host"]
 
 # hosts convert as they do by default, whatever torch's default device is
 _CPU = torch.device("cpu")
@@ -49,16 +49,24 @@ def open_host(
 
 
 def _opened(prepared: nn.Module, backend_config: BackendConfig | None) -> Host:
-    if not is_exported(prepared):
-        with _CPU:
-            return PreparedFX(prepared, backend_config)
-    if backend_config is not None:
+    if backend_config is not None and is_exported(prepared):
         raise InvalidOptionError("backend_config", "is for prepare_fx only", "Leave it out: PT2E has a quantizer.")
+    kind = host_type(prepared)
+    with _CPU:
+        return kind(prepared) if backend_config is None else PreparedFX(prepared, backend_config)
+
+
+def host_type(prepared: nn.Module) -> type[Host]:
+    """The class of a prepared model's host.
+
+    Raises:
+        MissingDependencyError: torchao is not installed.
+    """
+    if not is_exported(prepared):
+        return PreparedFX
     from adaround_plugin.hosts.pt2e.host import PreparedPT2E
 
-    assert isinstance(prepared, fx.GraphModule)
-    with _CPU:
-        return PreparedPT2E(prepared)
+    return PreparedPT2E
 
 
 def is_exported(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from torch.ao.quantization.quantize_fx import convert_fx
 from adaround_plugin.errors import InvalidModelError, NonFiniteError, is_out_of_memory
 from adaround_plugin.files import write_whole
 from adaround_plugin.graph.compat import forget_models
+from adaround_plugin.graph.fingerprint import differing, structure
 from adaround_plugin.inc.config import AdaRoundConfig
 from adaround_plugin.inc.layers import weighted_layers
 from adaround_plugin.inc.observed import observed
@@ -47,7 +48,7 @@ def save(model: fx.GraphModule, folder: str | os.PathLike[str]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     content = {
         "parts": [(layer, part.get_params_dict()) for layer, part in parts.items()],
-        "structure": _structure(model),
+        "structure": structure(model),
         "state": model.state_dict(),
     }
     whole = io.BytesIO()
@@ -81,16 +82,14 @@ def load(folder: str | os.PathLike[str], original_model: nn.Module) -> fx.GraphM
         warnings.filterwarnings("ignore", "must run observer before calling calculate_qparams", UserWarning)
         quantized = convert_fx(prepared)
         forget_models()
-    if differing := state.keys() ^ quantized.state_dict().keys():
+    if unknown := state.keys() ^ quantized.state_dict().keys():
         raise InvalidModelError(
-            "original_model", f"differs in {sorted(differing)}", "Pass the float model that was quantized."
+            "original_model", f"differs in {sorted(unknown)}", "Pass the float model that was quantized."
         )
-    found, wanted = _structure(quantized), content["structure"]
-    if found != wanted:
-        differing = {name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)}
+    if others := differing(structure(quantized), content["structure"]):
         raise InvalidModelError(
             "original_model",
-            f"has other settings in {sorted(differing)}",
+            f"has other settings in {others}",
             "Pass the float model that was quantized, with the same strides, paddings and activation functions.",
         )
     quantized.load_state_dict(state)
@@ -135,13 +134,3 @@ def _floats(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
                 yield name, value.q_per_channel_scales()
             else:
                 yield name, torch.tensor(value.q_scale(), device="cpu")
-
-
-def _structure(model: fx.GraphModule) -> dict[str, str]:
-    """The code of a quantized model, and of each module what is not in the state, by name."""
-    found = {}
-    for name, module in model.named_modules():
-        plain = (one for one in vars(module).items() if isinstance(one[1], int | float | str | tuple))
-        settings = {key: value for key, value in plain if key not in ("scale", "zero_point")}
-        found[name] = f"{type(module).__name__} {settings}" if name else model.code
-    return found

@@ -255,6 +255,7 @@ class Columns:
 
     def forget(self, node: WeightedNode) -> bool:
         """Free what was kept for a layer; whether its columns were weighed by their importance."""
+        self.outputs.pop(node.name, None)
         found = [self._importance.pop(site.float_node, None) for site in node.sites]
         return all(one is not None for one in found)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import inf, isfinite
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from adaround_plugin.graph.ends import ends_of
 from adaround_plugin.graph.streams import Stream, tensors
-from adaround_plugin.hosts.base import Host, WeightedNode, open_streams
+from adaround_plugin.hosts.base import Host, open_streams
 from adaround_plugin.learning.output_error import OutputTally
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.regions.calibration import Sampling
@@ -26,6 +26,22 @@ __all__ = ["Comparison"]
 _LEAST_SAMPLES = 128
 # layers are taken back one by one, or, where there are more than this, in so many runs of neighbours
 _RUNS = 16
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """What a comparison found.
+
+    Attributes:
+        error, nearest_error: of what is left, and of nearest.
+        taken: the layers to be nearest again, those that do most harm first.
+        takes_scales: whether the scales of activations are to be as observed again.
+    """
+
+    error: float
+    nearest_error: float
+    taken: list[str] = field(default_factory=list)
+    takes_scales: bool = False
 
 
 class Comparison:
@@ -89,48 +105,52 @@ class Comparison:
         Returns:
             The error of what is left, and that of nearest.
         """
+        decided = run.checkpoint.decide("comparison", "", _Decided, lambda: self._decide(run))
+        run.forget_values()
+        nodes = {node.name: node for node in run.nodes}
+        for name in decided.taken:
+            run.take_back(nodes[name])
+        if decided.takes_scales:
+            run.take_back_scales()
+        return decided.error, decided.nearest_error
+
+    def _decide(self, run: Pass) -> _Decided:
+        """Find what does harm."""
         variances = run.finish().variances
         run.forget_values()
         nearest = found = self.error({}, {}, variances)
-        changed = [node for node in run.nodes if not run.roundings[node.name].stores(node.nearest)]
+        changed = [node.name for node in run.nodes if not run.roundings[node.name].stores(node.nearest)]
         if changed or run.scales:
             found = self.error(run.roundings, run.scales, variances)
         if found <= nearest:
-            return found, nearest
+            return _Decided(found, nearest)
         run.report.progress.say("taking back what is worse than nearest")
+
+        def without(names: Sequence[str]) -> float:
+            """The error with these nearest."""
+            left = {name: one for name, one in run.roundings.items() if name not in names}
+            return self.error(left, run.scales, variances)
+
         runs, start = _runs(changed), found
-        errors = [self._without(run, nodes, variances) for nodes in runs]
-        for error, nodes in sorted(zip(errors, runs, strict=True), key=lambda one: one[0]):
+        errors = [without(names) for names in runs]
+        taken: list[str] = []
+        for error, names in sorted(zip(errors, runs, strict=True), key=lambda one: one[0]):
             if error >= start or found <= nearest:
                 break
-            again = self._without(run, nodes, variances)
+            again = without([*taken, *names])
             if again < found:
-                self._take(run, nodes)
+                taken += names
                 found = again
         if found > nearest:
-            self._take(run, [node for node in changed if not run.roundings[node.name].stores(node.nearest)])
-            run.take_back_scales()
-            found = nearest
-        return found, nearest
-
-    def _without(self, run: Pass, nodes: Sequence[WeightedNode], variances: Sequence[float]) -> float:
-        """The error with these nearest."""
-        names = {node.name for node in nodes}
-        return self.error(
-            {name: one for name, one in run.roundings.items() if name not in names}, run.scales, variances
-        )
-
-    @staticmethod
-    def _take(run: Pass, nodes: Sequence[WeightedNode]) -> None:
-        for node in nodes:
-            run.take_back(node)
+            return _Decided(nearest, nearest, [*taken, *(name for name in changed if name not in taken)], True)
+        return _Decided(found, nearest, taken)
 
 
-def _runs(nodes: Sequence[WeightedNode]) -> list[Sequence[WeightedNode]]:
+def _runs(names: Sequence[str]) -> list[Sequence[str]]:
     """Neighbours in at most `_RUNS` runs, as equal as they can be."""
-    count = min(_RUNS, len(nodes))
-    ends = [len(nodes) * number // count for number in range(count + 1)] if nodes else []
-    return [nodes[begin:end] for begin, end in pairwise(ends)]
+    count = min(_RUNS, len(names))
+    ends = [len(names) * number // count for number in range(count + 1)] if names else []
+    return [names[begin:end] for begin, end in pairwise(ends)]
 
 
 def _part(

@@ -12,6 +12,7 @@ from adaround_plugin.learning.columns import Columns, LayerMoments
 from adaround_plugin.learning.layer import Layer, Recipe
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.options import check_choice, check_integer, check_number, named
+from adaround_plugin.report import BlockReport
 from adaround_plugin.rounding.problem import Solver
 from adaround_plugin.rounding.result import LayerRounding
 from adaround_plugin.solvers import Nearest, get_solver
@@ -150,6 +151,29 @@ class LayerWise:
         PendingLayers(run, self).decide_all()
 
 
+# what a checkpoint calls what is decided here
+_DECISION = "layer"
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """What was decided for a layer, and what the report is told.
+
+    Attributes:
+        rounding: as it is stored.
+        notes: anything unusual.
+        columns: how many entered its moments.
+        seconds: that it took.
+        blocks: what was learned on samples in between.
+    """
+
+    rounding: LayerRounding
+    notes: list[str]
+    columns: int
+    seconds: float
+    blocks: list[BlockReport]
+
+
 # called with a layer once it is decided; returns the rounding to keep, and notes for the report
 AfterLayer = Callable[[WeightedNode, Layer, LayerRounding], tuple[LayerRounding, list[str]]]
 
@@ -198,10 +222,11 @@ class PendingLayers:
         candidates = reached or self.pending
         named = [node for node in candidates if node.name in names] or candidates
         ready = _fitting(named) if reached else named[:1]
-        moments = {node.name: LayerMoments(node, self.recipe.column_weighting) for node in ready}
+        open_ = [node for node in ready if not run.checkpoint.has(_DECISION, node.name)]
+        moments = {node.name: LayerMoments(node, self.recipe.column_weighting) for node in open_}
 
         def gather(batch: int, values: BothValues) -> None:
-            for node in ready:
+            for node in open_:
                 self._columns.gather(node, batch, values, moments[node.name])
 
         if reached:
@@ -210,16 +235,39 @@ class PendingLayers:
             # a weight that feeds itself through another call site: look ahead with roundings as they are
             run.look_ahead(gather)
         for node in ready:
-            self._decide(node, moments.pop(node.name))
+            self._decide(node, moments.pop(node.name, None))
         decided = {node.name for node in ready}
         self.pending = [node for node in self.pending if node.name not in decided]
 
-    def _decide(self, node: WeightedNode, moments: LayerMoments) -> None:
-        """Learn one layer's rounding and put it into the quantized stream."""
-        run, settings = self._run, self._settings
+    def _decide(self, node: WeightedNode, moments: LayerMoments | None) -> None:
+        """Put one layer's rounding into the quantized stream, and tell the report.
+
+        Args:
+            node: the layer.
+            moments: to learn it from; None where the decision is known.
+        """
+        run = self._run
+
+        def make() -> _Decided:
+            assert moments is not None
+            return self._learn(node, moments)
+
+        blocks = len(run.report.blocks)
+        decided = run.checkpoint.decide(_DECISION, node.name, _Decided, make)
+        if run.is_trial:
+            return
+        if moments is None:
+            self._columns.forget(node)
+        run.keep_rounding(node, decided.rounding)
+        run.report.blocks[blocks:] = decided.blocks
+        run.report.layer(node, decided.rounding, decided.notes, decided.columns, decided.seconds)
+
+    def _learn(self, node: WeightedNode, moments: LayerMoments) -> _Decided:
+        """Learn one layer's rounding."""
+        run, settings, blocks = self._run, self._settings, len(self._run.report.blocks)
         with run.clock("moments", node):
             moments.finish(node)
-        outputs = self._columns.outputs.pop(node.name, None)
+        outputs = self._columns.outputs.get(node.name)
         # trials search once for all
         known = {} if run.shared is None else run.shared.grids
         grid = known.get(node.name, node.grid)
@@ -242,7 +290,6 @@ class PendingLayers:
         weighed = self._columns.forget(node)
         if run.shared is not None:
             run.shared.grids.setdefault(node.name, rounding.grid)
-            return
         notes = [] if layer.moments.count else ["no learning sample reached this layer"]
         if self._after is not None and layer.moments.count:
             rounding, further = self._after(node, layer, rounding)
@@ -259,7 +306,7 @@ class PendingLayers:
             notes.append("bias kept: the call's bias cannot be written")
         if node.float_bias:
             notes.append(f"bias in float: {node.float_bias}")
-        run.report.layer(node, rounding, notes, moments.count, run.layer_seconds[node.name])
+        return _Decided(rounding, notes, layer.moments.count, run.layer_seconds[node.name], run.report.blocks[blocks:])
 
 
 def _fitting(ready: list[WeightedNode]) -> list[WeightedNode]:

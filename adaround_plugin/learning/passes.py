@@ -15,6 +15,7 @@ from torch import fx
 from adaround_plugin.graph.ends import ends_of
 from adaround_plugin.graph.streams import BothValues, tensors
 from adaround_plugin.hosts.base import Host, WeightedNode, open_streams
+from adaround_plugin.learning.checkpoint import Checkpoint
 from adaround_plugin.learning.output_error import OutputError, OutputTally
 from adaround_plugin.learning.report_builder import ReportBuilder
 from adaround_plugin.learning.shared import Shared
@@ -48,6 +49,7 @@ class Pass:
         report: takes what is to be reported.
         shared: of a trial, whose layers are not compared with nearest: what it has in common with others.
         beside: a trial on the same batches that makes every step before this one does; its float stream is shared.
+        checkpoint: keeps what is decided; None keeps nothing.
 
     Attributes:
         streams: the float and the quantized stream.
@@ -68,7 +70,9 @@ class Pass:
         report: ReportBuilder,
         shared: Shared | None = None,
         beside: Pass | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
+        self.checkpoint = checkpoint or Checkpoint()
         self.host, self.sampling, self.excluded, self.seed = host, sampling, excluded, seed
         self.report, self.shared = report, shared
         self.streams = open_streams(host)
@@ -102,9 +106,14 @@ class Pass:
 
     def set_rounding(self, node: WeightedNode, rounding: LayerRounding) -> LayerRounding:
         """Let the quantized stream go on with this rounding, as it is stored."""
-        stored = self.roundings[node.name] = node.stored(rounding)
-        node.set_quantized(self.streams[1].module, stored)
+        stored = node.stored(rounding)
+        self.keep_rounding(node, stored)
         return stored
+
+    def keep_rounding(self, node: WeightedNode, rounding: LayerRounding) -> None:
+        """Let the quantized stream go on with a rounding that is as it is stored."""
+        self.roundings[node.name] = rounding
+        node.set_quantized(self.streams[1].module, rounding)
 
     def relearn(self, node: WeightedNode, rounding: LayerRounding) -> None:
         """Replace a layer's rounding by one learned on samples, and tell the report."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -12,7 +12,7 @@ from adaround_plugin.hosts.base import ActivationQuantizer, WeightedNode
 from adaround_plugin.learning.layerwise import LayerWise
 from adaround_plugin.learning.passes import Pass, Snapshot
 from adaround_plugin.regions.forward import Exit
-from adaround_plugin.regions.learnable import Outcome, WeightInit
+from adaround_plugin.regions.learnable import LearnedWeight, Outcome, WeightInit
 from adaround_plugin.regions.region import Drawing, Region
 from adaround_plugin.report import BlockReport
 from adaround_plugin.rounding.schemes import up_or_down
@@ -21,6 +21,23 @@ __all__ = ["RegionStep"]
 
 # learns a region, given its weights' starts and a progress callback; returns None where nothing may move
 Learn = Callable[[Region, list[WeightInit], Callable[[int, float], None]], Outcome | None]
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """What was learned of a region.
+
+    Attributes:
+        report: what is said of it.
+        better: whether it is taken.
+        weights: by name of the weighted node, where it is.
+        factors: of the scales of activations, by name of the first observer, where it is.
+    """
+
+    report: BlockReport
+    better: bool = False
+    weights: dict[str, LearnedWeight] = field(default_factory=dict)
+    factors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +73,13 @@ class RegionStep:
 
     def learn(self, learn: Learn) -> BlockReport:
         """Learn the region, take the outcome into the pass where it is better, and tell what was done."""
+        decided = self.run.checkpoint.decide(self.phase, self.name, _Decided, lambda: self._decide(learn))
+        if decided.better:
+            self._take(decided)
+        return decided.report
+
+    def _decide(self, learn: Learn) -> _Decided:
+        """Learn the region."""
         run, began = self.run, time.perf_counter()
         with run.clock(self.phase, self.nodes[0] if len(self.nodes) == 1 else None):
             region = Region(
@@ -73,13 +97,11 @@ class RegionStep:
                 found = learn(region, [self._init(node) for node in region.nodes], run.report.steps(self.name))
         if found is None:
             notes += ["nothing may move"] if region.exits else []
-            return BlockReport(self.name, names, note="; ".join(notes))
-        if found.better:
-            self._take(region, found)
+            return _Decided(BlockReport(self.name, names, note="; ".join(notes)))
         notes += found.notes
         if not found.better:
             notes.append("start kept: what was learned is no better")
-        return BlockReport(
+        report = BlockReport(
             name=self.name,
             layers=names,
             start_error=found.start_error,
@@ -90,12 +112,21 @@ class RegionStep:
             seconds=time.perf_counter() - began,
             note="; ".join(notes),
         )
+        if not found.better:
+            return _Decided(report)
+        factors = zip(region.quantizers, found.scale_factors, strict=True)
+        return _Decided(
+            report,
+            True,
+            dict(zip(names, found.weights, strict=True)),
+            {quantizer.names[0]: factor for quantizer, factor in factors},
+        )
 
-    def _take(self, region: Region, found: Outcome) -> None:
+    def _take(self, decided: _Decided) -> None:
         """Take what was learned into the pass."""
-        run = self.run
-        for node, learned in zip(region.nodes, found.weights, strict=True):
-            before = run.roundings[node.name]
+        run, nodes = self.run, {node.name: node for node in self.nodes}
+        for name, learned in decided.weights.items():
+            before = run.roundings[name]
             moved = not torch.equal(before.integers, learned.integers)
             rounding = replace(
                 before,
@@ -104,10 +135,14 @@ class RegionStep:
                 bias_correction=learned.correction,
                 learned=self.decides or before.learned or moved,
             )
-            run.relearn(node, rounding)
-        for quantizer, factor in zip(region.quantizers, found.scale_factors, strict=True):
+            run.relearn(nodes[name], rounding)
+        for quantizer in self.quantizers:
+            if quantizer.names[0] not in decided.factors:
+                continue
             # a number of float32, as the host's observers have it
-            scale = float(torch.tensor(quantizer.scale * factor, dtype=torch.float32, device="cpu"))
+            scale = float(
+                torch.tensor(quantizer.scale * decided.factors[quantizer.names[0]], dtype=torch.float32, device="cpu")
+            )
             quantizer.set_scale(run.streams[1], scale)
             run.scales |= dict.fromkeys(quantizer.names, scale)
         if self.start is not None:

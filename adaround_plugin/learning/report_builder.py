@@ -16,7 +16,7 @@ from adaround_plugin.learning.layer import Recipe
 from adaround_plugin.report import BlockReport, LayerReport, RecipeTrial, Report
 from adaround_plugin.rounding.result import LayerRounding
 
-__all__ = ["Progress", "ReportBuilder"]
+__all__ = ["Progress", "ReportBuilder", "written_out"]
 
 # how Python writes a class, and an object without a text of its own; the group is the name of the class
 _NAMELESS = re.compile(r"<(?:class ')?(?:[\w<>]+\.)*(\w+)(?:'| object at 0x\w+)>")
@@ -105,17 +105,18 @@ class ReportBuilder:
         progress: where it is shown.
         blocks: what was learned on samples.
         finetuning: of the whole network.
+        trials: recipes that were tried, or could not be.
     """
 
     progress: Progress
     blocks: list[BlockReport] = field(default_factory=list)
     finetuning: BlockReport | None = None
-    _trials: list[RecipeTrial] = field(default_factory=list)
+    trials: list[RecipeTrial] = field(default_factory=list)
     _layers: dict[str, _Layer] = field(default_factory=dict)
 
     def trial(self, recipe: Recipe, output_error: float | None, note: str = "") -> None:
         """A recipe was tried, or could not be."""
-        self._trials.append(RecipeTrial(str(recipe), output_error, note))
+        self.trials.append(RecipeTrial(str(recipe), output_error, note))
 
     def layer(
         self, node: WeightedNode, rounding: LayerRounding, notes: Sequence[str], columns: int, seconds: float
@@ -177,6 +178,8 @@ class ReportBuilder:
         seconds: dict[str, float],
         settings: Mapping[str, object],
         versions: dict[str, str],
+        weights: dict[str, str],
+        recalled: int,
     ) -> Report:
         """The report; arguments as in `Report`, but for the settings, which are the objects themselves."""
         return Report(
@@ -185,15 +188,22 @@ class ReportBuilder:
             recipe=recipe,
             layers=[entry.report() for entry in self._layers.values()],
             skipped=[(entry.name, entry.kind, entry.reason) for entry in skipped],
-            trials=self._trials,
+            trials=self.trials,
             blocks=self.blocks,
             finetuning=self.finetuning,
             output_error=output_error,
             nearest_output_error=nearest_output_error,
             seconds=seconds,
-            settings={name: _NAMELESS.sub(r"\1", repr(value)) for name, value in settings.items()},
+            settings=written_out(settings),
             versions=versions,
+            weights=weights,
+            recalled=recalled,
         )
+
+
+def written_out(settings: Mapping[str, object]) -> dict[str, str]:
+    """Settings as Python writes them, without addresses."""
+    return {name: _NAMELESS.sub(r"\1", repr(value)) for name, value in settings.items()}
 
 
 def _flipped(node: WeightedNode, rounding: LayerRounding) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.hosts.base import Host, open_streams
+from adaround_plugin.learning.checkpoint import Checkpoint
 from adaround_plugin.learning.layer import Recipe
 from adaround_plugin.learning.layerwise import LayerWise, PendingLayers
 from adaround_plugin.learning.methods import Method
@@ -23,6 +24,7 @@ from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.importance import sensitivities
 from adaround_plugin.regions.pieces import is_separable, piece, takes_one
 from adaround_plugin.regions.spread import spread
+from adaround_plugin.report import RecipeTrial
 
 __all__ = ["NO_MASSIVE", "choose_recipe"]
 
@@ -53,6 +55,7 @@ def choose_recipe(
     excluded: frozenset[str],
     seed: int,
     report: ReportBuilder,
+    checkpoint: Checkpoint,
 ) -> LayerWise:
     """The options of a method's layers, with a recipe for what is open.
 
@@ -66,6 +69,7 @@ def choose_recipe(
         excluded: names of the weighted nodes that stay nearest.
         seed: of the pass.
         report: takes the trials.
+        checkpoint: keeps the choice.
 
     Raises:
         InvalidOptionError: an option that is not open asks for derivatives that cannot be taken.
@@ -76,7 +80,26 @@ def choose_recipe(
     recipes = layers.recipes(Sampling.of(arguments, 0, 1, 0).total, method.is_baseline)
     if len(excluded) == len(host.nodes):
         return layers.with_recipe(recipes[-1])
-    trials = _Trials(layers, host, arguments, excluded, seed, report)
+
+    def choose() -> _Chosen:
+        trials = _Trials(layers, host, arguments, excluded, seed, report)
+        return _Chosen(_best(layers, recipes, trials, report), report.trials)
+
+    chosen = checkpoint.decide("recipe", "", _Chosen, choose)
+    report.trials = chosen.trials
+    return layers.with_recipe(chosen.recipe)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The recipe that was chosen, and those that were tried."""
+
+    recipe: Recipe
+    trials: list[RecipeTrial]
+
+
+def _best(layers: LayerWise, recipes: list[Recipe], trials: _Trials, report: ReportBuilder) -> Recipe:
+    """The recipe that is taken."""
     without = layers.without_derivatives(recipes)
     if without != recipes and (problem := trials.problem_of_derivatives()) is not None:
         for recipe in recipes:
@@ -85,8 +108,8 @@ def choose_recipe(
         recipes = without
     if len(recipes) > 1:
         report.progress.say("choosing a recipe")
-        recipes = [trials.best(recipes)]
-    return layers.with_recipe(recipes[0])
+        return trials.best(recipes)
+    return recipes[0]
 
 
 class _Trials:

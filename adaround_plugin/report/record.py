@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["BlockReport", "LayerReport", "RecipeTrial", "Record"]
+__all__ = ["BlockReport", "LayerReport", "RecipeTrial", "Record", "record_fields"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ class Record:
         settings: arguments of `adaround` by name, as Python writes them, that repeat what was done, without trials.
             Objects without a text of their own stand there as the name of their type.
         versions: of this package and of torch.
+        recalled: how many decisions an interrupted run had made, which were recalled from a checkpoint.
+        weights: a digest of the float weight that each layer was learned from, excluded layers among them.
     """
 
     method: str
@@ -125,8 +129,29 @@ class Record:
     seconds: dict[str, float] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
+    recalled: int = 0
 
     @property
     def learned_on_samples(self) -> list[BlockReport]:
         """The blocks, and the whole network where it was finetuned."""
         return [*self.blocks, *([] if self.finetuning is None else [self.finetuning])]
+
+
+def record_fields(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a record, of lists and dicts as JSON has them."""
+
+    def layer(found: dict[str, Any]) -> LayerReport:
+        return LayerReport(**{**found, "tied": tuple(found["tied"]), "shape": tuple(found["shape"])})
+
+    def block(found: dict[str, Any]) -> BlockReport:
+        return BlockReport(**{**found, "layers": tuple(found["layers"])})
+
+    return {
+        **plain,
+        "layers": [layer(one) for one in plain["layers"]],
+        "skipped": [tuple(one) for one in plain["skipped"]],
+        "trials": [RecipeTrial(**one) for one in plain["trials"]],
+        "blocks": [block(one) for one in plain["blocks"]],
+        "finetuning": None if plain["finetuning"] is None else block(plain["finetuning"]),
+    }

@@ -14,7 +14,7 @@ from adaround_plugin.files import check_path, write_whole
 from adaround_plugin.report.figure import figure
 from adaround_plugin.report.frame import frame
 from adaround_plugin.report.page import fragment, page
-from adaround_plugin.report.record import Record
+from adaround_plugin.report.record import Record, record_fields
 from adaround_plugin.report.text import text
 
 if TYPE_CHECKING:
@@ -39,6 +39,11 @@ class Report(Record):
     def to_json(self, indent: int | None = 2) -> str:
         """The whole report as JSON."""
         return json.dumps(asdict(self), indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report of which `to_json` is the text."""
+        return cls(**record_fields(json.loads(text)))
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write the report as one HTML page with charts, which needs no network and no script; all or nothing.

@@ -54,7 +54,8 @@ def summary(record: Record) -> str:
     return (
         f"method {record.method}: {kept} of {len(record.layers)} layers learned (solver {record.solver}, "
         f"{record.recipe}); output error {number(record.output_error)}, "
-        f"of nearest {number(record.nearest_output_error)}; {seconds}"
+        f"of nearest {number(record.nearest_output_error)}; "
+        f"{f'resumed, {record.recalled} decisions recalled; ' if record.recalled else ''}{seconds}"
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adaround_plugin.errors import InvalidOptionError
 
-__all__ = ["Grid", "GridSpec", "check_bits", "integer_range", "is_symmetric_by_default"]
+__all__ = ["Grid", "GridSpec", "check_bits", "integer_range", "is_symmetric_by_default", "same_grid"]
 
 
 def check_bits(bits: int, argument: str = "bits") -> int:
@@ -148,3 +148,13 @@ class Grid(GridSpec):
         """`(q - zero_point) * scale` in float32: the weight that every host quantizes back to exactly `q`."""
         scale, zero_point = self.expand(self.scale, integers.shape), self.expand(self.zero_point, integers.shape)
         return (integers - zero_point).float() * scale
+
+
+def same_grid(one: Grid, other: Grid) -> bool:
+    """Whether two grids have the same points."""
+    return (
+        (one.quant_min, one.quant_max, one.ch_axis, one.dtype, one.group_size)
+        == (other.quant_min, other.quant_max, other.ch_axis, other.dtype, other.group_size)
+        and torch.equal(one.scale, other.scale)
+        and torch.equal(one.zero_point, other.zero_point)
+    )

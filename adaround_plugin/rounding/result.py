@@ -8,7 +8,7 @@ from math import nan
 import torch
 from torch import Tensor
 
-from adaround_plugin.rounding.grid import Grid
+from adaround_plugin.rounding.grid import Grid, same_grid
 
 __all__ = ["LayerRounding"]
 
@@ -44,7 +44,7 @@ class LayerRounding:
         """Whether the weight and the bias are those of another rounding on the same grid."""
         one, another = self.bias_correction, other.bias_correction
         same_bias = one is another or (one is not None and another is not None and torch.equal(one, another))
-        return self.grid is other.grid and same_bias and torch.equal(self.integers, other.integers)
+        return same_bias and same_grid(self.grid, other.grid) and torch.equal(self.integers, other.integers)
 
     def corrected(self, bias: Tensor | None) -> Tensor | None:
         """A bias with the correction added; the correction where there is no bias."""

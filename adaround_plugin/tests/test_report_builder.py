@@ -69,6 +69,8 @@ def layers(builder: ReportBuilder) -> list[LayerReport]:
         seconds={},
         settings={},
         versions={},
+        weights={},
+        recalled=0,
     )
     return report.layers
 
@@ -193,6 +195,8 @@ def test_everything_told_is_in_the_report(builder):
         seconds={"total": 1.0},
         settings={"method": (Recipe(damping=0.5), "a", Tensor, object()), "seed": 3},
         versions={"torch": "1"},
+        weights={"a": "0"},
+        recalled=2,
     )
     assert (report.method, report.solver, report.recipe) == ("blocks", "Annealing", "errors propagated")
     assert [layer.name for layer in report.layers] == ["a", "b"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -60,6 +60,7 @@ class PreparedFX:
         NonFiniteError: a weight holds NaN or infinity.
     """
 
+    toolkit: ClassVar[str] = "FX"
     batch_size: int | None = None
 
     def __init__(self, prepared: nn.Module, backend_config: BackendConfig | None = None) -> None:
@@ -99,7 +100,20 @@ class PreparedFX:
 
     def copy(self) -> fx.GraphModule:
         """A deep copy of the prepared model."""
-        return deep_copy(self.prepared)
+        return self.copied(self.prepared)
+
+    @staticmethod
+    def copied(prepared: fx.GraphModule) -> fx.GraphModule:
+        """A deep copy of a prepared model, calibrated or not."""
+        return deep_copy(prepared)
+
+    @staticmethod
+    def freeze(model: fx.GraphModule, observer: str, grid: Grid) -> None:
+        """Put a frozen observer in the place of one, under each of its names."""
+        old, new = model.get_submodule(observer), FrozenObserver(grid)
+        for name, module in list(model.named_modules(remove_duplicate=False)):
+            if module is old:
+                model.set_submodule(name, new)
 
     def decomposed(self) -> fx.GraphModule:
         """The host's reference conversion with the operators of PT2E in place of quantized tensors."""
@@ -124,10 +138,14 @@ class PreparedFX:
         # a module may have several names
         written: set[object] = set()
         for node in self.nodes:
-            for name in node.names if node.name in roundings else ():
+            if node.name not in roundings:
+                continue
+            # a new parameter: the old one may be shared with a model, or tied to a layer, that must not change
+            weight = nn.Parameter(roundings[node.name].weight)
+            for name in node.names:
                 key = weighted_module(model, name) or name
                 if key not in written:
-                    _write(model, name, roundings[node.name])
+                    _write(model, name, weight, roundings[node.name])
                 written.add(key)
         write_scales(model, scales)
         insert_clamps(model)
@@ -187,10 +205,8 @@ def _reference(
             forget_models()
 
 
-def _write(model: fx.GraphModule, name: str, rounding: LayerRounding) -> None:
-    """Write integers and grid into a prepared model, so that its own convert quantizes back to exactly these."""
-    # new parameters throughout: the old ones may be shared with a model, or tied to a layer, that must not change
-    weight = nn.Parameter(rounding.weight)
+def _write(model: fx.GraphModule, name: str, weight: nn.Parameter, rounding: LayerRounding) -> None:
+    """Write weight and grid into a prepared model, so that its own convert quantizes back to exactly the integers."""
     module = weighted_module(model, name)
     if module is None:
         setattr(*owner_of(model, name), weight)

@@ -12,7 +12,7 @@ import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -39,6 +39,7 @@ from adaround_plugin.hosts.checks import check_untrained, check_values
 from adaround_plugin.hosts.pt2e.compat import forget_models
 from adaround_plugin.hosts.pt2e.nodes import PT2EFinder, innermost_module, is_torchao_observer, parameter_node
 from adaround_plugin.hosts.pt2e.observers import frozen_observer
+from adaround_plugin.rounding.grid import Grid
 from adaround_plugin.rounding.result import LayerRounding
 
 __all__ = ["PreparedPT2E"]
@@ -61,6 +62,8 @@ class PreparedPT2E:
             float32, or without a weighted node.
         NonFiniteError: a weight holds NaN or infinity.
     """
+
+    toolkit: ClassVar[str] = "PT2E"
 
     def __init__(self, prepared: fx.GraphModule) -> None:
         _check(prepared)
@@ -99,8 +102,13 @@ class PreparedPT2E:
         return model(*args, **kwargs)
 
     def copy(self) -> fx.GraphModule:
+        """A deep copy of the prepared model."""
+        return self.copied(self.prepared)
+
+    @staticmethod
+    def copied(prepared: fx.GraphModule) -> fx.GraphModule:
         """A deep copy whose quantization annotations name nodes of the copy, as torchao's passes over it expect."""
-        result = copy.deepcopy(self.prepared)
+        result = copy.deepcopy(prepared)
         by_name = {node.name: node for node in result.graph.nodes}
 
         def edge(value: Any) -> Any:
@@ -124,6 +132,16 @@ class PreparedPT2E:
                     output_qspec=moved(annotation.output_qspec),
                 )
         return result
+
+    @staticmethod
+    def freeze(model: fx.GraphModule, observer: str, grid: Grid) -> None:
+        """Put a frozen observer in the place of one, also where another observer derives its scale from it."""
+        old, new = model.get_submodule(observer), frozen_observer(grid)
+        for name, module in list(model.named_modules(remove_duplicate=False)):
+            if module is old:
+                model.set_submodule(name, new)
+            if isinstance(module, DerivedObserverOrFakeQuantize):
+                module.obs_or_fqs = [new if one is old else one for one in module.obs_or_fqs]
 
     def is_type(self, node: WeightedNode, kind: type[nn.Module]) -> bool:
         """Whether a node stands in the code of a module of this type."""
@@ -249,11 +267,10 @@ def _write(model: fx.GraphModule, calls: list[fx.Node], rounding: LayerRounding)
         source, observers = parameter_node(model, argument(call, 1, "weight"))
         assert source is not None
         for observer in observers:
-            _freeze(model, str(observer.target), rounding)
+            PreparedPT2E.freeze(model, str(observer.target), rounding.grid)
         # new parameters throughout: the old ones share memory with the model that was exported
         _put(model, source, rounding.weight, users=[observers[-1]], position=0, keyword="x")
-    correction = rounding.bias_correction
-    if correction is None:
+    if rounding.bias_correction is None:
         return
     present: dict[fx.Node, list[fx.Node]] = {}
     absent = []
@@ -264,21 +281,14 @@ def _write(model: fx.GraphModule, calls: list[fx.Node], rounding: LayerRounding)
         else:
             present.setdefault(bias, []).append(call)
     for bias, users in present.items():
-        old = attribute(model, str(bias.target)).detach()
-        _put(model, bias, old + correction, users=users, position=2, keyword="bias")
-    if absent:
+        corrected = rounding.corrected(attribute(model, str(bias.target)).detach())
+        assert corrected is not None
+        _put(model, bias, corrected, users=users, position=2, keyword="bias")
+    added = rounding.corrected(None) if absent else None
+    if added is not None:
         source, _ = parameter_node(model, argument(absent[0], 1, "weight"))
         assert source is not None
-        _add(model, "bias", correction.clone(), like=source, users=absent, position=2, keyword="bias")
-
-
-def _freeze(model: fx.GraphModule, target: str, rounding: LayerRounding) -> None:
-    """Put a frozen observer in the place of a weight's, also where another observer derives its scale from it."""
-    old, new = model.get_submodule(target), frozen_observer(rounding.grid)
-    model.set_submodule(target, new)
-    for module in model.modules():
-        if isinstance(module, DerivedObserverOrFakeQuantize):
-            module.obs_or_fqs = [new if observer is old else observer for observer in module.obs_or_fqs]
+        _add(model, "bias", added, like=source, users=absent, position=2, keyword="bias")
 
 
 def _put(
