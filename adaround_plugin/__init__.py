@@ -12,6 +12,9 @@ from adaround_plugin.errors import (
     MissingDependencyError,
     NonFiniteError,
 )
+from adaround_plugin.guidance.allocation import BitAllocation, suggest_bits
+from adaround_plugin.guidance.analysis import Analysis
+from adaround_plugin.guidance.analyze import analyze
 from adaround_plugin.hosts.fx.observers import AdaRoundObserver
 from adaround_plugin.hosts.fx.qconfig import get_adaround_qconfig_mapping, get_weight_only_backend_config
 from adaround_plugin.learning.blockwise import BlockWise
@@ -26,6 +29,8 @@ __all__ = [
     "METHODS",
     "AdaRoundError",
     "AdaRoundObserver",
+    "Analysis",
+    "BitAllocation",
     "BlockWise",
     "Finetune",
     "InvalidBatchError",
@@ -37,6 +42,7 @@ __all__ = [
     "Paper",
     "__version__",
     "adaround",
+    "analyze",
     "equalize",
     "get_adaround_qconfig_mapping",
     "get_equalization_report",
@@ -44,4 +50,5 @@ __all__ = [
     "get_weight_only_backend_config",
     "load_rounding",
     "save_rounding",
+    "suggest_bits",
 ]

@@ -9,6 +9,7 @@ import io
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
@@ -104,23 +105,24 @@ def _packed_kilobytes(prepared: fx.GraphModule) -> float:
     return bits / 8 / 1024
 
 
-def run(bits: Sequence[int], backend: str = "x86", layers: bool = False) -> Iterator[str]:
+def run(bits: Sequence[int], backend: str = "x86", layers: bool = False, html: Path | None = None) -> Iterator[str]:
     """Train, quantize, compare; yields the lines of the table as they are ready.
 
     Args:
         bits: weight bit widths.
         backend: of torch's integer kernels; the process's engine is set while the demo runs.
         layers: also yield the report of every learned layer.
+        html: where to write the report of the last learned model as a page.
     """
     engine = torch.backends.quantized.engine
     torch.backends.quantized.engine = backend
     try:
-        yield from _table(bits, backend, layers)
+        yield from _table(bits, backend, layers, html)
     finally:
         torch.backends.quantized.engine = engine
 
 
-def _table(bits: Sequence[int], backend: str, layers: bool) -> Iterator[str]:
+def _table(bits: Sequence[int], backend: str, layers: bool, html: Path | None) -> Iterator[str]:
     digits = load()
     start = time.perf_counter()
     model = train(network(), digits)
@@ -151,3 +153,7 @@ def _table(bits: Sequence[int], backend: str, layers: bool) -> Iterator[str]:
             yield row(name, f"{width} bit", accuracy(converted, digits), seconds, _kilobytes(converted), packed)
             if layers:
                 yield str(report)
+    if html is not None:
+        # learned comes last
+        report.to_html(html)
+        yield f"Report of AdaRound at {width} bits: {html}"

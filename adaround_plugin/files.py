@@ -1,4 +1,4 @@
-"""Files that are written all or nothing."""
+"""Files: found before work starts, and written all or nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from adaround_plugin.errors import InvalidOptionError
 
-__all__ = ["check_folder", "check_path", "write_whole"]
+__all__ = ["check_file", "check_folder", "check_path", "write_whole"]
 
 
 def check_path(argument: str, value: Any) -> Path:
@@ -24,6 +24,18 @@ def check_path(argument: str, value: Any) -> Path:
         raise InvalidOptionError(
             argument, f"the folder {str(path.parent)!r} does not exist", "Make it, or pass another path."
         )
+    return path
+
+
+def check_file(argument: str, value: Any) -> Path:
+    """The path of a file to read.
+
+    Raises:
+        InvalidOptionError: `value` is no path, or there is no such file.
+    """
+    path = _as_path(argument, value)
+    if not path.is_file():
+        raise InvalidOptionError(argument, f"there is no file {str(path)!r}", "Check the path.")
     return path
 
 

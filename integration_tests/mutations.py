@@ -599,7 +599,7 @@ FAULTS: Final = (
     ),
     Fault(
         "a chart puts errors where they do not belong",
-        "report/charts.py",
+        "report/scale.py",
         "share = (math.log10(value) - self.low) / (self.high - self.low)",
         "share = value / 10.0**self.high",
         (f"{_UNIT}test_report_page.py",),
@@ -617,6 +617,42 @@ FAULTS: Final = (
         "unfinished.write_bytes(content)\n        unfinished.replace(path)",
         "path.write_bytes(content)",
         (f"{_UNIT}test_files.py",),
+    ),
+    Fault(
+        "a report of another version is read",
+        "report/stored.py",
+        'if data.get("version") != _VERSION:',
+        "if False:",
+        (f"{_UNIT}test_report.py",),
+    ),
+    # --- guidance
+    Fault(
+        "what a bias takes up is lost at the output",
+        "guidance/effects.py",
+        "found.append(changes @ by_weight.T + offsets @ by_bias.T)",
+        "found.append(changes @ by_weight.T)",
+        (f"{_WHOLE}test_guidance.py",),
+    ),
+    Fault(
+        "errors at the calls of one module never cancel",
+        "guidance/effects.py",
+        "return torch.stack(list(parts)).sum(0)",
+        "return torch.stack(list(parts)).square().sum(0).sqrt()",
+        (f"{_WHOLE}test_guidance.py",),
+    ),
+    Fault(
+        "losses of bits are in no unit",
+        "regions/derivatives.py",
+        "sqrt(len(samples) / (one.numel() * variance * counted))",
+        "1.0",
+        (f"{_WHOLE}test_guidance.py",),
+    ),
+    Fault(
+        "choices of bits are given up too early",
+        "guidance/knapsack.py",
+        "if bound <= value * (1 + _TOLERANCE):",
+        "if bound <= value * 0.9:",
+        (f"{_UNIT}test_knapsack.py",),
     ),
 )
 

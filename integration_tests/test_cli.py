@@ -1,35 +1,305 @@
-"""The command line: the demo by the installed command in a process of its own, what is refused in this one."""
+"""The command line: the demo by the installed command in a process of its own, everything else in this one."""
 
+from __future__ import annotations
+
+import json
+import re
 import subprocess
+import sys
 import sysconfig
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from adaround_plugin.cli import main
+from adaround_plugin import Analysis
+from adaround_plugin.cli import main, sources
+from adaround_plugin.cli.sources import Images, load_data, load_model
+from adaround_plugin.errors import InvalidBatchError, InvalidModelError, InvalidOptionError
+from adaround_plugin.report import Report
+
+NETS = """
+import torch
+from torch import nn
+
+ready = 3
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 5))
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+def branches():
+    return Branches()
+
+def keywords():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+        def forward(self, x, shift=None):
+            return self.layer(x) + shift
+    return Named()
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(8, 3, 6, 6, generator=generator) for _ in range(3)]
+
+def named():
+    generator = torch.Generator().manual_seed(0)
+    return [{name: torch.rand(n, size, generator=generator) for name, size in (("x", 4), ("shift", 3))} for n in (6, 5)]
+"""
 
 
-def test_demo_shows_that_learned_rounding_keeps_the_accuracy() -> None:
-    command = [Path(sysconfig.get_path("scripts")) / "adaround", "demo", "--bits", "2"]
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a module of networks and data."""
+    (tmp_path / "some_nets.py").write_text(NETS, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "some_nets", raising=False)
+    return tmp_path
+
+
+def test_demo_shows_that_learned_rounding_keeps_the_accuracy(tmp_path: Path) -> None:
+    page = tmp_path / "demo.html"
+    command = [Path(sysconfig.get_path("scripts")) / "adaround", "demo", "--bits", "2", "--html", page]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    top1 = {line.split()[0]: float(line.split()[3]) for line in result.stdout.splitlines()[2:]}
+    *table, last = result.stdout.splitlines()[2:]
+    top1 = {line.split()[0]: float(line.split()[3]) for line in table}
     assert top1["float"] > 95
     assert top1["AdaRound"] > top1["float"] - 2
     assert top1["nearest"] < top1["AdaRound"] - 10
+    assert last == f"Report of AdaRound at 2 bits: {page}"
+    assert "AdaRound report" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["demo", "--bits", "9"], "--bits"),
-        (["demo", "--bits", "9"], "from 2 to 8"),
-        (["demo", "--bits", "two"], "--bits"),
-        ([], "command"),
+        (["demo", "--bits", "9"], "--bits: 9 is not a bit width"),
+        (["demo", "--html", "nowhere/page.html"], "--html: the folder 'nowhere' does not exist"),
+        (["quantize", "nets", "--data", "some_nets:batches", "--output", "a.pt2"], "model: there is no file 'nets'"),
+        (["quantize", "none_such:make", "--data", "some_nets:batches", "--output", "a.pt2"], "no module 'none_such'"),
+        (["quantize", "some_nets:none", "--data", "some_nets:batches", "--output", "a.pt2"], "has no 'none'"),
+        (["quantize", "some_nets.py:make", "--data", "some_nets:batches", "--output", "a.pt2"], "no module"),
+        (["quantize", "some_nets:make", "--data", "nothing", "--output", "a.pt2"], "is no folder"),
+        (["quantize", "some_nets:make", "--data", "some_nets:ready", "--output", "a.pt2"], "gives a int"),
+        (["quantize", "some_nets:make", "--data", "some_nets:batches", "--output", "."], "--output: '.' is a folder"),
+        (
+            ["quantize", "some_nets:make", "--data", "some_nets:batches", "--output", "a.pt2", "--layer-bits", "3"],
+            "--layer-bits: '3' is not NAME=BITS",
+        ),
+        (
+            ["quantize", "some_nets:make", "--data", "some_nets:batches", "--output", "a.pt2", "--layer-bits", "4=3"],
+            "matches none of ['0', '3']",
+        ),
+        (["analyze", "some_nets:make", "--data", "some_nets:batches", "--widths", "1", "--quiet"], "bits: 1 is not"),
+        (["analyze", "some_nets:make", "--data", ".", "--quiet"], "neither .npy files nor images"),
+        (["report", "missing.json"], "there is no file 'missing.json'"),
+        (["report", "some_nets.py"], "is not JSON"),
+        (["compare", "some_nets.py", "some_nets.py"], "is not JSON"),
     ],
 )
-def test_what_is_refused_is_named(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_refused_is_named_in_one_line(
+    arguments: list[str], told: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("adaround: ")
+    assert told in line
+    assert not (here / "a.pt2").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "COMMAND"),
+        (["demo", "--bits", "two"], "--bits"),
+        (["quantize", "some_nets:make", "--output", "a.pt2"], "--data"),
+        (["analyze", "m:f", "--data", "d", "--size", "1", "--average-bits", "3"], "not allowed with"),
+        (["analyze", "m:f", "--data", "d", "--image-size", "224"], "is not HxW"),
+        (["analyze", "m:f", "--data", "d", "--batch-size", "0"], "less than 1"),
+        (["analyze", "m:f", "--data", "d", "--backend", "tpu"], "tpu"),
+    ],
+)
+def test_wrong_usage_is_told_by_the_parser(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as refused:
         main(arguments)
     assert refused.value.code == 2
     assert told in capsys.readouterr().err
+
+
+def test_what_fails_has_another_code(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--data", "some_nets:batches", "--output", "a.pt2", "--quiet"]
+    assert main(["quantize", "some_nets:branches", *given]) == 1
+    assert "model: torch.export cannot export it" in capsys.readouterr().err
+    assert main(["quantize", "some_nets:ready", *given]) == 1
+    assert "gives a int" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["quantize"], ["analyze"], ["report"], ["compare"]])
+def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as finished:
+        main([*command, "--help"])
+    assert finished.value.code == 0
+    assert "usage: adaround" in capsys.readouterr().out
+
+
+def run(*arguments: str) -> None:
+    assert main([*arguments, "--quiet"]) == 0
+
+
+def integers(file: str) -> list[int]:
+    """The largest absolute integer of each weight in a saved program."""
+    program = torch.export.load(file)
+    found = [
+        value for value in (*program.state_dict.values(), *program.constants.values()) if value.dtype == torch.int8
+    ]
+    return [int(value.abs().max()) for value in found if value.dim() > 1]
+
+
+def test_a_model_is_quantized_saved_reported_and_compared(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["some_nets:make", "--data", "some_nets:batches"]
+    run("quantize", *model, "--bits", "3", "--output", "three.pt2", "--html", "three.html", "--json", "three.json")
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out.splitlines()[:2] == ["page: three.html", "data: three.json"]
+    assert re.fullmatch(r"three\.pt2: [12] of 2 layers learned; error of the output .*", printed.out.splitlines()[2])
+    assert integers("three.pt2") == [4, 4]
+    with torch.no_grad():
+        assert torch.export.load("three.pt2").module()(torch.rand(11, 3, 6, 6)).shape == (11, 5)
+    report = Report.from_json(Path("three.json").read_text(encoding="utf-8"))
+    assert {layer.name: layer.bits for layer in report.layers} == {"0": 3, "3": 3}
+    assert "AdaRound report" in Path("three.html").read_text(encoding="utf-8")
+    run("quantize", *model, "--output", "more.pt2", "--json", "more.json", "--layer-bits", "3=6", "--method", "nearest")
+    assert integers("more.pt2")[1] > 8
+    capsys.readouterr()
+    assert main(["report", "three.json", "--html", "again.html"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "page: again.html"
+    assert Path("again.html").read_bytes() == Path("three.html").read_bytes()
+    assert main(["compare", "three.json", "more.json"]) == 0
+    head, first, second, *rest = capsys.readouterr().out.splitlines()
+    assert head.split()[:2] == ["layer", "bits"]
+    assert first.split()[:4] == ["0", "3", "|", "4"]
+    assert second.split()[:4] == ["3", "3", "|", "6"]
+    assert [line.partition(":")[0] for line in rest] == ["A", "B", "output error, B over A"]
+
+
+def test_bits_are_suggested_and_taken(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["some_nets:make", "--data", "some_nets:batches", "--widths", "2", "4", "8", "--average-bits", "4.5"]
+    run("analyze", *model, "--json", "bits.json", "--html", "bits.html")
+    printed = capsys.readouterr().out
+    assert "4.5" not in printed.splitlines()[0]
+    last = printed.splitlines()[-1]
+    assert last.endswith("(learned)")
+    analysis = Analysis.from_json(Path("bits.json").read_text(encoding="utf-8"))
+    assert [layer.name for layer in analysis.layers] == ["0", "3"]
+    assert analysis.bits == (2, 4, 8)
+    run("quantize", *model, "--output", "mixed.pt2", "--json", "mixed.json", "--layer-bits", "0=8")
+    printed = capsys.readouterr().out
+    assert printed.startswith("suggested bits: ")
+    report = Report.from_json(Path("mixed.json").read_text(encoding="utf-8"))
+    assert {layer.name: layer.bits for layer in report.layers} == {"0": 8, "3": 2}
+
+
+def test_programs_keyword_batches_and_activations_are_taken(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("quantize", "some_nets:keywords", "--data", "some_nets:named", "--output", "named.pt2", "--json", "named.json")
+    assert Report.from_json(Path("named.json").read_text(encoding="utf-8")).layers[0].bits == 4
+    with torch.no_grad():
+        found = torch.export.load("named.pt2").module()(x=torch.rand(3, 4), shift=torch.zeros(3, 3))
+    assert found.shape == (3, 3)
+    sys.path.insert(0, str(here))
+    try:
+        import some_nets
+    finally:
+        sys.path.remove(str(here))
+    program = torch.export.export(some_nets.make().eval(), (torch.rand(8, 3, 6, 6),), strict=True)
+    torch.export.save(program, "float.pt2")
+    for backend in ("x86", "xnnpack"):
+        run("quantize", "float.pt2", "--data", "some_nets:batches", "--output", "q.pt2", "--backend", backend)
+        targets = {str(node.target) for node in torch.export.load("q.pt2").graph.nodes}
+        assert any("quantize_per_tensor" in target for target in targets)
+        assert max(integers("q.pt2")) <= 8
+    capsys.readouterr()
+    Path("broken.pt2").write_text("nothing", encoding="utf-8")
+    assert main(["quantize", "broken.pt2", "--data", "some_nets:batches", "--output", "x.pt2", "--quiet"]) == 2
+    assert "is no exported program" in capsys.readouterr().err
+    with zipfile.ZipFile("broken.pt2", "w") as archive:
+        archive.writestr("other/file", "nothing")
+    assert main(["quantize", "broken.pt2", "--data", "some_nets:batches", "--output", "x.pt2", "--quiet"]) == 2
+    assert "is no exported program (" in capsys.readouterr().err
+
+
+def test_progress_goes_to_stderr(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["analyze", "some_nets:make", "--data", "some_nets:batches", "--widths", "4", "--json", "b.json"]) == 0
+    printed = capsys.readouterr()
+    assert "AdaRound" in printed.err
+    assert "AdaRound" not in printed.out
+
+
+# --- data in files
+
+
+def test_arrays_are_joined_and_split(here: Path) -> None:
+    folder = here / "arrays"
+    folder.mkdir()
+    values = np.arange(14.0).reshape(7, 2)
+    np.save(folder / "a.npy", values[:4])
+    np.save(folder / "b.npy", values[4:])
+    (folder / "notes.txt").write_text("not data", encoding="utf-8")
+    found = load_data("arrays", 3, Images())
+    assert [len(batch) for batch in found] == [3, 3, 1]
+    assert torch.equal(torch.cat(found), torch.from_numpy(values).float())
+    np.save(folder / "c.npy", np.arange(4).reshape(2, 2))
+    with pytest.raises(InvalidBatchError, match=r"c\.npy: has samples of torch\.int64"):
+        load_data("arrays", 3, Images())
+    np.save(folder / "c.npy", np.array({"a": 1}, dtype=object), allow_pickle=True)
+    with pytest.raises(InvalidBatchError, match=r"c\.npy: cannot be read"):
+        load_data("arrays", 3, Images())
+
+
+def test_images_are_resized_and_normalized(here: Path) -> None:
+    folder = here / "images"
+    folder.mkdir()
+    Image.new("RGB", (4, 4), (255, 0, 51)).save(folder / "a.png")
+    Image.new("L", (8, 6), 255).save(folder / "b.png")
+    with pytest.raises(InvalidBatchError, match="--image-size"):
+        load_data("images", 8, Images())
+    (found,) = load_data("images", 8, Images((2, 3), (0.5, 0.0, 0.0), (0.5, 1.0, 2.0)))
+    assert found.shape == (2, 3, 2, 3)
+    assert found[0, :, 0, 0].tolist() == pytest.approx([1.0, 0.0, 0.1])
+    assert found[1, :, 1, 2].tolist() == pytest.approx([1.0, 1.0, 0.5])
+    np.save(folder / "c.npy", np.zeros((1, 3, 2, 3)))
+    with pytest.raises(InvalidOptionError, match="both arrays and images"):
+        load_data("images", 8, Images())
+
+
+def test_the_path_of_modules_is_as_before(here: Path) -> None:
+    before = list(sys.path)
+    assert isinstance(load_model("some_nets:make")(), torch.nn.Sequential)
+    assert sys.path == before
+    with pytest.raises(InvalidModelError, match="gives a int"):
+        load_model("some_nets:ready")()
+
+
+@pytest.mark.parametrize("make", [sources.load_model, lambda name: load_data(name, 1, Images())])
+def test_errors_of_an_imported_module_are_its_own(here: Path, make: Callable[[str], object]) -> None:
+    (here / "failing_nets.py").write_text("import none_such_package\n", encoding="utf-8")
+    with pytest.raises(ModuleNotFoundError, match="none_such_package"):
+        make("failing_nets:make")
+
+
+def test_a_report_of_another_format_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("other.json").write_text(json.dumps({"format": "adaround analysis", "version": 1}), encoding="utf-8")
+    assert main(["report", "other.json"]) == 2
+    assert "has the format 'adaround analysis'" in capsys.readouterr().err

@@ -25,7 +25,6 @@ from adaround_plugin import (
 from adaround_plugin.hosts.base import open_streams
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
-from adaround_plugin.regions import importance
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.importance import Sensitivity, sensitivities
 from adaround_plugin.solvers import Annealing
@@ -117,9 +116,8 @@ def _channels_first(square: Tensor, name: str) -> Tensor:
 
 @pytest.mark.parametrize("make", [prepared_fx, prepared_pt2e])
 @pytest.mark.parametrize("max_columns", [10**6, 60])
-def test_importance_is_the_squared_derivative(make, max_columns, monkeypatch):
-    # the projections are by signs, so that of one logit nothing is random
-    monkeypatch.setattr(importance, "_COLUMN_PROJECTIONS", 1)
+def test_importance_is_the_squared_derivative(make, max_columns):
+    # the projection is by signs, so that of one logit nothing is random
     batches = data(20, 2, 7, 7)
     net = Net()
     host = open_host(make(net, batches), None)
@@ -230,8 +228,7 @@ def test_what_is_joined_counts_by_its_own_spread(make):
         torch.testing.assert_close(one.columns, plain.columns, rtol=1e-3, atol=0)
 
 
-def test_products_of_derivatives_count_every_sample_alike(monkeypatch):
-    monkeypatch.setattr(importance, "_COLUMN_PROJECTIONS", 1)
+def test_products_of_derivatives_count_every_sample_alike():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv1d(2, 6, 3, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(24, 1))
     batches = data(16, 2, 6)

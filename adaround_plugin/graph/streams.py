@@ -143,10 +143,20 @@ class Stream(fx.Interpreter):
             error.add_note(f"while running node {node.name} ({node.op} {node.target})")
             raise
 
-    def outputs(self, arguments: Iterable[Any], ends: Iterable[fx.Node]) -> list[Any]:
+    def outputs(
+        self,
+        arguments: Iterable[Any],
+        ends: Iterable[fx.Node],
+        visit: Callable[[fx.Node, Values], None] | None = None,
+    ) -> list[Any]:
         """The values of some nodes for one batch, run from its inputs; each value is freed after its last use.
 
         Nothing of the stream may have run.
+
+        Args:
+            arguments: values of the graph's inputs.
+            ends: the nodes whose values are returned.
+            visit: called with each node before it runs, and with the values that are known then.
         """
         ends, values, nodes = list(ends), self.bind(arguments), self.runnable(set())
         last = {root: node for node in nodes for source in node.all_input_nodes for root in self._roots[source]}
@@ -156,6 +166,8 @@ class Stream(fx.Interpreter):
             if root not in needed:
                 dead.setdefault(node, []).append(root)
         for node in nodes:
+            if visit is not None:
+                visit(node, values)
             self.run_nodes(values, [node])
             if node not in last and node not in needed:
                 del values[node]

@@ -51,6 +51,11 @@ class Progress:
         self._bar.set_postfix_str(f"{report.name} {errors}", refresh=False)
         self._bar.update()
 
+    def passed(self, name: str) -> None:
+        """Count a layer of which nothing but its name is told."""
+        self._bar.set_postfix_str(name, refresh=False)
+        self._bar.update()
+
     def step(self, name: str, iteration: int, loss: float) -> None:
         """Show how learning on samples goes: the loss is relative to that of the start."""
         self._bar.set_postfix_str(f"{name} step {iteration}, {loss:.2f} of the error at the start")

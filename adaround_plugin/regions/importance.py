@@ -1,36 +1,30 @@
 """How much what a layer or a region computes matters to the network's output.
 
 BRECQ (Li et al. 2021, arXiv 2102.05426, equation 10) weighs errors by the diagonal of the Fisher information, for a
-loss with labels. Without labels the network's own output is kept: its squared error has the Hessian `2 J^T J`, and
-`E (J^T v)^2` over random signs `v` is the diagonal of `J^T J` (Hutchinson 1990).
-
-Derivatives start before a last softmax or sigmoid, through which they would vanish wherever the network is sure.
+loss with labels. Without labels the network's own output is kept (`derivatives`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
-from adaround_plugin.errors import taking_derivatives
-from adaround_plugin.graph.compat import tree_map
 from adaround_plugin.graph.ends import ends_of
-from adaround_plugin.graph.paths import Path, run_node
-from adaround_plugin.graph.streams import Stream, Values, tensors
+from adaround_plugin.graph.paths import Path
+from adaround_plugin.graph.streams import Stream, Values
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.regions.calibration import Sampling
+from adaround_plugin.regions.derivatives import differentiate, projections, run_differentiably, taking
 
 __all__ = ["Sensitivity", "importance", "sensitivities", "tempered"]
 
-# random projections of the network's output: some for each entry of a region's exits, one for columns, of which there
-# are many (two bring no more than the noise)
-_PROJECTIONS, _COLUMN_PROJECTIONS = 8, 1
+# random projections of the network's output for each entry of a region's exits; of columns there are so many that two
+# bring no more than the noise
+_PROJECTIONS = 8
 # samples that count, at least this share of all, by their weights
 _EFFECTIVE_SHARE = 0.5
 
@@ -61,9 +55,9 @@ def importance(
         found: dict[fx.Node, Any] = {node: stream.value(node, values) for node in path.entries if node not in nodes}
         found.update(zip(nodes, leaves, strict=True))
         for node in path.order:
-            found[node] = _run(stream, node, found)
-        for value in _projections(stream, found, _PROJECTIONS, samples):
-            with _differentiating():
+            found[node] = run_differentiably(stream, node, found)
+        for value in projections(stream, found, _PROJECTIONS, samples):
+            with taking():
                 gradients = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
             squares = [None if gradient is None else gradient.square() / _PROJECTIONS for gradient in gradients]
             total = [square if one is None else one + square for one, square in zip(total, squares, strict=True)]
@@ -91,7 +85,7 @@ def sensitivities(
     values: Values,
     outputs: dict[fx.Node, Tensor] | None = None,
 ) -> dict[fx.Node, Sensitivity]:
-    """Derivatives of random projections of the network's output by what weighted operators give.
+    """Derivatives of a random projection of the network's output by what weighted operators give.
 
     Args:
         stream: the float stream, nothing of it run.
@@ -103,41 +97,27 @@ def sensitivities(
             added, summed over columns; of every sample's share the trace is 1. None where they are not asked for.
 
     Returns:
-        By call site, its node in the float graph, the sensitivity at the columns of `sampling.columns`, summed over
-        projections. A site is left out if its operator cannot be run from outside, or if no output has a derivative by
-        what it gives.
+        By call site, its node in the float graph, the sensitivity at the columns of `sampling.columns`. A site is left
+        out if its operator cannot be run from outside, or if no output has a derivative by what it gives.
 
     Raises:
         InvalidOptionError: an operator has no derivative.
         InvalidBatchError: an input does not fit its layer.
     """
-    sites = {site.float_node: (site.call, node) for node in nodes for site in node.sites if site.call is not None}
-    path = Path(stream, ends_of(stream), values, {})
-    found: dict[fx.Node, Any] = {node: stream.value(node, values) for node in path.entries}
     total: dict[fx.Node, Sensitivity] = {}
     # layers of one geometry have their columns in common
     known: dict[tuple[int, tuple[int | str, ...]], tuple[Tensor, Tensor, Tensor]] = {}
-    with torch.enable_grad():
-        # added to every operator's output, so that each has a derivative, and no weight needs one
-        zero = torch.zeros((), requires_grad=True, device="cpu")
-        for node in path.order:
-            if node not in sites:
-                found[node] = _run(stream, node, found)
-                continue
-            call, weighted = sites[node]
-            args, kwargs = map_arg(call.arguments(node), found.__getitem__)
-            x = args[0] if args else kwargs["input"]
-            weighted.check_input(x, batch)
-            patches = weighted.op.patches(x, weighted.weight.shape)
-            key = len(weighted.sites), patches.geometry
-            if key not in known:
-                index, position = sampling.columns(batch, patches, len(weighted.sites))
-                known[key] = index, position, sampling.samples(batch, patches.samples, index.device)[index]
-            tap = _tap(node, weighted, known[key], zero, total, outputs)
-            found[node] = call.tapped(args, kwargs, weighted.weight, tap)
-        for value in _projections(stream, found, _COLUMN_PROJECTIONS, sampling.numbers(batch)):
-            with _differentiating():
-                torch.autograd.grad(value, zero, retain_graph=_COLUMN_PROJECTIONS > 1, allow_unused=True)
+
+    def watch(site: fx.Node, node: WeightedNode, x: Tensor) -> Callable[[Tensor], None]:
+        node.check_input(x, batch)
+        patches = node.op.patches(x, node.weight.shape)
+        key = len(node.sites), patches.geometry
+        if key not in known:
+            index, position = sampling.columns(batch, patches, len(node.sites))
+            known[key] = index, position, sampling.samples(batch, patches.samples, index.device)[index]
+        return _adder(site, node, known[key], total, outputs)
+
+    differentiate(stream, nodes, values, sampling.numbers(batch), watch)
     return total
 
 
@@ -165,40 +145,14 @@ def tempered(totals: Tensor) -> Tensor:
     return (factor * (totals.sum() / (factor * totals).sum())).to(totals)
 
 
-def _run(stream: Stream, node: fx.Node, found: Values) -> Any:
-    """The value of one node, with a derivative.
-
-    What it raises for values without one, too, is the network's own error, and no matter of derivatives.
-    """
-    try:
-        return run_node(stream, node, found)
-    except RuntimeError:
-        plain = {source: tree_map(_detached, found[source]) for source in node.all_input_nodes}
-        with torch.no_grad():
-            run_node(stream, node, plain)
-        with _differentiating():
-            raise
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _differentiating() -> AbstractContextManager[None]:
-    off = "LayerWise(column_weighting='none', output_hessian=False) and BlockWise(weighs_outputs=False)"
-    remedy = f"Pass method='default', which does without, or {off}."
-    return taking_derivatives("column_weighting, output_hessian, weighs_outputs", remedy)
-
-
-def _tap(
+def _adder(
     site: fx.Node,
     weighted: WeightedNode,
     columns: tuple[Tensor, Tensor, Tensor],
-    zero: Tensor,
     total: dict[fx.Node, Sensitivity],
     outputs: dict[fx.Node, Tensor] | None,
-) -> Callable[[Tensor], Tensor]:
-    """What adds the sensitivity to an output to `total`, each time there is a derivative by it.
+) -> Callable[[Tensor], None]:
+    """What puts the sensitivity to an output into `total`, if there is a derivative by it.
 
     `columns` are their indices along the leading axis, their positions and the numbers of their samples.
     """
@@ -207,10 +161,7 @@ def _tap(
     def add(gradient: Tensor) -> None:
         by_output = weighted.op.outputs_at(gradient, weighted.weight.shape, index, position)
         square = by_output.square().sum(-1)
-        if site in total:
-            total[site].columns += square
-        else:
-            total[site] = Sensitivity(square, samples)
+        total[site] = Sensitivity(square, samples)
         if outputs is not None:
             weighed = _of_one_sum(by_output, square, samples)
             if site not in outputs:
@@ -218,12 +169,7 @@ def _tap(
                 outputs[site] = weighed.new_zeros(groups, rows, rows)
             outputs[site].baddbmm_(weighed.transpose(1, 2), weighed)
 
-    def tap(output: Tensor) -> Tensor:
-        output = output + zero.to(output.device)
-        output.register_hook(add)  # type: ignore[no-untyped-call]
-        return output
-
-    return tap
+    return add
 
 
 def _of_one_sum(by_output: Tensor, square: Tensor, samples: Tensor) -> Tensor:
@@ -231,49 +177,3 @@ def _of_one_sum(by_output: Tensor, square: Tensor, samples: Tensor) -> Tensor:
     count = int(samples.max()) + 1 if len(samples) else 0
     power = square.new_zeros(len(square), count).index_add_(1, samples, square)
     return by_output * power.clamp_min(torch.finfo(power.dtype).tiny).rsqrt()[:, samples].unsqueeze(-1)
-
-
-def _projections(stream: Stream, found: Values, count: int, samples: Sequence[int]) -> Iterator[Tensor]:
-    """Random projections of those ends that have a derivative; none if none has.
-
-    Each sample has random signs of its own, whatever batch it is in. Of several ends each is taken over its standard
-    deviation, so that none counts by its unit.
-
-    Args:
-        stream: whose ends they are.
-        found: their values.
-        count: number of projections.
-        samples: the numbers of the batch's samples.
-    """
-    outputs = [_scores(output) for output in tensors([found[end] for end in ends_of(stream)]) if output.requires_grad]
-    unit = [1.0] * len(outputs)
-    if len(outputs) > 1:
-        spread = [float(output.detach().std()) if output.numel() > 1 else 0.0 for output in outputs]
-        unit = [1 / one if one > 0 else 1.0 for one in spread]
-    for number in range(count if outputs else 0):
-        sums = []
-        for which, (output, one) in enumerate(zip(outputs, unit, strict=True)):
-            seeds = [(sample * count + number) * len(outputs) + which for sample in samples]
-            sums.append(one * (output * _signs(output, seeds)).sum())
-        yield torch.stack([one.to(sums[0].device) for one in sums]).sum()
-
-
-def _signs(output: Tensor, seeds: Sequence[int]) -> Tensor:
-    """Random signs of the shape of an output, for its equal runs along the leading axis by a seed for each."""
-    generator = torch.Generator()
-    if not output.dim() or output.shape[0] % len(seeds):
-        seeds = seeds[:1]
-    shape = (output.shape[0] // len(seeds), *output.shape[1:]) if output.dim() else ()
-    drawn = [torch.randint(2, shape, generator=generator.manual_seed(seed), device="cpu") for seed in seeds]
-    return (torch.cat(drawn) if output.dim() else drawn[0]).to(output) * 2 - 1
-
-
-def _scores(output: Tensor) -> Tensor:
-    """The logarithm of what are shares of 1 along its last axis or the axis of channels, however they were computed."""
-    values = output.detach()
-    if values.dim() < 2 or values.numel() == 0 or float(values.min()) < 0:
-        return output
-    for axis in {1, values.dim() - 1}:
-        if values.shape[axis] > 1 and bool(((values.sum(axis) - 1).abs() < 1e-3).all()):
-            return output.clamp_min(1e-12).log()
-    return output

@@ -1,21 +1,26 @@
-"""The layers of a report as a pandas DataFrame (`pip install 'adaround_plugin[report]'`)."""
+"""Rows of plain data as a pandas DataFrame (`pip install 'adaround_plugin[report]'`)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 from adaround_plugin.errors import MissingDependencyError
-from adaround_plugin.report.record import LayerReport, Record
 
 if TYPE_CHECKING:
     import pandas as pd
+    from _typeshed import DataclassInstance
 
 __all__ = ["frame"]
 
 
-def frame(record: Record) -> pd.DataFrame:
-    """A row for each layer, in order, and a column for each attribute of `LayerReport`; NaN where there is no error.
+def frame(rows: Sequence[DataclassInstance], kind: type[DataclassInstance], numbers: Sequence[str]) -> pd.DataFrame:
+    """A row for each object, in order, and a column for each attribute.
+
+    Args:
+        rows: of one dataclass, `kind`.
+        numbers: attributes that may be None in place of a number, which becomes NaN.
 
     Raises:
         MissingDependencyError: pandas cannot be imported.
@@ -24,7 +29,6 @@ def frame(record: Record) -> pd.DataFrame:
         import pandas as pd
     except ImportError as error:
         raise MissingDependencyError.of("pandas", "report", error) from error
-    columns = [field.name for field in fields(LayerReport)]
-    table = pd.DataFrame([asdict(layer) for layer in record.layers], columns=columns)
+    table = pd.DataFrame([asdict(row) for row in rows], columns=[field.name for field in fields(kind)])
     # None alone would be a column of objects
-    return table.astype({"nearest_holdout": float, "learned_holdout": float})
+    return table.astype(dict.fromkeys(numbers, float))

@@ -1,12 +1,14 @@
-"""Pieces of HTML: everything that comes from a report is escaped here."""
+"""Pieces of HTML, and the page around them: everything that comes from a report is escaped here."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
-__all__ = ["breakable", "escaped", "paragraph", "section", "table"]
+from adaround_plugin.report.styles import STYLES
+
+__all__ = ["breakable", "document", "escaped", "paragraph", "section", "table"]
 
 
 def escaped(text: object) -> str:
@@ -45,3 +47,29 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         lines.append(f'<tr><th scope="row">{escaped(first)}</th>{cells}</tr>')
     body = "\n".join(lines)
     return f'<div class="scroll"><table>\n{body}\n</table></div>'
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """One page that needs nothing beside itself: no network, no script, no other file.
+
+    Args:
+        title: plain text.
+        parts: HTML; empty ones are left out.
+    """
+    # whatever a name holds, nothing is fetched and nothing is run
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>{escaped(title)}</title>
+<style>{STYLES}</style>
+</head>
+<body>
+<h1>{escaped(title)}</h1>
+{chr(10).join(part for part in parts if part)}
+</body>
+</html>
+"""

@@ -1,13 +1,12 @@
-"""A report as one HTML page that needs nothing beside itself: no network, no script, no other file."""
+"""A report as one HTML page."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from adaround_plugin.report.charts import Errors, error_chart, time_chart
-from adaround_plugin.report.markup import escaped, paragraph, section, table
+from adaround_plugin.report.markup import document, escaped, paragraph, section, table
 from adaround_plugin.report.record import BlockReport, LayerReport, Record
-from adaround_plugin.report.styles import STYLES
 from adaround_plugin.report.text import BLOCK_HEAD, LAYER_HEAD, block_row, layer_row, number, summary
 
 __all__ = ["fragment", "page"]
@@ -26,23 +25,7 @@ def page(record: Record) -> str:
         _time(record),
         _repeat(record),
     )
-    # whatever a name holds, nothing is fetched and nothing is run
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>AdaRound report</title>
-<style>{STYLES}</style>
-</head>
-<body>
-<h1>AdaRound report</h1>
-{chr(10).join(part for part in parts if part)}
-</body>
-</html>
-"""
+    return document("AdaRound report", parts)
 
 
 def fragment(record: Record) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-__all__ = ["BlockReport", "LayerReport", "RecipeTrial", "Record", "record_fields"]
+__all__ = ["BlockReport", "LayerReport", "RecipeTrial", "Record"]
 
 
 @dataclass(frozen=True)
@@ -136,22 +134,3 @@ class Record:
     def learned_on_samples(self) -> list[BlockReport]:
         """The blocks, and the whole network where it was finetuned."""
         return [*self.blocks, *([] if self.finetuning is None else [self.finetuning])]
-
-
-def record_fields(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a record, of lists and dicts as JSON has them."""
-
-    def layer(found: dict[str, Any]) -> LayerReport:
-        return LayerReport(**{**found, "tied": tuple(found["tied"]), "shape": tuple(found["shape"])})
-
-    def block(found: dict[str, Any]) -> BlockReport:
-        return BlockReport(**{**found, "layers": tuple(found["layers"])})
-
-    return {
-        **plain,
-        "layers": [layer(one) for one in plain["layers"]],
-        "skipped": [tuple(one) for one in plain["skipped"]],
-        "trials": [RecipeTrial(**one) for one in plain["trials"]],
-        "blocks": [block(one) for one in plain["blocks"]],
-        "finetuning": None if plain["finetuning"] is None else block(plain["finetuning"]),
-    }

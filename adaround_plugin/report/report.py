@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from torch import fx, nn
@@ -14,8 +12,9 @@ from adaround_plugin.files import check_path, write_whole
 from adaround_plugin.report.figure import figure
 from adaround_plugin.report.frame import frame
 from adaround_plugin.report.page import fragment, page
-from adaround_plugin.report.record import Record, record_fields
-from adaround_plugin.report.text import text
+from adaround_plugin.report.record import LayerReport, Record
+from adaround_plugin.report.stored import read, written
+from adaround_plugin.report.text import text as text_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,25 +24,30 @@ __all__ = ["KEY", "Report", "get_report"]
 
 # where a model keeps its report
 KEY = "adaround_report"
+_FORMAT = "adaround report"
 
 
 class Report(Record):
     """What `adaround` did; attributes as in `Record`."""
 
     def __str__(self) -> str:
-        return text(self)
+        return text_of(self)
 
     def _repr_html_(self) -> str:
         return fragment(self)
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The whole report as JSON."""
-        return json.dumps(asdict(self), indent=indent)
+        """The whole report as JSON, with the name and the version of the format."""
+        return written(self, _FORMAT, indent)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """The report of which `to_json` is the text."""
-        return cls(**record_fields(json.loads(text)))
+        """The report that `to_json` wrote.
+
+        Raises:
+            InvalidOptionError: `text` is no JSON, has another format or version, or is no report.
+        """
+        return read(text, cls, _FORMAT)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write the report as one HTML page with charts, which needs no network and no script; all or nothing.
@@ -62,7 +66,7 @@ class Report(Record):
         Raises:
             MissingDependencyError: pandas cannot be imported.
         """
-        return frame(self)
+        return frame(self.layers, LayerReport, ("nearest_holdout", "learned_holdout"))
 
     def plot(self) -> Figure:
         """The errors of the layers, nearest beside learned, as a figure of matplotlib that pyplot does not know.

@@ -31,6 +31,8 @@ p.of { margin: -0.5rem 0 0.75rem 1rem; }
 .axis:first-child { position: sticky; top: 0; background: var(--paper); }
 .told { font-variant-numeric: tabular-nums; white-space: nowrap; }
 svg text { fill: var(--faint); font-size: 12px; }
+svg text.before { fill: var(--before); }
+svg text.after { fill: var(--after); }
 svg .grid { stroke: var(--line); }
 svg line.before { stroke: var(--before); stroke-width: 2; }
 svg line.after { stroke: var(--after); stroke-width: 2; }

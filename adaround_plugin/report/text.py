@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from adaround_plugin.report.record import BlockReport, LayerReport, Record
 
-__all__ = ["BLOCK_HEAD", "LAYER_HEAD", "block_row", "layer_row", "number", "summary", "text"]
+__all__ = ["BLOCK_HEAD", "LAYER_HEAD", "aligned", "block_row", "layer_row", "number", "summary", "text"]
 
 LAYER_HEAD = (
     "layer",
@@ -38,9 +38,9 @@ BLOCK_HEAD = (
 
 def text(record: Record) -> str:
     """The whole report."""
-    lines = _table(LAYER_HEAD, [layer_row(layer) for layer in record.layers])
+    lines = aligned(LAYER_HEAD, [layer_row(layer) for layer in record.layers])
     if record.learned_on_samples:
-        lines += _table(BLOCK_HEAD, [block_row(block) for block in record.learned_on_samples])
+        lines += aligned(BLOCK_HEAD, [block_row(block) for block in record.learned_on_samples])
     lines += [f"skipped {name} ({kind}): {reason}" for name, kind, reason in record.skipped]
     for trial in record.trials:
         lines.append(f"tried {trial.recipe}: {trial.note or f'output error {number(trial.output_error)}'}")
@@ -98,7 +98,7 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _table(head: tuple[str, ...], cells: Sequence[tuple[str, ...]]) -> list[str]:
+def aligned(head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
     """Lines of aligned columns."""
     rows = [head, *cells]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]

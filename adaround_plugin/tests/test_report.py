@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from adaround_plugin.errors import InvalidModelError
+from adaround_plugin.errors import InvalidModelError, InvalidOptionError
 from adaround_plugin.report import KEY, BlockReport, LayerReport, RecipeTrial, Report, get_report
 
 LAYER = LayerReport(
@@ -52,8 +52,43 @@ def test_json_holds_everything():
     assert back["trials"] == [{"recipe": "errors not propagated", "output_error": 0.5, "note": ""}]
     assert back["blocks"] == [{**vars(BLOCK), "layers": ["blocks.0.conv", "head"]}]
     assert back["finetuning"] is None
-    assert set(back) == set(vars(REPORT))
+    assert set(back) == {"format", "version", *vars(REPORT)}
     assert "\n" not in REPORT.to_json(indent=None)
+
+
+def test_json_is_read_back_as_the_same_report():
+    whole = replace(REPORT, finetuning=BLOCK, settings={"seed": "0"}, versions={"torch": "2.13"})
+    for report in (REPORT, whole):
+        assert Report.from_json(report.to_json()) == report
+    assert Report.from_json(REPORT.to_json(indent=None)).layers[0].shape == (4, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda data: {**data, "format": "another"}, "has the format 'another'"),
+        (lambda data: {**data, "version": 2}, "has the version 2"),
+        (lambda data: [data], "has the format None"),
+        (lambda data: {name: value for name, value in data.items() if name != "layers"}, "lacks 'layers'"),
+        (lambda data: {**data, "extra": 1}, "does not belong there"),
+        (lambda data: {**data, "method": 3}, r"adaround report\.method: 3 does not belong there"),
+        (lambda data: {**data, "layers": {}}, r"adaround report\.layers: {} does not"),
+        (lambda data: {**data, "skipped": [["a", "b"]]}, r"skipped\[0\]: \['a', 'b'\] does not"),
+        (lambda data: {**data, "seconds": {"total": "long"}}, r"seconds\['total'\]: 'long' does not"),
+        (lambda data: {**data, "seconds": []}, r"seconds: \[\] does not"),
+        (lambda data: {**data, "layers": [{**data["layers"][0], "bits": True}]}, r"layers\[0\]\.bits: True does not"),
+        (lambda data: {**data, "blocks": [3]}, r"blocks\[0\]: 3 does not"),
+    ],
+)
+def test_what_is_no_report_is_refused(change, told):
+    with pytest.raises(InvalidOptionError, match=told):
+        Report.from_json(json.dumps(change(json.loads(REPORT.to_json()))))
+
+
+@pytest.mark.parametrize("text", ["", "{", None, b"\xff"])
+def test_what_is_no_json_is_refused(text):
+    with pytest.raises(InvalidOptionError, match="is not JSON"):
+        Report.from_json(text)
 
 
 def test_the_table_has_a_line_per_layer_and_says_what_was_left_out():

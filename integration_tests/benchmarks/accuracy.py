@@ -15,7 +15,7 @@ with, `--blocks features` learns everything in `features` as one block (with the
 import argparse
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any
 
@@ -95,6 +95,7 @@ class Case:
         host: `"fx"` or `"pt2e"`.
         ends: bits of the first and the last layer, None for the same as everywhere.
         equalized: `"weights"` or `"activations"`, whose ranges are made equal first.
+        layers: bits of single layers' weights, by name, with FX alone.
     """
 
     network: nn.Module
@@ -104,6 +105,7 @@ class Case:
     host: str = "fx"
     ends: int | None = None
     equalized: str | None = None
+    layers: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         activations = "" if self.activation_bits is None else f"A{self.activation_bits}"
@@ -139,7 +141,7 @@ class Case:
             weight_bits=self.bits,
             activation_bits=self.activation_bits,
             symmetric=not self.affine,
-            layer_bits={**logits, **ends},
+            layer_bits={**logits, **ends, **self.layers},
         )
         return prepare_fx(network, mapping, (example,), backend_config=backend)
 

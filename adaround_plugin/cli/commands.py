@@ -1,0 +1,160 @@
+"""What the commands do; each returns the lines that it prints."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adaround_plugin.api import adaround
+from adaround_plugin.cli.sources import Images, load_data, load_model
+from adaround_plugin.errors import InvalidOptionError, MissingDependencyError
+from adaround_plugin.files import check_file, check_path, write_whole
+from adaround_plugin.guidance.allocation import BitAllocation, suggest_bits
+from adaround_plugin.guidance.analysis import Analysis
+from adaround_plugin.guidance.analyze import analyze
+from adaround_plugin.report import Report, get_report
+from adaround_plugin.report.comparison import compared
+from adaround_plugin.report.text import number
+from adaround_plugin.rounding.grid import check_bits
+
+if TYPE_CHECKING:
+    from adaround_plugin.cli.flow import Flow
+
+__all__ = ["analyze_model", "compare_reports", "demo", "quantize_model", "show_report"]
+
+
+def demo(options: argparse.Namespace) -> Iterator[str]:
+    """Train a network on handwritten digits and compare nearest with learned rounding."""
+    for bits in options.bits:
+        check_bits(bits, "--bits")
+    html = None if options.html is None else check_path("--html", options.html)
+    try:
+        # scikit-learn is an extra: only the demo's data need it
+        from adaround_plugin.demo import run
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError.of(error.name or "scikit-learn", "demo", error) from error
+    yield from run(options.bits, options.backend, options.report, html)
+
+
+def quantize_model(options: argparse.Namespace) -> Iterator[str]:
+    """Learn the rounding of a model, and save the converted program."""
+    check_bits(options.bits, "--bits")
+    paths = _paths(options, "output", "html", "json")
+    layers = _layer_bits(options.layer_bits)
+    flow = _flow(options)
+    if _has_budget(options):
+        allocation = _suggested(options, _analysis(options, flow), layers)
+        yield f"suggested bits: {allocation.summary}"
+        layers = allocation.layer_bits
+    prepared = flow.prepared(options.bits, {name: {"weight_bits": bits} for name, bits in layers.items()})
+    learned = adaround(prepared, flow.batches, options.method, seed=options.seed, progress=not options.quiet)
+    report = get_report(learned)
+    flow.save(learned, paths["output"])
+    yield from _kept(report, paths)
+    kept = sum(layer.learned for layer in report.layers)
+    yield (
+        f"{paths['output']}: {kept} of {len(report.layers)} layers learned; error of the output "
+        f"{number(report.output_error)}, of nearest {number(report.nearest_output_error)}"
+    )
+
+
+def analyze_model(options: argparse.Namespace) -> Iterator[str]:
+    """What each layer loses at each width, and bits under a budget."""
+    paths = _paths(options, "html", "json")
+    analysis = _analysis(options, _flow(options))
+    yield str(analysis)
+    yield from _kept(analysis, paths)
+    if _has_budget(options):
+        yield str(_suggested(options, analysis, {}))
+
+
+def show_report(options: argparse.Namespace) -> Iterator[str]:
+    """A report as text, and as a page."""
+    paths = _paths(options, "html")
+    report = _report(options.file)
+    yield str(report)
+    yield from _kept(report, paths)
+
+
+def compare_reports(options: argparse.Namespace) -> Iterator[str]:
+    """Two reports side by side."""
+    yield compared(_report(options.one), _report(options.other))
+
+
+def _flow(options: argparse.Namespace) -> Flow:
+    """The model and the data."""
+    # torchao is an extra: commands that read reports do without
+    from adaround_plugin.cli.flow import Flow
+
+    images = Images(options.image_size, tuple(options.mean), tuple(options.std))
+    return Flow(load_model(options.model), load_data(options.data, options.batch_size, images), options.backend)
+
+
+def _analysis(options: argparse.Namespace, flow: Flow) -> Analysis:
+    """Of the model with weights of the most bits: its own do not matter."""
+    return analyze(
+        flow.prepared(8, {}),
+        flow.batches,
+        bits=options.widths,
+        symmetric=flow.symmetric,
+        seed=options.seed,
+        progress=not options.quiet,
+    )
+
+
+def _has_budget(options: argparse.Namespace) -> bool:
+    """Whether a budget is given."""
+    return any(value is not None for value in (options.average_bits, options.size, options.max_loss))
+
+
+def _suggested(options: argparse.Namespace, analysis: Analysis, fixed: Mapping[str, int]) -> BitAllocation:
+    """Bits within the budget, of which the parser lets one be given."""
+    return suggest_bits(
+        analysis,
+        average_bits=options.average_bits,
+        size=options.size,
+        max_loss=options.max_loss,
+        fixed=fixed,
+    )
+
+
+def _layer_bits(given: Sequence[str]) -> dict[str, int]:
+    """Bits by name, of texts `NAME=BITS`."""
+    found = {}
+    for text in given:
+        name, _, bits = text.rpartition("=")
+        if not name or not bits.isdecimal():
+            raise InvalidOptionError("--layer-bits", f"{text!r} is not NAME=BITS", "Write head=8, for example.")
+        found[name] = check_bits(int(bits), "--layer-bits")
+    return found
+
+
+def _paths(options: argparse.Namespace, *names: str) -> dict[str, Path]:
+    """The paths to write that were given, checked before work starts."""
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return {name: check_path(f"--{name}", value) for name, value in given.items()}
+
+
+def _kept(found: Report | Analysis, paths: Mapping[str, Path]) -> Iterator[str]:
+    """Write a report or an analysis to where it is asked for."""
+    if "html" in paths:
+        found.to_html(paths["html"])
+        yield f"page: {paths['html']}"
+    if "json" in paths:
+        write_whole(paths["json"], found.to_json().encode())
+        yield f"data: {paths['json']}"
+
+
+def _report(file: str) -> Report:
+    """The report in a file.
+
+    Raises:
+        InvalidOptionError: there is none.
+    """
+    try:
+        text = check_file("report", file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidOptionError("report", f"{file!r} is no text ({error})", "Pass a report's JSON.") from None
+    return Report.from_json(text)

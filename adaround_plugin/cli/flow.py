@@ -1,0 +1,128 @@
+"""From a model to a saved program, by the PT2E flow of torchao."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+
+from adaround_plugin.errors import InvalidBatchError, InvalidModelError, MissingDependencyError
+from adaround_plugin.files import write_whole
+from adaround_plugin.hosts.pt2e import (
+    AdaRoundQuantizer,
+    AdaRoundWeightOnlyQuantizer,
+    get_adaround_x86_inductor_config,
+)
+
+try:
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import Quantizer
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
+except ImportError as error:
+    raise MissingDependencyError.of("torchao", "pt2e", error) from error
+
+__all__ = ["BACKENDS", "Flow"]
+
+Layers = Mapping[str, Mapping[str, int]]
+
+
+def _weights(bits: int, layers: Layers) -> Quantizer:
+    return AdaRoundWeightOnlyQuantizer(layers, weight_bits=bits)
+
+
+def _x86(bits: int, layers: Layers) -> Quantizer:
+    vendor = X86InductorQuantizer().set_global(get_adaround_x86_inductor_config(8))
+    return AdaRoundQuantizer(vendor, bits, layers)
+
+
+def _xnnpack(bits: int, layers: Layers) -> Quantizer:
+    try:
+        from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+            XNNPACKQuantizer,
+            get_symmetric_quantization_config,
+        )
+    except ImportError as error:
+        raise MissingDependencyError.of("executorch", "executorch", error) from error
+    vendor = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    return AdaRoundQuantizer(vendor, bits, layers)
+
+
+# by name, the quantizer for weights of so many bits, with options for single layers
+BACKENDS: Mapping[str, Callable[[int, Layers], Quantizer]] = {"weights": _weights, "x86": _x86, "xnnpack": _xnnpack}
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A model, its data, and what it is quantized for.
+
+    Attributes:
+        model: makes the model anew; an exported program is taken as it is.
+        batches: as `adaround` takes them.
+        backend: a name of `BACKENDS`.
+    """
+
+    model: Callable[[], nn.Module]
+    batches: list[Any]
+    backend: str
+
+    @property
+    def symmetric(self) -> bool | None:
+        """Whether weights are symmetric; None for what is more accurate at each width."""
+        return None if self.backend == "weights" else True
+
+    def prepared(self, bits: int, layers: Layers) -> fx.GraphModule:
+        """The program with observers, calibrated.
+
+        Raises:
+            InvalidModelError: the model cannot be exported.
+            InvalidBatchError: there are no batches.
+        """
+        if not self.batches:
+            raise InvalidBatchError("--data", "has no batches", "Pass some.")
+        model = self.model()
+        program = model if isinstance(model, fx.GraphModule) else self._exported(model.eval())
+        prepared: fx.GraphModule = prepare_pt2e(program, BACKENDS[self.backend](bits, layers))
+        with torch.no_grad():
+            for batch in self.batches:
+                args, kwargs = _arguments(copy.deepcopy(batch))
+                prepared(*args, **kwargs)
+        return prepared
+
+    def save(self, learned: fx.GraphModule, path: Path) -> None:
+        """Convert what was learned, and write it as a program that `torch.export.load` reads; all or nothing."""
+        converted = convert_pt2e(learned)
+        buffer = io.BytesIO()
+        torch.export.save(self._program(converted), buffer)
+        write_whole(path, buffer.getbuffer())
+
+    def _exported(self, model: nn.Module) -> fx.GraphModule:
+        try:
+            module = self._program(model).module()
+        except Exception as error:
+            first = str(error).strip().partition("\n")[0]
+            problem = f"torch.export cannot export it ({type(error).__name__}: {first})"
+            raise InvalidModelError("model", problem, "Export it yourself, and pass the .pt2 file.") from error
+        assert isinstance(module, fx.GraphModule)
+        return module
+
+    def _program(self, model: nn.Module) -> torch.export.ExportedProgram:
+        """The export, for any number of samples where the model allows it."""
+        args, kwargs = _arguments(self.batches[0])
+        shapes = [{0: Dim.AUTO} if isinstance(one, Tensor) and one.dim() else None for one in [*args, *kwargs.values()]]
+        named = dict(zip(kwargs, shapes[len(args) :], strict=True))
+        dynamic: Any = named if kwargs else tuple(shapes)
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=True)
+
+
+def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch as positional and keyword arguments."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch) if isinstance(batch, tuple | list) else (batch,)), {}

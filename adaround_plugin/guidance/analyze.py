@@ -1,0 +1,193 @@
+"""`analyze(...)`: what each layer's bits cost at the network's output, from a forward and a backward pass."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization.backend_config import BackendConfig
+
+from adaround_plugin._version import __version__
+from adaround_plugin.errors import InvalidModelError, InvalidOptionError
+from adaround_plugin.guidance.analysis import Analysis
+from adaround_plugin.guidance.candidates import Candidate, Scheme, candidates, grid_spec
+from adaround_plugin.guidance.effects import effects
+from adaround_plugin.guidance.moments import InputMoments
+from adaround_plugin.guidance.record import LayerAnalysis, Width
+from adaround_plugin.hosts.base import Host, Skipped, WeightedNode, open_streams
+from adaround_plugin.hosts.open import open_host
+from adaround_plugin.learning.layerwise import LayerWise
+from adaround_plugin.learning.report_builder import Progress
+from adaround_plugin.options import check_bool, check_choice, check_seed
+from adaround_plugin.regions.calibration import Sampling, bind_batches
+from adaround_plugin.rounding.grid import check_bits
+from adaround_plugin.rounding.result import LayerRounding
+
+__all__ = ["analyze"]
+
+_NO_DERIVATIVE = "the network's output has no finite derivative by its output"
+_NOT_REACHED = "no sample reached it"
+
+
+def analyze(
+    prepared: nn.Module,
+    data: Iterable[Any],
+    *,
+    bits: Sequence[int] = (2, 3, 4, 6, 8),
+    symmetric: Scheme = "observed",
+    inputs: Callable[[Any], Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    backend_config: BackendConfig | None = None,
+) -> Analysis:
+    """What each layer loses at each bit width, at the network's output, with all other layers in float.
+
+    One forward pass finds the second moments of every layer's input. They decide how each weight is rounded at each
+    width by one pass of GPTQ, with its scale searched. A forward and a backward pass then tell what that, and rounding
+    to nearest, does to the network's output, to second order in the change of the weight (docs/how-to/choose-bits.md).
+    Activations stay in float.
+
+    Args:
+        prepared: a calibrated model from `prepare_fx` or `prepare_pt2e`, as for `adaround`; its own bits do not matter.
+        data, inputs, seed, progress, backend_config: as for `adaround`.
+        bits: the widths, each from 2 to 8.
+        symmetric: of the grids: `"observed"`, as each layer's observer is; True or False; None, what is more accurate
+            at each width, as `symmetric=None` of `get_adaround_qconfig_mapping`.
+
+    Raises:
+        InvalidOptionError: an option is out of range.
+        InvalidModelError: as for `adaround`, or the network has no derivatives, or none that reaches a layer.
+        InvalidBatchError, NonFiniteError: as for `adaround`.
+    """
+    start = time.perf_counter()
+    widths = _checked(bits)
+    check_choice("symmetric", symmetric, ("observed", None, True, False))
+    check_seed("seed", seed)
+    check_bool("progress", progress)
+    host = open_host(prepared, backend_config)
+    arguments = bind_batches(host.prepared, host.signature, host.flatten, data, inputs)
+    sampling = Sampling.of(arguments, 0, LayerWise().max_columns, seed)
+    setup = time.perf_counter() - start
+    nodes, skipped = _differentiable(host)
+    with torch.no_grad(), Progress(len(nodes), progress) as bar:
+        found = _Passes(host, nodes, arguments, sampling, bar).run(widths, symmetric)
+    layers = []
+    for node in nodes:
+        if node.name in found.losses:
+            layers.append(_layer(node, found.candidates[node.name], found.losses[node.name], symmetric))
+        else:
+            reason = _NO_DERIVATIVE if node.name in found.candidates else _NOT_REACHED
+            skipped.append(Skipped(node.name, node.kind, reason))
+    if not layers:
+        reasons = "; ".join(f"{one.name}: {one.reason}" for one in skipped)
+        raise InvalidModelError("prepared", f"no layer can be analysed ({reasons})", "Check the model's outputs.")
+    return Analysis(
+        layers=layers,
+        skipped=[(one.name, one.kind, one.reason) for one in skipped],
+        bits=widths,
+        samples=sampling.total,
+        seconds={"setup": setup, **found.seconds, "total": time.perf_counter() - start},
+        versions={"adaround_plugin": __version__, "torch": str(torch.__version__)},
+    )
+
+
+def _checked(bits: Sequence[int]) -> tuple[int, ...]:
+    """The widths in order, each once."""
+    if isinstance(bits, str) or not isinstance(bits, Iterable) or not (given := list(bits)):
+        raise InvalidOptionError("bits", f"{bits!r} has no bit widths", "Pass a list of integers from 2 to 8.")
+    return tuple(sorted({check_bits(one, "bits") for one in given}))
+
+
+def _differentiable(host: Host) -> tuple[list[WeightedNode], list[Skipped]]:
+    """The layers whose operators can be run from outside, and what is skipped."""
+    nodes, skipped = [], list(host.skipped)
+    for node in host.nodes:
+        if all(site.call is not None for site in node.sites):
+            nodes.append(node)
+        else:
+            skipped.append(Skipped(node.name, node.kind, "its bias is computed, so that no derivative can be taken"))
+    return nodes, skipped
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the passes found.
+
+    Attributes:
+        candidates: by name of the layers that a sample reached, at each width.
+        losses: `(2 * widths,)` by name, of nearest and learned in turn; only where they are numbers.
+        seconds: by phase.
+    """
+
+    candidates: dict[str, list[Candidate]]
+    losses: dict[str, Tensor]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """The passes over the data; arguments as of `analyze`, bound."""
+
+    host: Host
+    nodes: list[WeightedNode]
+    arguments: list[list[Any]]
+    sampling: Sampling
+    bar: Progress
+
+    def run(self, widths: Sequence[int], symmetric: Scheme) -> _Found:
+        """One forward, and one forward and backward.
+
+        Raises:
+            InvalidModelError: an operator has no derivative.
+        """
+        start = time.perf_counter()
+        stream, _ = open_streams(self.host)
+        damping = LayerWise().recipes(self.sampling.total)[0].damping
+        moments = InputMoments(stream, self.arguments, self.sampling)
+        found: dict[str, list[Candidate]] = {}
+        self.bar.say("second moments")
+        for node, of_node in moments.of(self.nodes):
+            if of_node.count:
+                found[node.name] = candidates(node, of_node, widths, symmetric, damping)
+            self.bar.passed(node.name)
+        forward = time.perf_counter() - start
+        self.bar.say("derivatives")
+        try:
+            losses = effects(
+                stream,
+                [node for node in self.nodes if node.name in found],
+                {name: _roundings(every) for name, every in found.items()},
+                self.arguments,
+                self.sampling,
+                moments.variances,
+                is_fixed=self.host.batch_size is not None,
+            )
+        except InvalidOptionError as error:
+            raise InvalidModelError("prepared", error.problem, "Losses are estimated by derivatives.") from error
+        seconds = {"forward": forward, "derivatives": time.perf_counter() - start - forward}
+        return _Found(found, {name: one for name, one in losses.items() if bool(torch.isfinite(one).all())}, seconds)
+
+
+def _roundings(found: Sequence[Candidate]) -> list[LayerRounding]:
+    return [rounding for one in found for rounding in (one.nearest, one.learned)]
+
+
+def _layer(node: WeightedNode, found: Sequence[Candidate], losses: Tensor, symmetric: Scheme) -> LayerAnalysis:
+    pairs = losses.reshape(len(found), 2).tolist()
+    widths = tuple(
+        Width(one.bits, _bytes(node, one.bits, symmetric), nearest, learned)
+        for one, (nearest, learned) in zip(found, pairs, strict=True)
+    )
+    shape = tuple(node.weight.shape)
+    return LayerAnalysis(node.name, node.kind, node.names[1:], shape, node.weight.numel(), widths)
+
+
+def _bytes(node: WeightedNode, bits: int, symmetric: Scheme) -> int:
+    """Of a weight packed at a width, with its scales, and a byte for each zero point."""
+    spec = grid_spec(node, bits, symmetric)
+    each = spec.scale_dtype.itemsize + (0 if spec.symmetric else 1)
+    return -(-node.weight.numel() * bits // 8) + node.grid.scale.numel() * each

@@ -1,0 +1,109 @@
+"""Second moments of the layers' inputs in the float network, from forward passes over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from adaround_plugin.errors import NonFiniteError
+from adaround_plugin.graph.arguments import input_of
+from adaround_plugin.graph.ends import ends_of
+from adaround_plugin.graph.streams import Stream, Values, tensors
+from adaround_plugin.hosts.base import WeightedNode
+from adaround_plugin.learning.output_error import OutputTally
+from adaround_plugin.regions.calibration import Sampling
+from adaround_plugin.rounding.moments import Moments
+
+__all__ = ["InputMoments"]
+
+# moments of as many layers are gathered in one forward pass as fit in this many bytes
+_MOMENT_BYTES = 2 * 2**30
+
+
+class InputMoments:
+    """Runs batches through the float network, layer after layer in groups whose moments fit in memory.
+
+    Args:
+        stream: the float stream, nothing of it run.
+        arguments: of each batch, as the host's graphs take them.
+        sampling: which columns are used.
+
+    Attributes:
+        variances: of the network's ends over all samples; known once the first layer is.
+    """
+
+    def __init__(self, stream: Stream, arguments: Sequence[list[Any]], sampling: Sampling) -> None:
+        self._stream, self._arguments, self._sampling = stream, arguments, sampling
+        self.variances: Sequence[float] = ()
+
+    def of(self, nodes: Sequence[WeightedNode]) -> Iterator[tuple[WeightedNode, Moments]]:
+        """The layers with the moments of their inputs, in order; each may be changed and forgotten by the caller.
+
+        The moments are of `x^ = x`: what they know of deviations is one row of zeros, which stands for all.
+
+        Raises:
+            InvalidBatchError: an input does not fit its layer.
+            NonFiniteError: an input of a layer holds NaN or infinity.
+        """
+        for group in _groups(nodes):
+            found = self._gather(group)
+            for node in group:
+                moments = found.pop(node.name).finish()
+                if not bool(torch.isfinite(moments.mean).all()):
+                    raise NonFiniteError(
+                        f"layer {node.name!r}", "its input holds NaN or infinity", "Check the model and the data."
+                    )
+                yield node, moments
+
+    def _gather(self, nodes: Sequence[WeightedNode]) -> dict[str, Moments]:
+        """One forward pass."""
+        found = {node.name: Moments(*_shape(node), node.weight.device) for node in nodes}
+        sites = {site.float_node: node for node in nodes for site in node.sites}
+        stream, tally = self._stream, OutputTally(self._sampling)
+        for batch, arguments in enumerate(self._arguments):
+            ends = tensors(stream.outputs(arguments, ends_of(stream), self._visitor(batch, sites, found)))
+            tally.add(batch, ends, ends)
+        self.variances = tally.finish().variances
+        return found
+
+    def _visitor(
+        self, batch: int, sites: dict[fx.Node, WeightedNode], into: dict[str, Moments]
+    ) -> Callable[[fx.Node, Values], None]:
+        def visit(site: fx.Node, values: Values) -> None:
+            if site not in sites:
+                return
+            node, x = sites[site], self._stream.value(input_of(site), values)
+            node.check_input(x, batch)
+            patches = node.op.patches(x.float(), node.weight.shape)
+            columns = patches.columns(*self._sampling.columns(batch, patches, len(node.sites)))
+            into[node.name].add(columns, _no_deviation(columns))
+
+        return visit
+
+
+def _shape(node: WeightedNode) -> tuple[int, int, int]:
+    """Of a layer's moments: groups, one row for all, and columns."""
+    groups, _, columns = node.op.rows(node.weight).shape
+    return groups, 1, columns
+
+
+def _no_deviation(columns: Tensor) -> Tensor:
+    return columns.new_zeros(*columns.shape[:2], 1)
+
+
+def _groups(nodes: Sequence[WeightedNode]) -> Iterator[list[WeightedNode]]:
+    """Runs of layers whose moments fit in memory together, one layer at least."""
+    group: list[WeightedNode] = []
+    used = 0
+    for node in nodes:
+        size = Moments.bytes(*_shape(node))
+        if group and used + size > _MOMENT_BYTES:
+            yield group
+            group, used = [], 0
+        group.append(node)
+        used += size
+    if group:
+        yield group

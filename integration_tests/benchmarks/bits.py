@@ -1,0 +1,145 @@
+"""Mixed bits against uniform bits at equal size, both learned with `adaround`: divergence and top-1 on test images.
+
+Four ways to share out the same number of bits among the weights (scales, one for each channel, are the same):
+
+- `suggested`: `suggest_bits` of `analyze`, by the losses of learned roundings;
+- `suggested, nearest`: the same by its losses of nearest;
+- `alone`: without derivatives: each layer is rounded to nearest alone, and the error of the network's output is
+  measured; the same knapsack takes these errors;
+- `uniform`: as many bits everywhere. Of a half bit more, the layers with the fewest weights have one more, as many as
+  fit.
+
+`ends` is the budget of 2 bits everywhere but in the first and the last layer, which have 8, as in the papers on BRECQ
+and QDrop; that is its `uniform`.
+
+    python -m integration_tests.benchmarks.bits resnet20 mobilenet vit
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+from adaround_plugin import Analysis, adaround, analyze, suggest_bits
+from adaround_plugin.guidance.record import LayerAnalysis, Width
+from adaround_plugin.hosts.open import open_host
+from integration_tests.benchmarks import glyphs, networks
+from integration_tests.benchmarks.accuracy import TEST_IMAGES, TEST_SEED, Case, accuracy, divergence
+from integration_tests.benchmarks.bits_prediction import BITS, Measured, known
+
+IMAGES = 1024
+# images that layers are measured on alone
+_MEASURED = 256
+
+
+def measured_alone(analysis: Analysis, case: Case, batches: list[Tensor]) -> Analysis:
+    """The analysis with the measured errors of layers that are rounded to nearest alone in place of its losses."""
+    host = open_host(case.prepare(batches))
+    measured = Measured(host, list(torch.split(torch.cat(batches)[:_MEASURED], _MEASURED // 2)))
+    nodes = {node.name: node for node in host.nodes}
+    of_layer = known(host, batches)
+
+    def at(layer: LayerAnalysis, width: Width) -> Width:
+        loss = measured.error({nodes[layer.name]: of_layer[layer.name].roundings[width.bits][0]})
+        return replace(width, nearest_loss=loss, learned_loss=loss)
+
+    layers = [replace(layer, widths=tuple(at(layer, width) for width in layer.widths)) for layer in analysis.layers]
+    return replace(analysis, layers=layers)
+
+
+def uniform(analysis: Analysis, average: float) -> dict[str, int]:
+    """As many bits everywhere, and one more in the smallest layers as long as the average allows."""
+    least, layers = int(average), analysis.layers
+    total = sum(layer.weights for layer in layers)
+    left = (average - least) * total
+    found = {layer.name: least for layer in layers}
+    for layer in sorted(layers, key=lambda one: one.weights):
+        if layer.weights <= left:
+            found[layer.name] = least + 1
+            left -= layer.weights
+    return found
+
+
+def ends(analysis: Analysis) -> dict[str, int]:
+    """2 bits, and 8 in the first and the last layer."""
+    names = [layer.name for layer in analysis.layers]
+    return {name: 8 if name in (names[0], names[-1]) else 2 for name in names}
+
+
+def average_of(analysis: Analysis, bits: dict[str, int]) -> float:
+    """Bits of a weight on the mean."""
+    return mean_of([layer.weights for layer in analysis.layers], [bits[layer.name] for layer in analysis.layers])
+
+
+def mean_of(weights: list[int], values: list[int]) -> float:
+    """The weighted mean."""
+    return sum(one * value for one, value in zip(weights, values, strict=True)) / sum(weights)
+
+
+def shares(analysis: Analysis, alone: Analysis, budget: str) -> dict[str, dict[str, int]]:
+    """By name of the way, the bits of each layer within a budget: an average of bits, or `"ends"`."""
+    plain = ends(analysis) if budget == "ends" else uniform(analysis, float(budget))
+    # the same number of bits for all
+    average = average_of(analysis, plain)
+    return {
+        "suggested": dict(suggest_bits(analysis, average_bits=average).bits),
+        "suggested, nearest": dict(suggest_bits(analysis, average_bits=average, rounding="nearest").bits),
+        "alone": dict(suggest_bits(alone, average_bits=average).bits),
+        "uniform": plain,
+    }
+
+
+def rows(
+    case: Case, analysis: Analysis, alone: Analysis, budgets: list[str], batches: list[Tensor], tests: list[Tensor]
+) -> Iterator[list[str]]:
+    """Table rows: budget, way, bits a weight, output error, divergence, top-1, bits by layer.
+
+    Args:
+        tests: images and labels in turn.
+    """
+    pairs = list(zip(tests[::2], tests[1::2], strict=True))
+    for budget in budgets:
+        for way, bits in shares(analysis, alone, budget).items():
+            mixed = replace(case, layers=bits)
+            learned = adaround(mixed.prepare(batches), batches, progress=False)
+            converted = mixed.convert(learned)
+            score = mean(accuracy(converted, *test) for test in pairs)
+            apart = mean(divergence(case.network, converted, images) for images, _ in pairs)
+            figures = [f"{average_of(analysis, bits):.3f}", f"{apart:.4f}", f"{score:.2f}"]
+            yield [budget, way, *figures, "".join(map(str, bits.values()))]
+
+
+def main() -> None:
+    """Run and print Markdown tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("networks", nargs="+", choices=["resnet20", "mobilenet", "vit"])
+    parser.add_argument("--budgets", nargs="+", default=["ends", "2.5", "3", "4"], help="average bits, or ends")
+    parser.add_argument("--test-seeds", type=int, nargs="+", default=[TEST_SEED], help="10,000 images of each")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    tests = [part for seed in options.test_seeds for part in glyphs.load("test", TEST_IMAGES, seed=seed)]
+    calibration, _ = glyphs.load("train", IMAGES, seed=1)
+    batches = list(torch.split(calibration, 64))
+    for name in options.networks:
+        case = Case(networks.load(name), 4, None)
+        start = time.process_time()
+        analysis = analyze(case.prepare(batches), batches, bits=BITS, progress=False)
+        middle = time.process_time()
+        alone = measured_alone(analysis, case, batches)
+        end = time.process_time()
+        print(f"\n{name}: {middle - start:.1f} s of CPU time to analyze, {end - middle:.1f} to measure layers alone\n")
+        head = ["budget", "way", "bits a weight", "divergence", "top-1 %", "bits by layer"]
+        print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
+        for row in rows(case, analysis, alone, options.budgets, batches, tests):
+            print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
