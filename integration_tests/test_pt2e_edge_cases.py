@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 from torchao.quantization.pt2e.quantizer import Quantizer
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
@@ -672,6 +673,24 @@ def test_a_saved_and_loaded_program_holds_the_learned_integers(quantizer):
     for one, other in zip(found.values(), expected.values(), strict=True):
         assert_same(one, other)
     assert torch.equal(loaded(data[0]), model(data[0]))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_deep_copies_of_the_result_convert_with_dynamic_activations(inplace):
+    prepared, data = prepared_of(functools.partial(nn.Linear, 6, 3), SHAPE, quantizer=xnnpack(is_dynamic=True))
+    result = learn(prepared, data, inplace=inplace)
+    copies = [copy.deepcopy(result), copy.deepcopy(copy.deepcopy(result))]
+    outputs = [convert_pt2e(model)(data[0]) for model in (*copies, result)]
+    assert torch.equal(outputs[0], outputs[2])
+    assert torch.equal(outputs[1], outputs[2])
+
+
+def test_copies_of_what_prepare_made_do_not_convert_with_dynamic_activations():
+    """Why copies of the result are made otherwise: if this converts one day, that is not needed."""
+    prepared, _ = prepared_of(functools.partial(nn.Linear, 6, 3), SHAPE, quantizer=xnnpack(is_dynamic=True))
+    with pytest.raises(Exception, match="PortNodeMetaForQDQ") as caught:
+        convert_pt2e(copy.deepcopy(prepared))
+    assert "No chose qparams node found" in str(caught.value.__cause__)
 
 
 def test_the_defaults():

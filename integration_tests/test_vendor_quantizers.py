@@ -131,6 +131,13 @@ def test_the_scale_is_the_observers_choice():
     assert all(one.scale.mean() < other.scale.mean() for (_, one), (_, other) in pairs)
 
 
+def test_what_a_quantizer_switches_off_is_on_again_for_the_next():
+    """Qualcomm's takes oneDNN from the process on AMD's processors, which changes what Cortex-M's quantizer takes."""
+    enabled = torch.backends.mkldnn.enabled
+    qualcomm("use_8a8w")
+    assert torch.backends.mkldnn.enabled == enabled
+
+
 # --- bad input
 
 

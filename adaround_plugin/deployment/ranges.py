@@ -18,7 +18,7 @@ from adaround_plugin.graph.compat import operator_name
 from adaround_plugin.graph.operators import is_linear, is_weighted_function
 from adaround_plugin.options import check_choice
 
-__all__ = ["widen_weight_ranges"]
+__all__ = ["quantized_weights", "widen_weight_ranges"]
 
 # the position of quant_min among the arguments of each operator; quant_max follows
 _RANGE_AT = {"dequantize_per_tensor": 3, "dequantize_per_channel": 4, "dequantize_affine": 5}
@@ -46,22 +46,40 @@ def widen_weight_ranges(converted: fx.GraphModule, linear_bits: Literal[4, 8] = 
             weights when it runs.
     """
     check_choice("linear_bits", linear_bits, tuple(_STORED))
+    quantized_weights(converted)
+    result = copy.deepcopy(converted)
+    for node, call in quantized_weights(result).items():
+        _widen(node, *_STORED[linear_bits if is_linear(call) else 8])
+    result.recompile()
+    return result
+
+
+def quantized_weights(converted: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+    """The nodes of a converted program that dequantize weights, and for each a layer that multiplies by it.
+
+    Raises:
+        InvalidModelError: there is none, or one dequantizes what is quantized when the program runs.
+    """
     if not isinstance(converted, fx.GraphModule):
         raise InvalidModelError("converted", f"is {type(converted).__name__}", "Pass what convert_pt2e returned.")
-    result = copy.deepcopy(converted)
-    calls = [node for node in result.graph.nodes if is_weighted_function(node)]
-    found = {argument(call, 1, "weight"): linear_bits if is_linear(call) else 8 for call in calls}
-    unpacked = {node: bits for node, bits in found.items() if isinstance(node, fx.Node) and _is_unpacked(node)}
+    calls = [node for node in converted.graph.nodes if is_weighted_function(node)]
+    found = {argument(call, 1, "weight"): call for call in calls}
+    unpacked = {node: call for node, call in found.items() if isinstance(node, fx.Node) and _is_unpacked(node)}
     if not unpacked:
         raise InvalidModelError(
             "converted",
             "has no quantized weight of a linear layer or convolution",
             "Pass what convert_pt2e returned.",
         )
-    for node, bits in unpacked.items():
-        _widen(node, *_STORED[bits])
-    result.recompile()
-    return result
+    for node in unpacked:
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or source.op != "get_attr":
+            raise InvalidModelError(
+                f"node {node.name!r}",
+                "dequantizes a weight that is quantized when the program runs",
+                "Convert with convert_pt2e(prepared, fold_quantize=True).",
+            )
+    return unpacked
 
 
 def _is_unpacked(node: fx.Node) -> bool:
@@ -71,13 +89,6 @@ def _is_unpacked(node: fx.Node) -> bool:
 
 def _widen(node: fx.Node, low: int, high: int) -> None:
     """Let a dequantize operator of a weight declare at least this range."""
-    source = node.args[0]
-    if not isinstance(source, fx.Node) or source.op != "get_attr":
-        raise InvalidModelError(
-            f"node {node.name!r}",
-            "dequantizes a weight that is quantized when the program runs",
-            "Convert with convert_pt2e(prepared, fold_quantize=True).",
-        )
     first = _RANGE_AT[operator_name(node)[0]]
     arguments: list[Any] = list(node.args)
     arguments[first] = min(arguments[first], low)

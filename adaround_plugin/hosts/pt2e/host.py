@@ -7,18 +7,15 @@ hold what the host's quantize and dequantize operators make of them.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 from torchao.quantization.pt2e import DerivedObserverOrFakeQuantize
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
-from torchao.quantization.pt2e.quantizer import DerivedQuantizationSpec, SharedQuantizationSpec
 
 from adaround_plugin.errors import InvalidModelError
 from adaround_plugin.graph.arguments import argument, attribute, owner_of, set_argument
@@ -37,6 +34,7 @@ from adaround_plugin.hosts.activation_quantizers import activation_quantizers, w
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.hosts.checks import check_untrained, check_values
 from adaround_plugin.hosts.pt2e.compat import forget_models
+from adaround_plugin.hosts.pt2e.copies import deep_copy
 from adaround_plugin.hosts.pt2e.nodes import PT2EFinder, innermost_module, is_torchao_observer, parameter_node
 from adaround_plugin.hosts.pt2e.observers import frozen_observer
 from adaround_plugin.rounding.grid import Grid
@@ -107,31 +105,8 @@ class PreparedPT2E:
 
     @staticmethod
     def copied(prepared: fx.GraphModule) -> fx.GraphModule:
-        """A deep copy whose quantization annotations name nodes of the copy, as torchao's passes over it expect."""
-        result = copy.deepcopy(prepared)
-        by_name = {node.name: node for node in result.graph.nodes}
-
-        def edge(value: Any) -> Any:
-            return tuple(map(edge, value)) if isinstance(value, tuple) else by_name.get(value.name, value)
-
-        def moved(spec: Any) -> Any:
-            if isinstance(spec, SharedQuantizationSpec):
-                return replace(spec, edge_or_node=edge(spec.edge_or_node))
-            if isinstance(spec, DerivedQuantizationSpec):
-                return replace(spec, derived_from=[edge(source) for source in spec.derived_from])
-            return spec
-
-        for node in result.graph.nodes:
-            annotation = node.meta.get("quantization_annotation")
-            if annotation is not None:
-                inputs = annotation.input_qspec_map.items()
-                # the annotation itself is the original's, too
-                node.meta["quantization_annotation"] = replace(
-                    annotation,
-                    input_qspec_map={edge(source): moved(spec) for source, spec in inputs},
-                    output_qspec=moved(annotation.output_qspec),
-                )
-        return result
+        """A deep copy as torchao's passes expect it, with deep copies of its own that are so, too."""
+        return deep_copy(prepared)
 
     @staticmethod
     def freeze(model: fx.GraphModule, observer: str, grid: Grid) -> None:
