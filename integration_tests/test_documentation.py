@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,7 +55,7 @@ _BY_MODULE = (
 _NEEDS_COMPILER = {ROOT / "docs" / "how-to" / "servers.md"}
 
 # languages of fenced blocks; what a reader could take for Python must be Python that runs
-_LANGUAGES = {"python", "sh", "text", "math", "json", ""}
+_LANGUAGES = {"python", "diff", "sh", "text", "math", "json", ""}
 _MACHINE_PATH = re.compile(r"(?<![\w/.:])/(?:home|root|tmp|usr|var|opt|mnt|work|Users)/|\b[A-Z]:\\")
 
 
@@ -165,6 +167,28 @@ def test_every_page_is_on_the_map() -> None:
         if not re.match(r"[a-z]+:", target)
     }
     assert [_name(page) for page in DOCS if page != index and page.resolve() not in linked] == []
+
+
+def test_the_site_is_built_and_asks_nothing_of_the_network(tmp_path: Path) -> None:
+    site = str(tmp_path / "site")
+    command = [sys.executable, "-W", "ignore", "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", site]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=_quiet_environment())
+    assert done.returncode == 0, done.stderr
+    built = sorted((tmp_path / "site").rglob("*.html"))
+    assert len(built) > len(DOCS) - 1
+    for page in built:
+        text = page.read_text(encoding="utf-8")
+        # what a browser loads by itself: scripts, pictures, style sheets, fonts; not what a reader may click on
+        loaded = re.findall(r'<(?:script|img|iframe|source)\b[^>]*\bsrc="([^"]+)"', text)
+        loaded += re.findall(r'<link\b[^>]*\brel="(?:stylesheet|icon|preload|preconnect)"[^>]*\bhref="([^"]+)"', text)
+        loaded += re.findall(r'<link\b[^>]*\bhref="([^"]+)"[^>]*\brel="(?:stylesheet|icon|preload|preconnect)"', text)
+        assert [one for one in loaded if re.match(r"(https?:)?//", one)] == [], page.name
+        assert "```" not in text, f"{page.name} shows a fence"
+
+
+def _quiet_environment() -> dict[str, str]:
+    """Without the theme's advertisement for its successor."""
+    return {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
 
 
 def _documented() -> list[tuple[str, object]]:

@@ -80,7 +80,8 @@ def qualcomm(dtype: str) -> Any:
 
     # an empty path keeps the import from fetching Qualcomm's SDK, which only the lowering needs. On AMD's processors
     # the quantizer takes oneDNN from the whole process, and other vendors' then find convolutions laid out otherwise
-    with pytest.MonkeyPatch.context() as patch, torch.backends.mkldnn.flags(torch.backends.mkldnn.enabled):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "enabled", torch.backends.mkldnn.enabled)
         patch.setenv("QNN_SDK_ROOT", "")
         quantizer = QnnQuantizer()
         quantizer.set_default_quant_config(QuantDtype[dtype], is_conv_per_channel=True, is_linear_per_channel=True)

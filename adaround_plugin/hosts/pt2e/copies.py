@@ -35,7 +35,7 @@ def deep_copy(prepared: fx.GraphModule, memo: dict[int, Any] | None = None) -> f
                 output_qspec=_spec(annotation.output_qspec, by_name),
             )
     # torch gives every graph module a class of its own, which also holds the code of its forward
-    type(result).__deepcopy__ = deep_copy  # type: ignore[method-assign]
+    type(result).__deepcopy__ = deep_copy  # type: ignore[assignment]
     return result
 
 
