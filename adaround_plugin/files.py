@@ -12,7 +12,7 @@ __all__ = ["check_file", "check_folder", "check_path", "write_whole"]
 
 
 def check_path(argument: str, value: Any) -> Path:
-    """The path of a file to write.
+    """The path of a file.
 
     Raises:
         InvalidOptionError: `value` is no path, or that of a folder, or lies in a folder that does not exist.

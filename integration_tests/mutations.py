@@ -654,6 +654,42 @@ FAULTS: Final = (
         "if bound <= value * 0.9:",
         (f"{_UNIT}test_knapsack.py",),
     ),
+    # --- what is kept in files
+    Fault(
+        "a file that was changed is believed",
+        "storage.py",
+        '    if described.pop("checksum", None) != _checksum(described, tensors):',
+        '    if described.pop("checksum", None) is None:',
+        (f"{_UNIT}test_storage.py",),
+    ),
+    Fault(
+        "a loaded model reports the range of its own calibration",
+        "saving/observers.py",
+        "            observer.restore(float(one.scale), int(one.zero_point))\n",
+        "            pass\n",
+        (f"{_WHOLE}test_saving.py",),
+    ),
+    Fault(
+        "what was not learned may be another",
+        "saving/rounding.py",
+        'if others := differing(fingerprint(loaded), content["fingerprint"]):',
+        "if others := []:",
+        (f"{_WHOLE}test_saving.py",),
+    ),
+    Fault(
+        "a run goes on in the folder of another",
+        "learning/checkpoint.py",
+        "            if others := _others(before, identity):",
+        '            if others := "":',
+        (f"{_WHOLE}test_checkpoint.py",),
+    ),
+    Fault(
+        "a rounding that is recalled does not reach the quantized stream",
+        "learning/layerwise.py",
+        "        run.keep_rounding(node, decided.rounding)\n",
+        "",
+        (f"{_WHOLE}test_checkpoint.py",),
+    ),
 )
 
 

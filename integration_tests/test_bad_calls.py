@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +36,8 @@ from adaround_plugin import (
     get_adaround_qconfig_mapping,
     get_equalization_report,
     get_report,
+    load_rounding,
+    save_rounding,
 )
 from adaround_plugin.hosts.fx.observers import AdaRoundActivationObserver
 from adaround_plugin.hosts.pt2e import (
@@ -373,6 +376,7 @@ def calls_of_adaround(host: str) -> Iterator[Bad]:
         "inplace": FLAGS,
         "integer_biases": FLAGS,
         "backend_config": ["x86", 3, {}],
+        "checkpoint": [3, ["x"], True],
         "exclude": [3, [3], [None], ["c"], ["["], [nn.Conv1d], [int], nn.LSTM, [["a"]], ""],
     }.items():
         for value in values:
@@ -625,6 +629,14 @@ INC = [
     ),
 ]
 
+FOLDER = Path("no such folder") / "file"
+SAVING = [
+    *arguments(functools.partial(save_rounding, None), path=[3, None, ".", FOLDER]),
+    *arguments(functools.partial(load_rounding, None), path=[3, None, ".", FOLDER]),
+    *arguments(functools.partial(load_rounding, None, "file"), inplace=FLAGS),
+    *arguments(functools.partial(save_rounding, path="file"), "model", InvalidModelError, learned=[None, 3, Net]),
+]
+
 BAD = [
     *METHODS,
     *SOLVERS,
@@ -636,6 +648,7 @@ BAD = [
     *EQUALIZATION,
     *PAPER,
     *INC,
+    *SAVING,
 ]
 
 

@@ -33,16 +33,16 @@ DATA = batches(4, 6, 6, sizes=(20, 20))
 
 
 class Net(nn.Module):
-    """A residual block between two layers, and a classifier."""
+    """A residual block of one layer between two others."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.a, self.b = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.a(x))
-        x = torch.relu(x + self.c(torch.relu(self.b(x))))
+        x = torch.relu(x + self.b(x))
         return self.head(x.mean((2, 3)))
 
 
@@ -158,7 +158,7 @@ OTHERS: dict[str, tuple[Callable[[], fx.GraphModule], Any, dict[str, Any], str]]
     "seed": (lambda: _prepared("fx"), DATA, {"seed": 1, "exclude": ["b"]}, r"settings \(exclude, seed\)"),
     "data": (lambda: _prepared("fx"), _changed_batch(), {}, r"data \(batch 1\)"),
     "fewer data": (lambda: _prepared("fx"), DATA[:1], {}, r"data \(batch 1, batches\)"),
-    "bits": (lambda: _prepared("fx", bits=3), DATA, {}, r"grids \(a, b, c and 1 more\), quantized network"),
+    "bits": (lambda: _prepared("fx", bits=3), DATA, {}, r"grids \(a, b, head\), quantized network"),
     "weights": (lambda: _changed_weight(_prepared("fx")), DATA, {}, r"network \(head\.weight\)"),
     "toolkit": (lambda: _prepared("pt2e"), DATA, {}, "network"),
 }

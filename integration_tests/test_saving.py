@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx
+from torchao.quantization.pt2e import MinMaxObserver
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 from torchao.quantization.pt2e.quantizer import Quantizer
 
@@ -32,6 +33,7 @@ from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
 from adaround_plugin.paper.weights import round_weights
 from adaround_plugin.report import KEY
 from adaround_plugin.rounding.packing import packed_length
+from adaround_plugin.saving.observers import read_observers
 from integration_tests import pt2e_models
 from integration_tests.models import (
     QUICK,
@@ -154,12 +156,20 @@ def test_a_fresh_model_converts_to_the_same_model(case: str, tmp_path: Path) -> 
     before.check()
     assert_converts_alike(loaded, learned, DATA[0])
     assert get_report(loaded) == get_report(learned)
-    # what was loaded can be saved, and a model that has seen other data takes it as well, in place
-    save_rounding(loaded, tmp_path / "again")
-    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("case", ["fx learned activations", "pt2e 2 affine"])
+def test_a_model_that_saw_other_data_takes_it_in_place_and_what_was_loaded_can_be_saved(
+    case: str, tmp_path: Path
+) -> None:
+    make, options = CASES[case]
+    learned = adaround(calibrated(make()), DATA, QUICK, progress=False, **options)
+    save_rounding(learned, tmp_path / "file")
     other = calibrated(make(), [5 * DATA[0]])
-    assert load_rounding(other, path, inplace=True) is other
+    assert load_rounding(other, tmp_path / "file", inplace=True) is other
     assert_converts_alike(other, learned, DATA[0])
+    save_rounding(other, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "file").read_bytes()
 
 
 # tied and shared, functional, computed and standalone weights, and others that are not learned
@@ -348,3 +358,11 @@ def test_a_loaded_model_can_be_learned_on(saved: dict[str, Path]) -> None:
     again = adaround(loaded, DATA, BlockWise(iterations=2, layers=QUICK), progress=False)
     assert get_report(again).method == "BlockWise"
     assert loaded.meta[KEY].method == "LayerWise"
+
+
+def test_an_observer_without_such_a_scale_cannot_be_saved() -> None:
+    prepared = calibrated(fresh_pt2e())
+    name = next(name for name, module in prepared.named_modules() if isinstance(module, MinMaxObserver))
+    prepared.get_submodule(name).qscheme = torch.per_channel_affine_float_qparams
+    with pytest.raises(InvalidModelError, match=rf"observer '{name}': MinMaxObserver has no per-tensor or per-channel"):
+        read_observers(prepared)

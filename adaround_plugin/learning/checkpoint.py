@@ -113,8 +113,10 @@ class FolderCheckpoint(Checkpoint):
             found: T = decode(facts["value"], held, whole)
             return found
         self._is_making = True
-        made = make()
-        self._is_making = False
+        try:
+            made = make()
+        finally:
+            self._is_making = False
         tensors: dict[str, Tensor] = {}
         value = encode(made, tensors)
         write_tensors(path, _DECISION, _VERSION, tensors, {**key, "value": value})

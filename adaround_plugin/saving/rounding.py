@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,12 +93,13 @@ def load_rounding(
         reads what was done when it was learned.
 
     Raises:
+        InvalidOptionError: `path` is no path, or that of a folder, or lies in a folder that does not exist.
         FileNotFoundError: there is no such file.
         InvalidModelError: the file is cut off, was changed, or is none of `save_rounding`; or `prepared` is not ready,
             is another network, has other weights, or was prepared with another configuration.
     """
     check_bool("inplace", inplace)
-    tensors, content = read_tensors(Path(path), _KIND, _VERSION, _AGAIN)
+    tensors, content = read_tensors(check_path("path", path), _KIND, _VERSION, _AGAIN)
     if not is_observed(prepared):
         raise InvalidModelError(
             "prepared", "does not come from prepare_fx or prepare_pt2e", "Call the host's prepare step first."
