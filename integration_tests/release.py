@@ -20,7 +20,7 @@ from pathlib import Path
 __all__ = ["build", "check_sdist", "check_wheel"]
 
 ROOT = Path(__file__).resolve().parent.parent
-_LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "site", "checkpoints")
+_LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "site")
 _SMOKE = """
 import torch
 from torch import nn
@@ -102,7 +102,8 @@ def _try(file: Path, torch: str) -> str:
         python = Path(folder) / ("Scripts" if os.name == "nt" else "bin") / "python"
 
         def run(*arguments: str) -> str:
-            done = subprocess.run([python, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+            # isolated: neither the folder nor PYTHONPATH may bring the repository in
+            done = subprocess.run([python, "-I", *arguments], cwd=folder, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(arguments)[:80]}: {done.stderr[-2000:]}")
             return done.stdout

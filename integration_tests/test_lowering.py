@@ -84,6 +84,11 @@ def test_what_is_no_partitioner_is_refused(value: Any) -> None:
         lower_to_executorch(converted(), (DATA[0],), value)
 
 
+def test_an_example_that_is_no_tuple_is_refused() -> None:
+    with pytest.raises(InvalidOptionError, match=r"example: Tensor is no tuple.*\(x,\)"):
+        lower_to_executorch(converted(), DATA[0], [XnnpackPartitioner()])  # type: ignore[arg-type]
+
+
 def test_what_is_not_converted_is_refused() -> None:
     with pytest.raises(InvalidModelError, match=r"converted: is Linear.*convert_pt2e"):
         lower_to_executorch(nn.Linear(2, 2), (DATA[0],), [XnnpackPartitioner()])  # type: ignore[arg-type]

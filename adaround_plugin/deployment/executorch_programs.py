@@ -29,7 +29,7 @@ except ImportError as error:
 __all__ = ["lower_to_executorch"]
 
 # parts of the names of operators between a weight and the operator that multiplies by it
-_ON_THE_WAY = ("quantize", "permute", "view", "transpose", "clone", "getitem")
+_ON_THE_WAY = ("quantize", "permute", "view", "transpose_copy", "clone", "getitem")
 
 
 def lower_to_executorch(
@@ -52,11 +52,13 @@ def lower_to_executorch(
         ExecuTorch's program: `buffer` is the content of the `.pte` file.
 
     Raises:
-        InvalidOptionError: `partitioners` are none, or `partial` is no bool.
+        InvalidOptionError: `example` is no tuple, `partitioners` are none, or `partial` is no bool.
         InvalidModelError: the program has no quantized weights, a backend fails at a layer, or no backend takes one and
             `partial` is not set. Backend, layer and remedy are named, the backend's own error is the cause.
     """
     check_bool("partial", partial)
+    if not isinstance(example, tuple):
+        raise InvalidOptionError("example", f"{type(example).__name__} is no tuple of inputs", "Pass (x,).")
     if not isinstance(partitioners, Sequence) or not all(isinstance(one, Partitioner) for one in partitioners):
         raise InvalidOptionError(
             "partitioners", f"{partitioners!r} is no sequence of partitioners", "Pass, say, [XnnpackPartitioner()]."

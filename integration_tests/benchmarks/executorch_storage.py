@@ -66,12 +66,6 @@ def _vgf() -> Any:
     return VgfPartitioner(VgfCompileSpec())
 
 
-def _core_ml() -> Any:
-    from executorch.backends.apple.coreml.partition import CoreMLPartitioner
-
-    return CoreMLPartitioner()
-
-
 # name of a backend -> the quantizer that it goes with, and its partitioner; None for the portable kernels
 BACKENDS: dict[str, tuple[str, Callable[[], Any] | None]] = {
     "portable kernels": ("XNNPACK", None),
@@ -82,7 +76,6 @@ BACKENDS: dict[str, tuple[str, Callable[[], Any] | None]] = {
     "Ethos-U": ("Ethos-U", _ethos_u),
     "VGF": ("VGF", _vgf),
     "Cortex-M": ("Cortex-M", None),
-    "Core ML": ("Core ML", _core_ml),
 }
 
 
