@@ -1,4 +1,4 @@
 """The pass over a network: methods that decide its layers, blocks, and in the end scales and biases of all of it.
 
-Imports `report`, `regions`, `hosts`, `graph`, `solvers`, `rounding`, `options` and `errors`.
+Imports `report`, `regions`, `hosts`, `graph`, `solvers`, `rounding`, `storage`, `digests`, `options` and `errors`.
 """

@@ -68,7 +68,8 @@ def _one(folder: Path, draw: random.Random, seen: Counter[str], case: tuple[int,
     _, seconds, _ = connection.recv()
     while not resumed.exists():
         process, connection = _started(case, kept, resumed)
-        process.join(draw.uniform(0, seconds) if seen["kills"] < kills else _SECONDS)
+        # soon, so that a run is killed a few times on its way
+        process.join(draw.uniform(0, seconds / 2) if seen["kills"] < kills else _SECONDS)
         if process.exitcode is None:
             process.kill()
             process.join()
