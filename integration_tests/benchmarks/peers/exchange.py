@@ -1,0 +1,130 @@
+"""What goes into a peer's process and what comes out: a folder with a job, a network, samples, and weights in the end.
+
+This file and the script of a peer run in the peer's own environment, so they import nothing of ours but the classes of
+the networks. A folder holds
+
+- `job.json`: the fields of `Job`,
+- `network.pt`: the float network, batch norms folded into the layers before them,
+- `samples.pt`: a list of batches to calibrate with,
+- `weights.pt`, made by the peer: of each layer its weight as floats on the grid, and its bias,
+- `result.json`, made by the peer: version, CPU seconds, memory.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Job", "Weights", "layers", "read", "serve", "weights_of", "write"]
+
+Weights = dict[str, tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a peer.
+
+    Attributes:
+        peer: the tool.
+        setting: the name of its options.
+        network: what is quantized.
+        bits: of the weights, per output channel.
+        samples: how many there are to calibrate with.
+        seed: of the global generators, and of the draw of the samples.
+        options: of the peer.
+    """
+
+    peer: str
+    setting: str
+    network: str
+    bits: int
+    samples: int
+    seed: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def layers(network: nn.Module) -> Iterator[tuple[str, nn.Conv2d | nn.Linear]]:
+    """The layers whose weights are quantized, by name."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            yield name, module
+
+
+def weights_of(network: nn.Module) -> Weights:
+    """Copies of the weights and biases of all layers."""
+    found: Weights = {}
+    for name, module in layers(network):
+        bias = None if module.bias is None else module.bias.detach().clone()
+        found[name] = module.weight.detach().clone(), bias
+    return found
+
+
+def write(folder: Path, job: Job, network: nn.Module, samples: list[Any]) -> None:
+    """Lay out what the peer's process reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
+    torch.save(network, folder / "network.pt")
+    torch.save(samples, folder / "samples.pt")
+
+
+def read(folder: Path) -> tuple[Weights, dict[str, Any]]:
+    """What the peer's process left: weights, and what it took."""
+    made: Weights = torch.load(folder / "weights.pt", weights_only=True)
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return made, result
+
+
+def _cpu_seconds() -> float:
+    """CPU seconds of this process and of those that it has waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def _memory(field: str) -> float:
+    """MB that are in memory (`VmRSS`), or the most that ever were (`VmHWM`)."""
+    # getrusage's peak is that of the process that started this one where that is larger
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
+    return int(kilobytes) / 1024
+
+
+def _plain(value: Tensor | None) -> Tensor | None:
+    """Without the peer's own class of tensors."""
+    return None if value is None else value.detach().as_subclass(Tensor).float().clone()
+
+
+def serve(quantize: Callable[[Job, nn.Module, list[Any]], Weights], distribution: str) -> None:
+    """Do the job of the folder that the command line names: only `quantize` is timed, on one thread.
+
+    Args:
+        quantize: takes the job, the network and the samples; returns each layer's weight as floats, and its bias.
+        distribution: the package whose version is written down.
+    """
+    folder = Path(sys.argv[1])
+    job = Job(**json.loads((folder / "job.json").read_text(encoding="utf-8")))
+    network: nn.Module = torch.load(folder / "network.pt", weights_only=False)
+    samples: list[Any] = torch.load(folder / "samples.pt", weights_only=True)
+    torch.set_num_threads(1)
+    torch.manual_seed(job.seed)
+    before = _memory("VmRSS")
+    start = _cpu_seconds()
+    made = quantize(job, network.eval(), samples)
+    seconds = _cpu_seconds() - start
+    torch.save({name: (_plain(weight), _plain(bias)) for name, (weight, bias) in made.items()}, folder / "weights.pt")
+    result = {
+        "version": version(distribution),
+        "torch": torch.__version__,
+        "seconds": seconds,
+        "memory": _memory("VmHWM"),
+        "memory_before": before,
+    }
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")

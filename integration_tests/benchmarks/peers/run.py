@@ -1,0 +1,143 @@
+"""Peers side by side: install each into an environment of its own, run them on the same job, judge them alike.
+
+Rows that are in the results file already are not run again, so that a run can be cut off and go on. CPU seconds and
+memory are of the peer's process, on one thread, from the float network to rounded weights. Whatever fails is a row too,
+with the last line of the error.
+
+    python -m integration_tests.benchmarks.peers.run install --environments peers-env
+    python -m integration_tests.benchmarks.peers.run run resnet20 --environments peers-env --results docs/peers.jsonl
+    python -m integration_tests.benchmarks.peers.run table --results docs/peers.jsonl --figure docs/figures/peers.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from integration_tests.benchmarks.peers.exchange import Job, read, write
+from integration_tests.benchmarks.peers.registry import OURS, PEERS
+from integration_tests.benchmarks.peers.table import draw, show
+from integration_tests.benchmarks.peers.tasks import TASKS, filled, levels
+
+__all__ = ["install", "measure"]
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def _python(environments: Path, peer: str) -> Path:
+    """The interpreter of a peer's environment."""
+    return Path(sys.executable) if peer == OURS else (environments / peer / "bin" / "python").absolute()
+
+
+def install(environments: Path, peer: str) -> None:
+    """Make the environment of a peer, unless it is there."""
+    python = _python(environments, peer)
+    if not python.exists():
+        venv.create(environments / peer, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS[peer].requirements], check=True)
+
+
+def _given(row: dict[str, Any]) -> dict[str, Any]:
+    """What tells one row from another."""
+    return {name: row[name] for name in ("peer", "setting", "network", "bits", "samples", "seed")}
+
+
+def measure(job: Job, environments: Path) -> dict[str, Any]:
+    """One row: the job, what it took, what the judge says, or how it failed."""
+    task = TASKS[job.network]
+    given = _given(asdict(job))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write(folder, job, task.network(), task.samples(job.samples, job.seed))
+        script = f"integration_tests.benchmarks.peers.{job.peer}"
+        done = subprocess.run(
+            [_python(environments, job.peer), "-m", script, folder],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            return {**given, "failed": done.stderr.strip().splitlines()[-1][:300]}
+        made, result = read(folder)
+    try:
+        other = filled(task.network(), made)
+    except ValueError as error:
+        return {**given, "failed": str(error)}
+    found = task.judge(other)
+    needed = max(levels(weight, 2**job.bits) for weight, _ in made.values())
+    return {**given, **found, **result, "on_grid": needed <= 2**job.bits}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _jobs(options: argparse.Namespace) -> Iterator[Job]:
+    """All runs that the command line asks for."""
+    for peer in options.peers:
+        for setting, own in PEERS[peer].settings.items():
+            asked = options.settings is None or setting in options.settings
+            if asked and options.network in PEERS[peer].networks:
+                for bits in options.bits:
+                    yield Job(peer, setting, options.network, bits, options.samples, options.seed, own)
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Run what is missing."""
+    done = [_given(row) for row in _rows(options.results)]
+    for job in _jobs(options):
+        if _given(asdict(job)) not in done:
+            row = measure(job, options.environments)
+            print(json.dumps(row), flush=True)
+            with options.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def main() -> None:
+    """Install, run, or show."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("install", help="make the environments")
+    two = commands.add_parser("run", help="quantize and judge")
+    three = commands.add_parser("table", help="print the results, draw the figure")
+    two.add_argument("network", choices=TASKS)
+    two.add_argument("--settings", nargs="+", help="all unless told otherwise")
+    two.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    two.add_argument("--samples", type=int, default=1024)
+    two.add_argument("--seed", type=int, default=1)
+    for command in (one, two):
+        command.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+        command.add_argument("--environments", type=Path, default=Path("peers-environments"))
+    for command in (two, three):
+        command.add_argument("--results", type=Path, default=Path("peers.jsonl"))
+    three.add_argument("--figure", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.command == "install":
+        for peer in options.peers:
+            if peer != OURS:
+                install(options.environments, peer)
+    elif options.command == "run":
+        _run(options)
+    else:
+        show(_rows(options.results))
+        if options.figure is not None:
+            draw(_rows(options.results), options.figure)
+
+
+if __name__ == "__main__":
+    main()
