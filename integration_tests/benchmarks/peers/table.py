@@ -44,12 +44,15 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print a table for each network."""
+    """Print a table for each network, and one of what each tool makes."""
     head = ["weights", "tool: setting", "samples", "score %", "divergence", "CPU s", "MB more", "on a grid of its bits"]
     for network in dict.fromkeys(row["network"] for row in rows):
         print(f"\n{network}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
         for row in _ordered([row for row in rows if row["network"] == network]):
             print(f"| {' | '.join(_cells(row))} |")
+    print("\n| tool | what comes out | documentation |\n|---|---|---|")
+    for peer in PEERS.values():
+        print(f"| {peer.title} | {peer.makes} | {peer.page} |")
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -73,9 +76,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 look = {"marker": _MARKERS[setting], "color": f"C{peer}", "label": _label(row)}
                 fill = "full" if row["samples"] == most[name] else "none"
                 axes.plot(row["seconds"], row["divergence"], linestyle="", fillstyle=fill, **look)
+            axes.set_visible(axes.has_data())
             axes.set(xscale="log", yscale="log", title=f"{name}, {bits} bits", xlabel="CPU seconds")
+            axes.set_ylabel("divergence from float")
             axes.margins(0.15)
-        line[0].set_ylabel("divergence from float, unseen samples")
     handles = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
