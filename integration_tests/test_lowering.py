@@ -11,7 +11,6 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from torch import Tensor, fx, nn
 
 from adaround_plugin import InvalidModelError, InvalidOptionError
-from adaround_plugin.deployment import widen_weight_ranges
 from adaround_plugin.deployment.executorch_programs import lower_to_executorch
 from adaround_plugin.hosts.pt2e import AdaRoundQuantizer
 from integration_tests.benchmarks.executorch_backends import run_program, steps_apart
@@ -38,9 +37,11 @@ def converted(bits: int = 8) -> fx.GraphModule:
     return learn("XNNPACK", AdaRoundQuantizer(VENDORS["XNNPACK"](), bits), DATA, QUICK, Small).converted
 
 
-def test_a_backend_runs_what_it_takes() -> None:
+def test_a_backend_runs_what_it_takes_and_the_converted_program_stays_as_it_is() -> None:
+    before = converted().code
     program = lower_to_executorch(converted(), (DATA[0],), [XnnpackPartitioner()])
     assert steps_apart(converted(), program.buffer, DATA[0]).max() < 1.01
+    assert converted().code == before
 
 
 def test_the_portable_kernels_run_what_was_converted() -> None:
@@ -65,13 +66,6 @@ def test_a_layer_that_the_backend_cannot_compile_is_named_with_the_remedy() -> N
     with pytest.raises(InvalidModelError, match=match) as caught:
         lower_to_executorch(converted(4), (DATA[0],), [XnnpackPartitioner()])
     assert isinstance(caught.value.__cause__, AssertionError)
-    lower_to_executorch(widen_weight_ranges(converted(4)), (DATA[0],), [XnnpackPartitioner()])
-
-
-def test_the_program_is_not_changed() -> None:
-    before = converted().code
-    lower_to_executorch(converted(), (DATA[0],), [XnnpackPartitioner()])
-    assert converted().code == before
 
 
 @pytest.mark.parametrize(
