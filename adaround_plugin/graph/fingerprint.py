@@ -22,9 +22,12 @@ def structure(model: fx.GraphModule) -> dict[str, str]:
     for name, module in model.named_modules():
         if _is_inside(name, hidden):
             continue
+        if isinstance(module, fx.GraphModule):
+            # toolkits leave marks of their own on it
+            found[name] = module.code
+            continue
         settings = {key: value for key, value in vars(module).items() if _is_plain(value) and key not in _NO_SETTING}
-        code = f" {module.code}" if isinstance(module, fx.GraphModule) else ""
-        found[name] = f"{type(module).__name__ if name else ''} {settings}{code}"
+        found[name] = f"{type(module).__name__} {settings}"
     return found
 
 

@@ -306,7 +306,7 @@ class PendingLayers:
             notes.append("bias kept: the call's bias cannot be written")
         if node.float_bias:
             notes.append(f"bias in float: {node.float_bias}")
-        return _Decided(rounding, notes, layer.moments.count, run.layer_seconds[node.name], run.report.blocks[blocks:])
+        return _Decided(rounding, notes, moments.count, run.layer_seconds[node.name], run.report.blocks[blocks:])
 
 
 def _fitting(ready: list[WeightedNode]) -> list[WeightedNode]:
