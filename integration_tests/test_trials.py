@@ -402,7 +402,7 @@ def test_columns_are_weighed_by_their_norms_only_where_a_few_are_massive(host: s
     assert "inverse_norm" in learn(small(host, data.split(32)), data.split(32), asked)[1].recipe
 
 
-def test_the_share_of_columns_that_count_is_the_smallest_of_all_groups_of_all_layers() -> None:
+def test_the_share_of_columns_that_count_is_the_smallest_of_all_layers() -> None:
     graph = fx.Graph()
     sites, generator = [graph.placeholder(name) for name in "ab"], torch.Generator().manual_seed(0)
     shared, shares = Shared(), []
@@ -411,9 +411,8 @@ def test_the_share_of_columns_that_count_is_the_smallest_of_all_groups_of_all_la
         for number, of_batch in enumerate(batches):
             shared.keep(site, number, of_batch)
             assert shared.columns(site, number) is of_batch
-        for group in torch.cat(batches, 1).double():
-            power = [float(column.square().sum()) for column in group]
-            shares.append(sum(power) ** 2 / (len(power) * sum(one**2 for one in power)))
+        power = [float(column.square().sum()) for column in torch.cat(batches, 1).double().unbind(1)]
+        shares.append(sum(power) ** 2 / (len(power) * sum(one**2 for one in power)))
         shared.end_step()
         assert shared.columns(site, 0) is None
         assert shared.least_share == pytest.approx(min(shares), rel=1e-6)

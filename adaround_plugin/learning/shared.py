@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, fx
 
 from adaround_plugin.rounding.grid import Grid
-from adaround_plugin.rounding.moments import joined
 
 __all__ = ["Shared"]
 
@@ -13,8 +13,8 @@ __all__ = ["Shared"]
 class Shared:
     """What trials have in common: the float stream's columns, gathered once, and grids, searched once.
 
-    The share of columns that count is `(sum p)^2 / (n sum p^2)` of the squared norms `p` of a layer's `n` columns: 1
-    where these are equal, near 0 where a few massive activations carry nearly all.
+    The share of columns that count is `(sum p)^2 / (n sum p^2)` of the squared norms `p` of a layer's `n` columns, over
+    all groups: 1 where these are equal, near 0 where a few massive activations carry nearly all.
 
     Attributes:
         grids: by name of the weighted node, the grid that the first trial to come by has chosen.
@@ -39,10 +39,10 @@ class Shared:
         """Free the columns, when all trials have made a step."""
         powers: dict[fx.Node, list[Tensor]] = {}
         for (site, _), columns in self._columns.items():
-            powers.setdefault(site, []).append(columns.square().sum(2).double())
+            powers.setdefault(site, []).append(columns.square().sum((0, 2)).double())
         for of_batches in powers.values():
-            power = joined(of_batches)
-            power = power[power.sum(1) > 0]
-            shares = power.sum(1).square() / (power.shape[1] * power.square().sum(1))
-            self.least_share = min([self.least_share, *shares.tolist()])
+            power = torch.cat(of_batches)
+            if power.sum() > 0:
+                share = power.sum().square() / (len(power) * power.square().sum())
+                self.least_share = min(self.least_share, float(share))
         self._columns.clear()

@@ -30,10 +30,12 @@ def rows(name: str, bits: int, seeds: list[int], test: torch.Tensor) -> Iterator
         first: tuple[float, float, float] | None = None
         for recipe, trial in zip(LayerWise().recipes(len(batches) * 64), trials, strict=True):
             assert trial.recipe == str(recipe)
+            if trial.output_error is None:
+                # it was not tried
+                continue
             learned = adaround(prepared, batches, LayerWise().with_recipe(recipe), progress=False)
             error = get_report(learned).output_error
             assert error is not None
-            assert trial.output_error is not None
             found = trial.output_error, error, divergence(network, case.convert(learned), test)
             first = first or found
             relative = [f"{one:.4f} ({one / of_first - 1:+.0%})" for one, of_first in zip(found, first, strict=True)]
