@@ -109,7 +109,7 @@ def _try(file: Path, torch: str) -> str:
             return done.stdout
 
         run("-m", "pip", "install", "--quiet", torch, str(file))
-        run("-m", "adaround_plugin.cli", "--help")
+        run(str(python.with_name("adaround")), "--help")
         said = run("-W", "ignore", "-c", _SMOKE).split()
         assert Path(said[1]).is_relative_to(Path(folder).resolve()), f"{said[1]} is not the installed package"
         return said[0]
