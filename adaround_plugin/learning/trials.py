@@ -39,7 +39,7 @@ _TRIAL_SHARE, _LEAST_SAMPLES = 8, 128
 _TRIAL_COLUMNS, _PER_WEIGHT = 2048, 2
 # so few samples need it
 _TRIAL_DAMPING = 0.1
-# by so much trials of few samples are too hard on columns that count unlike (docs/explanation/method.md)
+# by so much another recipe must be ahead of columns that count unlike: trials of few samples may be too hard on these
 _FAVOUR = 0.15
 # a layer has massive activations where a smaller share of its columns counts; without any it was 0.4 or more
 _MASSIVE = 0.1

@@ -6,21 +6,18 @@ import json
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from adaround_plugin.errors import InvalidOptionError
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 __all__ = ["read", "written"]
 
 _VERSION = 1
 
-Kind = TypeVar("Kind", bound="DataclassInstance")
+Kind = TypeVar("Kind")
 
 
-def written(record: DataclassInstance, name: str, indent: int | None) -> str:
+def written(record: Any, name: str, indent: int | None) -> str:
     """The attributes of a dataclass as JSON, with the name of the format and its version.
 
     Args:
