@@ -20,7 +20,7 @@ __all__ = ["Analysis"]
 class Analysis(Record, Document):
     """What `analyze` found; attributes as in `Record`."""
 
-    FORMAT = "adaround analysis"
+    _FORMAT = "adaround analysis"
 
     def __str__(self) -> str:
         return analysis_text(self)

@@ -13,13 +13,10 @@ __all__ = ["Document"]
 
 
 class Document(ABC):
-    """A dataclass of plain data that is kept as JSON and shown as a page.
+    """A dataclass of plain data that is kept as JSON and shown as a page."""
 
-    Attributes:
-        FORMAT: its name in the JSON.
-    """
-
-    FORMAT: ClassVar[str]
+    # its name in the JSON
+    _FORMAT: ClassVar[str]
 
     @abstractmethod
     def _page(self) -> str:
@@ -27,7 +24,7 @@ class Document(ABC):
 
     def to_json(self, indent: int | None = 2) -> str:
         """All of it as JSON, with the name and the version of the format."""
-        return written(self, self.FORMAT, indent)
+        return written(self, self._FORMAT, indent)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -36,7 +33,7 @@ class Document(ABC):
         Raises:
             InvalidOptionError: `text` is no JSON, has another format or version, or something else in it.
         """
-        return read(text, cls, cls.FORMAT)
+        return read(text, cls, cls._FORMAT)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write it as one HTML page with charts, which needs no network and no script; all or nothing.

@@ -27,7 +27,7 @@ KEY = "adaround_report"
 class Report(Record, Document):
     """What `adaround` did; attributes as in `Record`."""
 
-    FORMAT = "adaround report"
+    _FORMAT = "adaround report"
 
     def __str__(self) -> str:
         return text_of(self)
