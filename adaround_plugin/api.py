@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -15,6 +16,7 @@ from adaround_plugin._version import __version__
 from adaround_plugin.digests import digest
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.files import check_folder
+from adaround_plugin.graph.memory import Memory
 from adaround_plugin.hosts.base import Host, Skipped, handed_over
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.hosts.original import check_original
@@ -32,6 +34,8 @@ from adaround_plugin.report import KEY
 from adaround_plugin.solvers import get_solver
 
 __all__ = ["adaround"]
+
+_VERSIONS = {"adaround_plugin": __version__, "torch": str(torch.__version__)}
 
 Exclude = Iterable[str | type[nn.Module]]
 
@@ -51,6 +55,7 @@ def adaround(
     float_model: nn.Module | None = None,
     integer_biases: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
+    memory_budget: int | Literal["auto"] = "auto",
 ) -> fx.GraphModule:
     """Learn the rounding of every quantized weight; the line between calibration and conversion.
 
@@ -62,7 +67,7 @@ def adaround(
         prepared: a calibrated model from `prepare_fx` or `prepare_pt2e`, with AdaRound's or the host's own weight
             observers.
         data: unlabelled calibration batches: a DataLoader, a list, any iterable of tensors, tuples (positional) or
-            dicts (keyword arguments). A few hundred samples do. A one-shot iterator is read once and kept in memory.
+            dicts (keyword arguments). A few hundred samples do. It is read once, unless `memory_budget` is exceeded.
         method: `"default"`, layer by layer under second moments; `"blocks"`, then all roundings of a block together;
             `"best"`, then the whole network; `"paper"`, the paper's own; `"nearest"`, the baseline; or a
             `LayerWise`, `BlockWise` or `Paper` with settings of one's own.
@@ -85,6 +90,10 @@ def adaround(
         checkpoint: a folder in which each decision is kept as it is made: the recipe, each layer, each block,
             finetuning, the comparison with nearest. After an interruption of whatever kind the same call goes on from
             there, and gives the same bits as one that was not interrupted.
+        memory_budget: bytes that batches of a loader, and what both networks know of all batches, may take in memory;
+            what is beyond goes to files in a temporary folder (variable `TMPDIR`), which is removed in the end.
+            `"auto"` is half of the memory that is free. The result is the same to the last bit. Models, moments and
+            what is computed at the moment come on top.
 
     Returns:
         The prepared model with learned weights, biases and frozen weight observers, to be converted by the host;
@@ -94,62 +103,59 @@ def adaround(
         InvalidOptionError: an option is out of range, an entry of `exclude` or the name of a block matches nothing,
             blocks share a layer or have no single end, a solver's answer is none, integer biases are asked for where
             there can be none, or with finetuning, or this is one of several processes of `torch.distributed`; or the
-            checkpoint is of another run, which the error names.
+            checkpoint is of another run, which the error names; or there is no room on the disk for what is beyond
+            the memory budget.
         InvalidModelError: not prepared, not calibrated, in train mode, not float32, nothing to quantize, or not what
             `float_model` computes; or a file of the checkpoint was changed.
-        InvalidBatchError: no batches, or one that does not fit the model or lies on another device.
+        InvalidBatchError: no batches, or one that does not fit the model or lies on another device, or that is another
+            one when it is read again.
         NonFiniteError: NaN or infinity in weights or activations; the layer is named.
     """
     start = time.perf_counter()
-    preset = _preset(method, finetune)
-    chosen = preset.method
     check_seed("seed", seed)
-    check_bool("progress", progress)
-    check_bool("inplace", inplace)
-    check_bool("integer_biases", integer_biases)
-    if integer_biases and preset.finetune is not None:
-        raise InvalidOptionError(
-            "integer_biases",
-            "finetuning moves the scales that they are multiples of",
-            "Leave it out, or pass finetune=False.",
-        )
+    for name, flag in {"progress": progress, "inplace": inplace, "integer_biases": integer_biases}.items():
+        check_bool(name, flag)
+    preset = _preset(method, finetune, integer_biases)
+    chosen = preset.method
     folder = None if checkpoint is None else check_folder("checkpoint", checkpoint)
     check_alone()
+    memory = Memory.of(memory_budget)
     host = open_host(prepared, backend_config, integer_biases=integer_biases)
     excluded = _excluded(host, exclude)
     chosen.check(host)
-    arguments = bind_batches(host.prepared, host.signature, host.flatten, data, inputs)
-    if float_model is not None:
-        check_original(host, float_model, arguments[0])
-    sampling = Sampling.of(arguments, chosen.layers.holdout, chosen.layers.max_columns, seed)
-    settings: dict[str, object] = {
-        "method": chosen,
-        "finetune": preset.finetune or False,
-        "exclude": sorted(excluded),
-        "seed": seed,
-        "integer_biases": integer_biases,
-    }
-    versions = {"adaround_plugin": __version__, "torch": str(torch.__version__)}
-    kept = Checkpoint() if folder is None else FolderCheckpoint(folder, identity(host, arguments, settings, versions))
-    with torch.no_grad(), Progress(len(host.nodes) - len(excluded), progress) as bar:
-        report = ReportBuilder(bar)
-        setup = time.perf_counter() - start
-        layers = choose_recipe(chosen, host, arguments, excluded=excluded, seed=seed, report=report, checkpoint=kept)
-        chosen = chosen.with_layers(layers)
-        trials = time.perf_counter() - start - setup
-        comparison = Comparison(host, arguments, sampling)
-        run = Pass(host, arguments, sampling, excluded=excluded, seed=seed, report=report, checkpoint=kept)
-        # from here on the pass alone keeps all batches
-        arguments.clear()
-        entry = None if preset.finetune is None else run.snapshot()
-        chosen.learn(run)
-        if preset.finetune is not None and entry is not None:
-            preset.finetune.learn(run, layers, entry)
-        del entry
-        with run.clock("compare"):
-            output_error, nearest_output_error = comparison.take_back(run)
-        model = host.copy()
-        host.write(model, run.roundings, run.scales)
+    others = {"exclude": sorted(excluded), "seed": seed, "integer_biases": integer_biases}
+    settings: dict[str, object] = {"method": chosen, "finetune": preset.finetune or False, **others}
+    with memory:
+        arguments = bind_batches(host.prepared, host.signature, host.flatten, data, inputs, memory=memory)
+        if float_model is not None:
+            check_original(host, float_model, arguments[0])
+        kept = Checkpoint()
+        if folder is not None:
+            kept = FolderCheckpoint(folder, identity(host, arguments, settings, _VERSIONS))
+        with torch.no_grad(), Progress(len(host.nodes) - len(excluded), progress) as bar:
+            report = ReportBuilder(bar)
+            setup = time.perf_counter() - start
+            layers = choose_recipe(
+                chosen, host, arguments, excluded=excluded, seed=seed, report=report, checkpoint=kept, memory=memory
+            )
+            chosen = chosen.with_layers(layers)
+            trials = time.perf_counter() - start - setup
+            sampling = Sampling.of(arguments, layers.holdout, layers.max_columns, seed)
+            comparison = Comparison(host, arguments, sampling, memory)
+            run = Pass(
+                host, arguments, sampling, memory=memory, excluded=excluded, seed=seed, report=report, checkpoint=kept
+            )
+            # from here on the pass alone keeps all batches
+            del arguments
+            entry = None if preset.finetune is None else run.snapshot()
+            chosen.learn(run)
+            if preset.finetune is not None and entry is not None:
+                preset.finetune.learn(run, layers, entry)
+            del entry
+            with run.clock("compare"):
+                output_error, nearest_output_error = comparison.take_back(run)
+            model = host.copy()
+            host.write(model, run.roundings, run.scales)
     model.meta[KEY] = report.build(
         method=method if isinstance(method, str) else type(chosen).__name__,
         solver=type(get_solver(layers.solver)).__name__,
@@ -159,21 +165,28 @@ def adaround(
         nearest_output_error=nearest_output_error,
         seconds={"setup": setup, **run.seconds, "trials": trials, "total": time.perf_counter() - start},
         settings={**settings, "method": chosen},
-        versions=versions,
+        versions=_VERSIONS,
         weights={node.name: digest(node.weight) for node in host.nodes},
         recalled=kept.recalled,
+        memory={"budget": memory.budget or 0, **asdict(memory.use)},
     )
     return handed_over(host, model, inplace, KEY)
 
 
-def _preset(method: str | Method | Preset, finetune: bool | Finetune | None) -> Preset:
+def _preset(method: str | Method | Preset, finetune: bool | Finetune | None, integer_biases: bool) -> Preset:
     """What is to be done."""
     preset = get_preset(method)
-    if finetune is None:
-        return preset
-    if not isinstance(finetune, bool | Finetune):
-        raise InvalidOptionError("finetune", f"{finetune!r} is not known", "Pass True, False or a Finetune.")
-    return Preset(preset.method, (preset.finetune or Finetune()) if finetune is True else finetune or None)
+    if finetune is not None:
+        if not isinstance(finetune, bool | Finetune):
+            raise InvalidOptionError("finetune", f"{finetune!r} is not known", "Pass True, False or a Finetune.")
+        preset = Preset(preset.method, (preset.finetune or Finetune()) if finetune is True else finetune or None)
+    if integer_biases and preset.finetune is not None:
+        raise InvalidOptionError(
+            "integer_biases",
+            "finetuning moves the scales that they are multiples of",
+            "Leave it out, or pass finetune=False.",
+        )
+    return preset
 
 
 def _excluded(host: Host, exclude: Exclude) -> frozenset[str]:

@@ -73,7 +73,7 @@ def learned(prepared: fx.GraphModule, folder: Path | None, **call: Any) -> fx.Gr
 
 def told(report: Report) -> dict[str, Any]:
     """A report without times, and without what was recalled."""
-    found = vars(report) | {"seconds": None, "recalled": None}
+    found = vars(report) | {"seconds": None, "recalled": None, "memory": None}
     found["layers"] = [replace(layer, seconds=0.0) for layer in report.layers]
     found["blocks"] = [replace(block, seconds=0.0) for block in report.blocks]
     found["finetuning"] = None if report.finetuning is None else replace(report.finetuning, seconds=0.0)

@@ -7,7 +7,7 @@ kept value (`dequantize`, parameters) is made again when asked for, so that the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from adaround_plugin.graph.compat import operator_name, tree_flatten, tree_map
 
 __all__ = ["BothValues", "Stream", "Values", "tensors", "unpacks"]
 
-Values = dict[fx.Node, Any]
+Values = MutableMapping[fx.Node, Any]
 # of the float and of the quantized stream, for one batch
 BothValues = tuple[Values, Values]
 
@@ -110,6 +110,10 @@ class Stream(fx.Interpreter):
         known = self.done.union(run)
         return all(known.issuperset(self._roots[source]) for source in node.all_input_nodes)
 
+    def sources(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """The nodes whose values are kept, or were, and from which the inputs of these are known."""
+        return {root for node in nodes for source in node.all_input_nodes for root in self._roots[source]}
+
     def run_nodes(self, values: Values, nodes: Iterable[fx.Node]) -> None:
         """Run `nodes` for one batch; results go into `values`."""
         for node in nodes:
@@ -195,9 +199,7 @@ class Stream(fx.Interpreter):
         """Mark `nodes` as done for every batch; returns the nodes whose values are still needed."""
         self.done.update(nodes)
         waiting = [node for node in self.nodes if node not in self.done and node not in self._remade]
-        return self._kept.union(
-            root for node in waiting for source in node.all_input_nodes for root in self._roots[source]
-        )
+        return self._kept | self.sources(waiting)
 
 
 def _is_opaque(module: nn.Module, node: fx.Node) -> bool:

@@ -134,7 +134,7 @@ class _Passes:
 
     host: Host
     nodes: list[WeightedNode]
-    arguments: list[list[Any]]
+    arguments: Sequence[list[Any]]
     sampling: Sampling
     bar: Progress
 

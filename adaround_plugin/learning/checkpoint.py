@@ -17,11 +17,11 @@ from torch import Tensor
 
 from adaround_plugin.digests import digest
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError
-from adaround_plugin.graph.compat import tree_flatten
 from adaround_plugin.graph.fingerprint import differing, fingerprint
 from adaround_plugin.hosts.base import Host
 from adaround_plugin.learning.decisions import decode, encode
 from adaround_plugin.learning.report_builder import written_out
+from adaround_plugin.regions.batches import batch_digest
 from adaround_plugin.storage import read_tensors, write_tensors
 
 __all__ = ["Checkpoint", "FolderCheckpoint", "identity"]
@@ -149,13 +149,8 @@ def identity(
             node.name: digest(node.grid.scale, node.grid.zero_point, str(node.weight.device)) for node in host.nodes
         },
         "data": {"batches": str(len(arguments))}
-        | {f"batch {number}": _batch_digest(of_batch) for number, of_batch in enumerate(arguments)},
+        | {f"batch {number}": batch_digest(of_batch) for number, of_batch in enumerate(arguments)},
     }
-
-
-def _batch_digest(arguments: list[Any]) -> str:
-    leaves, structure = tree_flatten(arguments)
-    return digest(repr(structure), *(leaf if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves))
 
 
 def _others(before: Identity, now: Identity) -> str:

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 
 from adaround_plugin.graph.ends import ends_of
+from adaround_plugin.graph.memory import Memory
 from adaround_plugin.graph.streams import Stream, tensors
+from adaround_plugin.graph.value_files import Kept
 from adaround_plugin.hosts.base import Host, open_streams
 from adaround_plugin.learning.output_error import OutputTally
 from adaround_plugin.learning.passes import Pass
+from adaround_plugin.regions.batches import Batches
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.pieces import stand_alone
 from adaround_plugin.regions.spread import put_together, whole
@@ -54,17 +57,21 @@ class Comparison:
         host: of the network.
         arguments: of each batch, as the host's graphs take them.
         sampling: which samples are held out.
+        memory: where what is compared on is kept; None for one without limit.
     """
 
-    def __init__(self, host: Host, arguments: list[list[Any]], sampling: Sampling) -> None:
-        self._host = host
+    def __init__(
+        self, host: Host, arguments: Sequence[list[Any]], sampling: Sampling, memory: Memory | None = None
+    ) -> None:
+        self._host, self._memory = host, memory or Memory()
         self._exact, self._quantized = open_streams(host)
         largest = sampling.largest
         values, size = self._exact.bind(arguments[largest]), sampling.size[largest]
         alone = stand_alone(self._exact, values, size, fixed=host.batch_size is not None)
-        self._batches, self._judged = _part(arguments, sampling, host.batch_size, alone)
+        batches, self._judged = _part(arguments, sampling, host.batch_size, alone)
+        self._batches = Batches.of(batches, self._memory)
         # the float network's outputs of each batch, once they are known
-        self._answers: list[list[torch.Tensor]] = []
+        self._answers: list[Kept] = []
 
     def error(
         self, roundings: Mapping[str, LayerRounding], scales: Mapping[str, float], variances: Sequence[float]
@@ -84,8 +91,8 @@ class Comparison:
         tally = OutputTally(Sampling.of(self._batches, 0, 1, 0), variances)
         for number, batch in enumerate(self._batches):
             if number == len(self._answers):
-                self._answers.append(self._outputs(self._exact, batch))
-            tally.add(number, self._answers[number], self._outputs(stream, batch))
+                self._answers += self._memory.keep([self._outputs(self._exact, batch)])
+            tally.add(number, self._answers[number].value, self._outputs(stream, batch))
         found = replace(tally.finish(), held_out=self._judged).mean
         return found if isfinite(found) else inf
 
@@ -154,7 +161,7 @@ def _runs(names: Sequence[str]) -> list[Sequence[str]]:
 
 
 def _part(
-    arguments: list[list[Any]], sampling: Sampling, batch_size: int | None, alone: bool
+    arguments: Sequence[list[Any]], sampling: Sampling, batch_size: int | None, alone: bool
 ) -> tuple[list[list[Any]], torch.Tensor]:
     """Batches to compare on, and which of their samples are judged.
 
@@ -177,5 +184,6 @@ def _part(
     of_batch = torch.split(held, list(sampling.size))
     # of those with held-out samples, if there are such
     usable = [batch for batch, one in enumerate(of_batch) if bool(one.any())] or list(range(len(arguments)))
-    chosen = [usable[i] for i in whole([arguments[batch] for batch in usable], max(_LEAST_SAMPLES, int(held.sum())))]
+    sizes = [sampling.size[batch] for batch in usable]
+    chosen = [usable[i] for i in whole(sizes, max(_LEAST_SAMPLES, int(held.sum())))]
     return [arguments[batch] for batch in chosen], torch.cat([of_batch[batch] for batch in chosen])

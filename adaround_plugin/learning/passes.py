@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,12 +13,16 @@ import torch
 from torch import fx
 
 from adaround_plugin.graph.ends import ends_of
+from adaround_plugin.graph.kept_values import BatchValues, KeptValues
+from adaround_plugin.graph.memory import Memory
 from adaround_plugin.graph.streams import BothValues, tensors
+from adaround_plugin.graph.transforms import origin
 from adaround_plugin.hosts.base import Host, WeightedNode, open_streams
 from adaround_plugin.learning.checkpoint import Checkpoint
 from adaround_plugin.learning.output_error import OutputError, OutputTally
 from adaround_plugin.learning.report_builder import ReportBuilder
 from adaround_plugin.learning.shared import Shared
+from adaround_plugin.regions.batches import Batches
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.forward import Place
 from adaround_plugin.rounding.result import LayerRounding
@@ -33,7 +37,7 @@ Plan = tuple[list[fx.Node], list[fx.Node]]
 class Snapshot:
     """How far the quantized stream had got, and what both streams knew of each batch."""
 
-    values: list[BothValues]
+    values: BatchValues
     done: frozenset[fx.Node]
 
 
@@ -44,6 +48,7 @@ class Pass:
         host: of the network.
         arguments: of each batch, as the host's graphs take them.
         sampling: which columns are used, and which samples are held out.
+        memory: keeps what the streams know of the batches; None for one without limit.
         excluded: names of the weighted nodes that stay nearest.
         seed: of all that is drawn.
         report: takes what is to be reported.
@@ -53,7 +58,8 @@ class Pass:
 
     Attributes:
         streams: the float and the quantized stream.
-        values: what they keep of each batch.
+        values: what they know of each batch.
+        memory: where that is kept.
         roundings: by name of the weighted node; round-to-nearest until it is decided.
         scales: what was learned for activations, by name of the observer.
         seconds: by phase; `layer_seconds` by weighted node.
@@ -62,9 +68,10 @@ class Pass:
     def __init__(
         self,
         host: Host,
-        arguments: list[list[Any]],
+        arguments: Sequence[list[Any]],
         sampling: Sampling,
         *,
+        memory: Memory | None = None,
         excluded: frozenset[str] = frozenset(),
         seed: int = 0,
         report: ReportBuilder,
@@ -76,15 +83,17 @@ class Pass:
         self.host, self.sampling, self.excluded, self.seed = host, sampling, excluded, seed
         self.report, self.shared = report, shared
         self.streams = open_streams(host)
-        exact = [self.streams[0].bind(of_batch) for of_batch in arguments]
+        batches = arguments if isinstance(arguments, Batches) else Batches.lent(arguments)
+        given = [batches.kept(batch) for batch in range(len(batches))]
+        exact = [KeptValues(self.streams[0].bind(of_batch)) for of_batch in given]
         if beside is not None:
             self.streams = beside.streams[0], self.streams[1]
-            exact = [of_batch for of_batch, _ in beside.values]
+            exact = beside.values.exact()
         for stream in self.streams:
             stream.keep(ends_of(stream))
-        self.values: list[BothValues] = [
-            (of_float, self.streams[1].bind(of_batch)) for of_float, of_batch in zip(exact, arguments, strict=True)
-        ]
+        self.memory = memory or Memory()
+        quantized = [KeptValues(self.streams[1].bind(of_batch)) for of_batch in given]
+        self.values: BatchValues = BatchValues(self.memory, zip(exact, quantized, strict=True))
         self.roundings: dict[str, LayerRounding] = {}
         for node in host.nodes:
             self.set_rounding(node, node.nearest)
@@ -135,7 +144,7 @@ class Pass:
 
     def forget_values(self) -> None:
         """Free what both streams know of the batches, when all is decided."""
-        self.values = []
+        self.values = BatchValues(self.memory, [])
 
     def plan(self, pending: list[WeightedNode]) -> Plan:
         """The nodes of both streams that depend on no pending weight."""
@@ -155,20 +164,34 @@ class Pass:
 
     def forward(self, plan: Plan, visit: Callable[[int, BothValues], None] | None = None) -> None:
         """Run the planned nodes for every batch, visit it, and free what no later node needs."""
+        is_first = self.streams[1].done == set(self.streams[1].placeholders)
+        reads = [stream.sources(nodes) for stream, nodes in zip(self.streams, plan, strict=True)]
         needed = tuple(stream.finish(nodes) for stream, nodes in zip(self.streams, plan, strict=True))
-        for batch, values in enumerate(self.values):
+        for batch, values in self.values.visit(*reads):
             self._run(plan, values)
+            if is_first:
+                self._share(plan, values)
             if visit is not None:
                 visit(batch, values)
             for of_batch, keep in zip(values, needed, strict=True):
                 for dead in of_batch.keys() - keep:
                     del of_batch[dead]
+        self.values.read_ahead(*needed)
+
+    @staticmethod
+    def _share(plan: Plan, values: tuple[KeptValues, KeptValues]) -> None:
+        """Keep once what both streams have in common before anything is quantized."""
+        exact, quantized = values
+        counterpart = {origin(node): node for node in plan[0] if node in exact}
+        for node in plan[1]:
+            source = counterpart.get(origin(node))
+            if source is not None and _are_same(exact[source], quantized[node]):
+                quantized.share(node, exact, source)
 
     def look_ahead(self, visit: Callable[[int, BothValues], None]) -> None:
         """Visit every batch with all nodes run, weights rounded as they are now; what runs here is run again later."""
         plan = self.plan([])
-        for batch, (exact, quantized) in enumerate(self.values):
-            values = dict(exact), dict(quantized)
+        for batch, values in enumerate(self.values):
             self._run(plan, values)
             visit(batch, values)
 
@@ -179,20 +202,17 @@ class Pass:
 
     def snapshot(self) -> Snapshot:
         """What is needed to come back to here, and to learn from here; it keeps all values alive."""
-        return Snapshot(
-            [(dict(exact), dict(quantized)) for exact, quantized in self.values], frozenset(self.streams[1].done)
-        )
+        return Snapshot(self.values.copy(), frozenset(self.streams[1].done))
 
     def rewind(self, snapshot: Snapshot) -> None:
         """Let the quantized stream run again from there, on the roundings of now."""
-        pairs = zip(self.values, snapshot.values, strict=True)
-        self.values = [(exact, again) for (exact, _), (_, again) in pairs]
+        self.values = self.values.with_quantized_of(snapshot.values)
         self.streams[1].done = set(snapshot.done)
 
     def place(self, snapshot: Snapshot | None = None) -> Place:
         """How far the pass has got now, or had got at a snapshot."""
         values = self.values if snapshot is None else snapshot.values
-        return Place(self.host, self.streams, values, self.roundings, self.sampling)
+        return Place(self.host, self.streams, values, self.roundings, self.sampling, self.memory)
 
     def finish(self) -> OutputError:
         """Run to the end; the error of the network's ends (`ends_of`)."""
@@ -223,3 +243,16 @@ class Pass:
         self.seconds[phase] += seconds
         if node is not None:
             self.layer_seconds[node.name] += seconds
+
+
+def _are_same(one: Any, other: Any) -> bool:
+    """Whether two values are one tensor's worth, laid out alike."""
+    return (
+        type(one) is type(other) is torch.Tensor
+        and one is not other
+        and (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device)
+        and not one.is_quantized
+        and one.layout == other.layout == torch.strided
+        and one.stride() == other.stride()
+        and torch.equal(one, other)
+    )

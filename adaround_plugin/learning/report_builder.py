@@ -185,6 +185,7 @@ class ReportBuilder:
         versions: dict[str, str],
         weights: dict[str, str],
         recalled: int,
+        memory: dict[str, int],
     ) -> Report:
         """The report; arguments as in `Report`, but for the settings, which are the objects themselves."""
         return Report(
@@ -203,6 +204,7 @@ class ReportBuilder:
             versions=versions,
             weights=weights,
             recalled=recalled,
+            memory=memory,
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.graph.memory import Memory
 from adaround_plugin.hosts.base import Host, open_streams
 from adaround_plugin.learning.checkpoint import Checkpoint
 from adaround_plugin.learning.layer import Recipe
@@ -20,6 +21,7 @@ from adaround_plugin.learning.output_error import OutputError
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import ReportBuilder
 from adaround_plugin.learning.shared import Shared
+from adaround_plugin.regions.batches import Batches, sizes_of
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.importance import sensitivities
 from adaround_plugin.regions.pieces import is_separable, piece, takes_one
@@ -50,12 +52,13 @@ _SURE = 1.0
 def choose_recipe(
     method: Method,
     host: Host,
-    arguments: list[list[Any]],
+    arguments: Sequence[list[Any]],
     *,
     excluded: frozenset[str],
     seed: int,
     report: ReportBuilder,
     checkpoint: Checkpoint,
+    memory: Memory,
 ) -> LayerWise:
     """The options of a method's layers, with a recipe for what is open.
 
@@ -70,6 +73,7 @@ def choose_recipe(
         seed: of the pass.
         report: takes the trials.
         checkpoint: keeps the choice.
+        memory: where values are kept.
 
     Raises:
         InvalidOptionError: an option that is not open asks for derivatives that cannot be taken.
@@ -82,7 +86,7 @@ def choose_recipe(
         return layers.with_recipe(recipes[-1])
 
     def choose() -> _Chosen:
-        trials = _Trials(layers, host, arguments, excluded, seed, report)
+        trials = _Trials(layers, host, arguments, excluded, seed, report, memory)
         return _Chosen(_best(layers, recipes, trials, report), report.trials)
 
     chosen = checkpoint.decide("recipe", "", _Chosen, choose)
@@ -117,21 +121,22 @@ class _Trials:
 
     Args:
         layers: the options, of which a recipe takes some.
-        host, arguments, excluded, seed, report: as of `choose_recipe`.
+        host, arguments, excluded, seed, report, memory: as of `choose_recipe`.
     """
 
     def __init__(
         self,
         layers: LayerWise,
         host: Host,
-        arguments: list[list[Any]],
+        arguments: Sequence[list[Any]],
         excluded: frozenset[str],
         seed: int,
         report: ReportBuilder,
+        memory: Memory,
     ) -> None:
         self._layers, self._host, self._arguments = layers, host, arguments
         self._excluded, self._seed, self._report = excluded, seed, report
-        self._shared = Shared()
+        self._shared, self._memory = Shared(), memory
         whole = Sampling.of(arguments, 0, 1, 0)
         learned = max(_LEAST_SAMPLES, whole.total // _TRIAL_SHARE)
         self._total, self._size = whole.total, whole.size[whole.largest]
@@ -142,14 +147,14 @@ class _Trials:
             if is_separable(stream, stream.bind(arguments[whole.largest]), self._size):
                 self._size = self._wanted
 
-    def _part(self, offset: float = 0.5) -> list[list[Any]]:
-        return spread(self._arguments, self._wanted, self._size, offset)
+    def _part(self, offset: float = 0.5) -> Batches:
+        return Batches.of(spread(self._arguments, self._wanted, self._size, offset), self._memory)
 
     def problem_of_derivatives(self) -> str | None:
         """Why the network's output has no derivatives, if it has none."""
         stream, _ = open_streams(self._host)
         whole = stream.bind(self._arguments[0])
-        length = Sampling.of(self._arguments[:1], 0, 1, 0).total
+        length = sizes_of(self._arguments)[0]
         # operators that have no derivative have none of one sample either
         size = 1 if self._host.batch_size is None and takes_one(stream, whole, length) else length
         try:
@@ -207,6 +212,7 @@ class _Trials:
                 self._host,
                 part,
                 sampling,
+                memory=self._memory,
                 excluded=self._excluded,
                 seed=self._seed,
                 report=self._report,

@@ -6,7 +6,7 @@ Both are on the grid of the host's observer and in the paper's search space, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +113,7 @@ class LayerForms:
             return self.node.op.unrows(found, shape).contiguous()
         return found.reshape(shape)
 
-    def _second_moment(self, bound: list[list[Any]], sampling: Sampling) -> Tensor:
+    def _second_moment(self, bound: Sequence[list[Any]], sampling: Sampling) -> Tensor:
         """`E[x x^T]` over the layer's columns in the float model: `(G, D, D)` float64."""
         node, stream = self.node, Stream(self.host.float_graph, self.host.float_graph.graph)
         groups, _, columns = node.op.rows(node.weight).shape

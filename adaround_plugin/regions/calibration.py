@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from adaround_plugin.errors import InvalidBatchError, InvalidOptionError
+from adaround_plugin.graph.memory import Memory
+from adaround_plugin.regions.batches import Batches, input_tensors, read_batches, sizes_of
 from adaround_plugin.rounding.linear_op import Patches
 
-__all__ = ["Sampling", "bind_batches", "input_tensors", "sample_count"]
+__all__ = ["Sampling", "bind_batches"]
 
 _log = logging.getLogger(__name__)
 _GOLDEN = 0.6180339887498949
@@ -31,16 +33,18 @@ def bind_batches(
     batches: Iterable[Any],
     inputs: Callable[[Any], Any] | None,
     argument: str = "data",
-) -> list[list[Any]]:
+    memory: Memory | None = None,
+) -> Batches:
     """The arguments of every batch, as the model's graph takes them.
 
     Args:
         model: whose parameters say on which device batches must lie, if all of them lie on one.
         signature: its inputs.
         flatten: from bound arguments to the values of the graph's placeholders; raises `ValueError` on a misfit.
-        batches: a DataLoader, a list, any iterable; an iterator is read once and kept.
+        batches: a DataLoader, a list, any iterable; a list stays where it is.
         inputs: maps a batch to the model's inputs, for example `lambda batch: batch[0]` to drop labels.
         argument: what the caller calls the batches, for errors.
+        memory: where batches are kept that a loader or `inputs` makes; None keeps all of them in memory.
 
     Raises:
         InvalidBatchError: no batches, or a batch that does not fit the signature, or lies on another device.
@@ -52,15 +56,18 @@ def bind_batches(
         raise InvalidBatchError(
             argument, f"is one {type(batches).__name__}, not a sequence of batches", "Pass [batch] instead."
         )
-    try:
-        iterator = iter(batches)
-    except TypeError:
+    if not isinstance(batches, Iterable) and not hasattr(type(batches), "__getitem__"):
         raise InvalidBatchError(
             argument, f"{type(batches).__name__} is not iterable", "Pass a DataLoader or a list of batches."
-        ) from None
+        )
     devices = {parameter.device for parameter in model.parameters()}
     device = devices.pop() if len(devices) == 1 else None
-    bound = [_bind(device, signature, flatten, batch, inputs, i) for i, batch in enumerate(iterator)]
+
+    def bind(batch: Any, number: int) -> list[Any]:
+        return _bind(device, signature, flatten, batch, inputs, number)
+
+    owned = inputs is not None or not isinstance(batches, Sequence)
+    bound = read_batches(batches, bind, memory or Memory(), owned=owned)
     if not bound:
         raise InvalidBatchError(
             argument, "has no batches (perhaps an iterator that was already used up)", "Pass a list or a DataLoader."
@@ -137,21 +144,6 @@ def _array(value: Any) -> Any:
     return next((one for one in found if one is not None), None)
 
 
-def input_tensors(value: Any) -> list[Tensor]:
-    """The tensors in a nested input, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return [tensor for item in value for tensor in input_tensors(item)] if isinstance(value, list | tuple) else []
-
-
-def sample_count(arguments: list[Any]) -> int:
-    """Length of the leading axis of the first tensor."""
-    first = input_tensors(arguments)[0]
-    return first.shape[0] if first.dim() else 1
-
-
 @dataclass(frozen=True)
 class Sampling:
     """Which columns of a layer's design matrix are used, and which samples are held out: deterministic and even.
@@ -178,13 +170,13 @@ class Sampling:
 
     @classmethod
     def of(
-        cls, bound: list[list[Any]], holdout: float, max_columns: int, seed: int, per_weight: int = per_weight
+        cls, bound: Sequence[list[Any]], holdout: float, max_columns: int, seed: int, per_weight: int = per_weight
     ) -> Sampling:
         """The sampling of bound batches with a share `holdout` held out (at least one sample, if there are two).
 
         A share of one in `k` is one of each `k` samples; any other one is met to the nearest sample.
         """
-        size = tuple(sample_count(arguments) for arguments in bound)
+        size = sizes_of(bound)
         *first, total = accumulate(size, initial=0)
         every: Fraction | int = 0
         if holdout > 0 and total > 1:

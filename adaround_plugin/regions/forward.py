@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 
 from adaround_plugin.graph.calls import CallSite
 from adaround_plugin.graph.compat import learnable_fake_quantize
+from adaround_plugin.graph.memory import Memory
 from adaround_plugin.graph.paths import Path, fake_quantized, quantizes, run_node
 from adaround_plugin.graph.selection import chosen_rows
 from adaround_plugin.graph.streams import BothValues, Values, unpacks
@@ -52,6 +53,7 @@ class Place:
         values: what the streams keep of each batch.
         roundings: by name of the weighted node, as they are now.
         sampling: which samples are held out.
+        memory: where values are kept.
     """
 
     host: Host
@@ -59,6 +61,7 @@ class Place:
     values: Sequence[BothValues]
     roundings: Mapping[str, LayerRounding]
     sampling: Sampling
+    memory: Memory
 
     @cached_property
     def sites(self) -> dict[fx.Node, tuple[WeightedNode, CallSite]]:

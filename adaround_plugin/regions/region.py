@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from adaround_plugin.errors import is_out_of_memory
+from adaround_plugin.graph.memory import KeptRows, Memory
 from adaround_plugin.graph.streams import unpacks
+from adaround_plugin.graph.value_files import Kept
 from adaround_plugin.hosts.base import ActivationQuantizer, WeightedNode
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.forward import Exit, Forward, Place, Targets
@@ -68,8 +70,38 @@ class _Part:
 
     def gathered(self, index: Tensor) -> _Part:
         """The values of some samples, if these are all of them stacked."""
-        lists = (self.targets, self.entries, self.exact, self.importance)
-        return _Part(*(gathered(values, index) for values in lists))
+        return _Part(*(gathered(values, index) for values in self.lists))
+
+    @property
+    def lists(self) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+        """Targets, entries, exact values and importance."""
+        return self.targets, self.entries, self.exact, self.importance
+
+
+class _KeptParts(Sequence[_Part]):
+    """The caller's batches, of which nobody may know the importance."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._kept = list[list[Kept]]()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, batch: Any) -> Any:
+        return _Part(*(one.value for one in self._kept[batch]))
+
+    def append(self, part: _Part) -> None:
+        """Keep one more."""
+        self._kept.append(self._memory.keep(part.lists))
+
+    def weigh(self, factors: Sequence[list[Tensor]] | None) -> None:
+        """Multiply the importance by factors, of each batch at every exit; None forgets it."""
+        for batch, part in enumerate(self):
+            weights = []
+            if factors is not None:
+                weights = [one * factor for one, factor in zip(part.importance, factors[batch], strict=True)]
+            self._kept[batch][-1:] = self._memory.keep([weights])
 
 
 class Region:
@@ -125,21 +157,22 @@ class Region:
         counterparts = self._forward.float_counterparts(self._place.streams, values[0][0])
         pairs = zip(self._forward.entries, counterparts, strict=True)
         self.without_counterpart = [node.name for node, counterpart in pairs if counterpart is None]
-        parts = [self._part(batch, counterparts, propagate_error) for batch in range(len(values))]
+        parts = _KeptParts(self._place.memory)
+        for batch in range(len(values)):
+            part = self._part(batch, counterparts, propagate_error)
+            self.has_samples &= all(sampling.has_samples(batch, target.shape[0]) for target in part.targets)
+            parts.append(part)
         if self.is_unweighed:
-            parts = [_Part(part.targets, part.entries, part.exact, []) for part in parts]
-        self.has_samples = all(
-            sampling.has_samples(i, target.shape[0]) for i, part in enumerate(parts) for target in part.targets
-        )
-        if self.has_samples:
-            _temper([part.importance for part in parts], sampling)
-        stacked = _stacked(parts, sampling.size)
+            parts.weigh(None)
+        elif self.has_samples and self._drawing.weighs_outputs:
+            parts.weigh(_tempering([part.importance for part in parts], sampling))
+        stacked = _stacked(parts, sampling.size, self._place.memory)
         self.resampled = stacked is not None and self._separable(stacked.entries, parts)
         held = [sampling.held_out(batch, size) & self.has_samples for batch, size in enumerate(sampling.size)]
+        self._parts: Sequence[_Part] = parts
+        self._held = held
         if stacked is not None and self.resampled:
             self._parts, self._held = [stacked], [torch.cat(held)]
-        else:
-            self._parts, self._held = parts, held
 
     def _part(self, batch: int, counterparts: list[fx.Node | None], propagate_error: bool) -> _Part:
         """One of the caller's batches."""
@@ -167,10 +200,10 @@ class Region:
         self.is_unweighed |= len(known) < len(found)
         return known
 
-    def _separable(self, stacked: list[Any], parts: list[_Part]) -> bool:
+    def _separable(self, stacked: list[Any], parts: Sequence[_Part]) -> bool:
         """Whether samples give the same however they are put together: tried on the float weights."""
         weights, none = [node.weight for node in self.nodes], [None] * len(self.nodes)
-        some = parts[:1] if self._batch_size else parts[:2]
+        some = [parts[batch] for batch in range(min(len(parts), 1 if self._batch_size else 2))]
         count = sum(self._sampling.size[: len(some)])
         # in another order, and one less where the graphs take any number
         index = torch.arange(count, device="cpu").flip(0)[: count if self._batch_size else max(1, count - 1)]
@@ -251,15 +284,15 @@ class Region:
         return [float(torch.stack(squares[node.name]).mean().sqrt()) for node in self.nodes]
 
 
-def _temper(importance: list[list[Tensor]], sampling: Sampling) -> None:
-    """Where few samples carry nearly all of the weights of entries, make their totals more alike, in place.
+def _tempering(importance: list[list[Tensor]], sampling: Sampling) -> list[list[Tensor]]:
+    """Factors for the weights of entries, of each batch at every exit.
+
+    Where few samples carry nearly all of the weight, their totals are made more alike.
 
     Args:
         importance: of each batch, at every exit.
         sampling: of the batches.
     """
-    if not any(importance):
-        return
     samples = [
         [sampling.first[batch] + sampling.samples(batch, one.shape[0], one.device) for one in of_batch]
         for batch, of_batch in enumerate(importance)
@@ -269,9 +302,13 @@ def _temper(importance: list[list[Tensor]], sampling: Sampling) -> None:
         for one, number in zip(weights, numbers, strict=True):
             totals.index_add_(0, number.to(totals.device), _sums(one).to(totals))
     factor = tempered(totals)
-    for weights, numbers in zip(importance, samples, strict=True):
-        for one, number in zip(weights, numbers, strict=True):
-            one.mul_(factor.to(one)[number].reshape(-1, *[1] * (one.dim() - 1)))
+    return [
+        [
+            factor.to(one)[number].reshape(-1, *[1] * (one.dim() - 1))
+            for one, number in zip(weights, numbers, strict=True)
+        ]
+        for weights, numbers in zip(importance, samples, strict=True)
+    ]
 
 
 def _sums(values: Tensor) -> Tensor:
@@ -279,19 +316,13 @@ def _sums(values: Tensor) -> Tensor:
     return values.sum(tuple(range(1, values.dim()))) if values.dim() > 1 else values
 
 
-def _stacked(parts: list[_Part], sizes: Sequence[int]) -> _Part | None:
+def _stacked(parts: Sequence[_Part], sizes: Sequence[int], memory: Memory) -> _Part | None:
     """The values of all samples; None if these cannot be told apart."""
 
-    def together(columns: list[list[Any]]) -> list[Any]:
-        return [stack(values, sizes) for values in zip(*columns, strict=True)]
-
+    # of targets, entries and so on, what each batch has
+    kinds = zip(*(part.lists for part in parts), strict=True)
     try:
-        return _Part(
-            together([part.targets for part in parts]),
-            together([part.entries for part in parts]),
-            together([part.exact for part in parts]),
-            together([part.importance for part in parts]),
-        )
+        return _Part(*([stack(values, sizes, memory) for values in zip(*kind, strict=True)] for kind in kinds))
     except ValueError:
         return None
 
@@ -304,7 +335,7 @@ def _same_rows(outputs: Tensor, output: Tensor, count: int, index: Tensor) -> bo
     """Whether `output` has the runs of `outputs` (`count` of them) that `index` names, but for rounding."""
     if outputs.shape[0] % count:
         return False
-    expected = Rows(outputs.reshape(count, -1, *outputs.shape[1:])).take(index)
+    expected = Rows(KeptRows(Kept(outputs), outputs.device), outputs.shape[0] // count).take(index)
     return expected.shape == output.shape and bool((expected - output).square().sum() <= 1e-3 * expected.square().sum())
 
 

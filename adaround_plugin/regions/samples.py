@@ -9,21 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaround_plugin.graph.memory import KeptRows, Memory
+
 __all__ = ["Rows", "gathered", "stack"]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A tensor with an equal run of its leading axis for each sample: `(samples, run, ...)`."""
+    """A tensor with an equal run of its leading axis for each sample.
 
-    values: Tensor
+    Attributes:
+        values: `(samples * run, ...)`.
+        run: how many entries each sample has.
+    """
+
+    values: KeptRows
+    run: int
 
     def take(self, index: Tensor) -> Tensor:
         """The runs of some samples, as the leading axis of one tensor."""
-        return self.values[index.to(self.values.device)].flatten(0, 1)
+        if self.run == 1:
+            return self.values.take(index)
+        places = index.unsqueeze(1) * self.run + torch.arange(self.run, device=index.device)
+        return self.values.take(places.flatten())
 
 
-def stack(values: Sequence[Any], sizes: Sequence[int]) -> Any:
+def stack(values: Sequence[Any], sizes: Sequence[int], memory: Memory) -> Any:
     """The values that one node has in every batch, as `Rows`; in a tuple or list, entry by entry.
 
     Values that are the same in all batches stay as they are: whether they depend on the size of these is not seen here.
@@ -31,29 +42,29 @@ def stack(values: Sequence[Any], sizes: Sequence[int]) -> Any:
     Args:
         values: one for each batch.
         sizes: samples in each batch.
+        memory: where they are kept.
 
     Raises:
         ValueError: samples cannot be told apart in the values, which may depend on the size of the batch.
     """
     first = values[0]
     if isinstance(first, Tensor):
-        return _rows([value.dequantize() if value.is_quantized else value for value in values], sizes)
+        return _rows(values, sizes, memory)
     if isinstance(first, tuple | list):
         if type(first) not in (tuple, list) or len({len(value) for value in values}) > 1:
             raise ValueError("a structure of its own")
-        return type(first)(stack(entries, sizes) for entries in zip(*values, strict=True))
+        return type(first)(stack(entries, sizes, memory) for entries in zip(*values, strict=True))
     if any(value != first for value in values):
         raise ValueError("a number that depends on the batch")
     return first
 
 
-def _rows(values: list[Tensor], sizes: Sequence[int]) -> Rows | Tensor:
+def _rows(values: Sequence[Tensor], sizes: Sequence[int], memory: Memory) -> Rows | Tensor:
     first = values[0]
     runs = {value.shape[0] / size if value.dim() else 0.0 for value, size in zip(values, sizes, strict=True)}
     run = runs.pop()
     if not runs and run >= 1 and run.is_integer() and all(value.shape[1:] == first.shape[1:] for value in values):
-        joined = torch.cat(values)
-        return Rows(joined.reshape(sum(sizes), int(run), *first.shape[1:]))
+        return Rows(memory.keep_rows(values), int(run))
     if all(torch.equal(value, first) for value in values):
         return first
     raise ValueError("a tensor without an axis of samples")

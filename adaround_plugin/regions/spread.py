@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adaround_plugin.graph.compat import tree_flatten, tree_unflatten
-from adaround_plugin.regions.calibration import input_tensors, sample_count
+from adaround_plugin.regions.batches import input_tensors, sizes_of
 
 __all__ = ["put_together", "spread", "whole"]
 
 
-def spread(arguments: list[list[Any]], wanted: int, size: int, offset: float = 0.5) -> list[list[Any]]:
+def spread(arguments: Sequence[list[Any]], wanted: int, size: int, offset: float = 0.5) -> Sequence[list[Any]]:
     """About `wanted` samples that are spread evenly over all batches, in batches of `size`.
 
     Where samples cannot be put together, whole batches are taken.
@@ -25,25 +26,32 @@ def spread(arguments: list[list[Any]], wanted: int, size: int, offset: float = 0
         size: samples of a batch of the result, at most as many as there are.
         offset: at least 0 and below 1, where between two samples that are taken the first lies.
     """
-    total = sum(map(sample_count, arguments))
+    sizes = sizes_of(arguments)
+    total = sum(sizes)
     if total <= wanted:
         return arguments
     count = min(-(-wanted // size), total // size)
     chosen = _evenly(count * size, total, offset)
     # every batch of the result is spread over all samples itself
     found = put_together(arguments, [number for start in range(count) for number in chosen[start::count]], size)
-    return [arguments[batch] for batch in whole(arguments, wanted, offset)] if found is None else found
+    return [arguments[batch] for batch in whole(sizes, wanted, offset)] if found is None else found
 
 
-def whole(arguments: list[list[Any]], wanted: int, offset: float = 0.5) -> list[int]:
-    """The numbers of evenly spaced batches that have about `wanted` samples; at least one."""
-    total = sum(map(sample_count, arguments))
-    count = min(len(arguments), max(1, wanted * len(arguments) // total))
-    return _evenly(count, len(arguments), offset)
+def whole(sizes: Sequence[int], wanted: int, offset: float = 0.5) -> list[int]:
+    """The numbers of evenly spaced batches that have about `wanted` samples; at least one.
+
+    Args:
+        sizes: samples of each batch.
+        wanted, offset: as of `spread`.
+    """
+    count = min(len(sizes), max(1, wanted * len(sizes) // sum(sizes)))
+    return _evenly(count, len(sizes), offset)
 
 
-def put_together(arguments: list[list[Any]], numbers: Sequence[int], size: int) -> list[list[Any]] | None:
+def put_together(arguments: Sequence[list[Any]], numbers: Sequence[int], size: int) -> list[list[Any]] | None:
     """Samples put together to batches of `size`; the last is smaller where they do not come out even.
+
+    Batches are gone through once, in order.
 
     Args:
         arguments: of each batch.
@@ -54,25 +62,35 @@ def put_together(arguments: list[list[Any]], numbers: Sequence[int], size: int) 
         None where samples cannot be put together: inputs of several shapes, or what is no axis of samples and differs
         from batch to batch, or what may be one or not.
     """
-    lengths = [sample_count(of_batch) for of_batch in arguments]
-    flat = [tree_flatten(of_batch) for of_batch in arguments]
-    structure = flat[0][1]
-    # of each input, its values in all batches
-    inputs = list(zip(*(leaves for leaves, _ in flat), strict=False))
-    counted = input_tensors(arguments[0])[0]
-    axes = [_has_samples(values, lengths, values[0] is counted, size == max(lengths) == 1) for values in inputs]
-    if None in axes or any(other != structure for _, other in flat):
+    lengths, wanted = sizes_of(arguments), set(numbers)
+    is_single = size == max(lengths) == 1
+    inputs, structure = list[_Input](), tree_flatten(arguments[0])[1]
+    # of each sample that is taken, its part of every input
+    rows: dict[int, list[Any]] = {}
+    for first, length, of_batch in zip(accumulate(lengths, initial=0), lengths, arguments, strict=False):
+        leaves, found = tree_flatten(of_batch)
+        if found != structure:
+            return None
+        if not inputs:
+            counted = input_tensors(of_batch)[0]
+            inputs = [_Input(leaf, leaf is counted) for leaf in leaves]
+        for one, leaf in zip(inputs, leaves, strict=True):
+            one.add(leaf, length)
+        for row in range(length):
+            if first + row in wanted:
+                rows[first + row] = [leaf[row].clone() if _has_rows(leaf, length) else None for leaf in leaves]
+    axes = [one.has_samples(is_single) for one in inputs]
+    if None in axes:
         return None
-    places = [(batch, row) for batch, length in enumerate(lengths) for row in range(length)]
-    found: list[list[Any]] = []
+    batches: list[list[Any]] = []
     for start in range(0, len(numbers), size):
-        rows = [places[number] for number in numbers[start : start + size]]
+        taken = [rows[number] for number in numbers[start : start + size]]
         leaves = [
-            torch.stack([values[batch][row] for batch, row in rows]) if has_samples else values[0]
-            for values, has_samples in zip(inputs, axes, strict=True)
+            torch.stack([of_sample[number] for of_sample in taken]) if has_samples else one.first
+            for number, (one, has_samples) in enumerate(zip(inputs, axes, strict=True))
         ]
-        found.append(tree_unflatten(leaves, structure))
-    return found
+        batches.append(tree_unflatten(leaves, structure))
+    return batches
 
 
 def _evenly(count: int, total: int, offset: float) -> list[int]:
@@ -80,29 +98,50 @@ def _evenly(count: int, total: int, offset: float) -> list[int]:
     return [int((number + offset) * total / count) for number in range(count)]
 
 
-def _has_samples(values: Sequence[Any], lengths: list[int], is_counted: bool, is_single: bool) -> bool | None:
-    """Whether an input has an axis of samples in front.
+def _has_rows(value: Any, length: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == length
 
-    None if samples of it cannot be put together, or if nobody can tell: an input that is the same in all batches may be
-    a constant that is as long as they are.
+
+class _Input:
+    """What is known of one input in all batches.
 
     Args:
-        values: in all batches.
-        lengths: samples of each batch.
-        is_counted: whether these are its lengths.
-        is_single: whether batches of one are to be made of batches of one: a constant may be either then.
+        first: its value in the first batch.
+        is_counted: whether its length is that of the batches.
     """
-    first = values[0]
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    if not tensors:
-        return False if all(isinstance(value, Hashable) and value == first for value in values) else None
-    if len(tensors) < len(values) or len({(one.shape[1:], one.dtype, one.device) for one in tensors}) > 1:
-        return None
-    is_constant = all(torch.equal(value, first) for value in values)
-    if is_constant and not is_counted and is_single:
-        return False
-    if not all(value.dim() and len(value) == length for value, length in zip(values, lengths, strict=True)):
-        return False if is_constant else None
-    # as masks and token types often are
-    is_uniform = len(first) > 1 and bool((first == first[:1]).all())
-    return True if is_counted or is_uniform or not is_constant else None
+
+    def __init__(self, first: Any, is_counted: bool) -> None:
+        self.first, self._is_counted = first, is_counted
+        self._is_constant = self._has_axis = self._is_alike = True
+        # as masks and token types often are
+        self._is_uniform = (
+            isinstance(first, Tensor) and first.dim() > 0 and len(first) > 1 and bool((first == first[:1]).all())
+        )
+
+    def add(self, value: Any, length: int) -> None:
+        """Take note of its value in a batch of so many samples."""
+        first = self.first
+        if not isinstance(first, Tensor) or not isinstance(value, Tensor):
+            are_plain = not isinstance(first, Tensor) and not isinstance(value, Tensor) and isinstance(value, Hashable)
+            self._is_alike = self._is_alike and are_plain and bool(value == first)
+            return
+        self._is_alike &= (value.shape[1:], value.dtype, value.device) == (first.shape[1:], first.dtype, first.device)
+        self._is_constant = self._is_constant and self._is_alike and torch.equal(value, first)
+        self._has_axis &= _has_rows(value, length)
+
+    def has_samples(self, is_single: bool) -> bool | None:
+        """Whether it has an axis of samples in front.
+
+        None if samples of it cannot be put together, or if nobody can tell: an input that is the same in all batches
+        may be a constant that is as long as they are.
+
+        Args:
+            is_single: whether batches of one are to be made of batches of one: a constant may be either then.
+        """
+        if not self._is_alike:
+            return None
+        if not isinstance(self.first, Tensor) or (self._is_constant and not self._is_counted and is_single):
+            return False
+        if not self._has_axis:
+            return False if self._is_constant else None
+        return True if self._is_counted or self._is_uniform or not self._is_constant else None

@@ -112,6 +112,8 @@ class Record:
         versions: of this package and of torch.
         recalled: how many decisions an interrupted run had made, which were recalled from a checkpoint.
         weights: a digest of the float weight that each layer was learned from, excluded layers among them.
+        memory: bytes of batches and of what both networks knew of them: `budget`, `peak` in memory at once, `spilled`
+            to files at once, and all that was `written` to files.
     """
 
     method: str
@@ -129,6 +131,7 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
     recalled: int = 0
+    memory: dict[str, int] = field(default_factory=dict)
 
     @property
     def learned_on_samples(self) -> list[BlockReport]:

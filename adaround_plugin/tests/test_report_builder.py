@@ -71,6 +71,7 @@ def layers(builder: ReportBuilder) -> list[LayerReport]:
         versions={},
         weights={},
         recalled=0,
+        memory={},
     )
     return report.layers
 
@@ -197,6 +198,7 @@ def test_everything_told_is_in_the_report(builder):
         versions={"torch": "1"},
         weights={"a": "0"},
         recalled=2,
+        memory={"peak": 7},
     )
     assert (report.method, report.solver, report.recipe) == ("blocks", "Annealing", "errors propagated")
     assert [layer.name for layer in report.layers] == ["a", "b"]
@@ -209,6 +211,7 @@ def test_everything_told_is_in_the_report(builder):
     # as Python writes them, without addresses
     assert report.settings == {"method": f"({Recipe(damping=0.5)!r}, 'a', Tensor, object)", "seed": "3"}
     assert report.versions == {"torch": "1"}
+    assert report.memory == {"peak": 7}
 
 
 def test_steps_are_shown_as_they_come(monkeypatch):

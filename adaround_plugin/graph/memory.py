@@ -1,0 +1,207 @@
+"""Values that are kept for later: in memory up to a budget, then in files of a temporary folder."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import psutil
+import torch
+from torch import Tensor
+
+from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.graph.compat import tree_flatten
+from adaround_plugin.graph.value_files import (
+    Kept,
+    ValueFile,
+    is_plain,
+    storages,
+    unpacked,
+    write_joined,
+    write_values,
+)
+from adaround_plugin.options import check_integer
+
+__all__ = ["KeptRows", "Memory", "MemoryUse", "free_bytes"]
+
+T = TypeVar("T")
+
+# of what is free, the part that values may take where nobody said how much
+_SHARE = 0.5
+# the limit and the use of a container, where there is one
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """What was kept, in bytes.
+
+    Attributes:
+        peak: the most that values took in memory at once.
+        spilled: the most that was in files at once.
+        written: all that was written to files.
+    """
+
+    peak: int = 0
+    spilled: int = 0
+    written: int = 0
+
+
+class KeptRows:
+    """A tensor of which entries along its leading axis are taken.
+
+    Args:
+        kept: the tensor.
+        device: where what is taken belongs.
+    """
+
+    def __init__(self, kept: Kept, device: torch.device) -> None:
+        self._kept, self._device = kept, device
+
+    def take(self, index: Tensor) -> Tensor:
+        """Entries along the leading axis."""
+        whole: Tensor = self._kept.value
+        return whole[index.to(whole.device)].to(self._device)
+
+
+class Memory:
+    """Keeps values within a budget; a context manager, which removes its files.
+
+    Args:
+        budget: bytes that values may take in memory; None for no limit.
+
+    Attributes:
+        use: what was kept so far.
+    """
+
+    def __init__(self, budget: int | None = None) -> None:
+        self.budget, self.use = budget, MemoryUse()
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._files = 0
+        # of each storage in memory: how many values lie in it, and its bytes
+        self._storages: dict[int, list[int]] = {}
+        self._used = self._on_disk = 0
+
+    @classmethod
+    def of(cls, budget: Any) -> Memory:
+        """By what a caller asks for: bytes, or `"auto"`, half of the memory that is free now.
+
+        Raises:
+            InvalidOptionError: it is neither.
+        """
+        if budget == "auto":
+            return cls(int(_SHARE * free_bytes()))
+        if isinstance(budget, str):
+            raise InvalidOptionError("memory_budget", f"{budget!r} is not known", 'Pass a number of bytes, or "auto".')
+        check_integer("memory_budget", budget, least=0)
+        return cls(budget)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def keep(self, values: Sequence[Any]) -> list[Kept]:
+        """Keep values that nobody else needs, all of them in memory or all in one file.
+
+        Raises:
+            InvalidOptionError: there is no room for them on the disk.
+        """
+        leaves = [tree_flatten(value)[0] for value in values]
+        if self._has_room(storages(leaf for one in leaves for leaf in one)):
+            return [self._held(value, one) for value, one in zip(values, leaves, strict=True)]
+        return self._spilled(lambda path: write_values(path, values))
+
+    def keep_rows(self, parts: Sequence[Tensor]) -> KeptRows:
+        """Keep tensors joined along their leading axis, contiguous, quantized ones as floats.
+
+        Args:
+            parts: alike but for the length of that axis.
+
+        Raises:
+            InvalidOptionError: there is no room for them on the disk.
+        """
+        one = unpacked(parts[0][:0])
+        if self._fits(sum(len(part) for part in parts) * prod(one.shape[1:]) * one.element_size()):
+            (kept,) = self.keep([torch.cat([unpacked(part).contiguous() for part in parts])])
+        else:
+            kept = self._spilled(lambda path: write_joined(path, parts))
+        return KeptRows(kept, one.device)
+
+    def fits(self, values: Sequence[Any]) -> bool:
+        """Whether these values may be in memory, too."""
+        return self._has_room(storages(tree_flatten(list(values))[0]))
+
+    def _has_room(self, needed: Mapping[int, torch.UntypedStorage]) -> bool:
+        return self._fits(sum(one.nbytes() for pointer, one in needed.items() if pointer not in self._storages))
+
+    def _fits(self, size: int) -> bool:
+        return self.budget is None or not size or self._used + size <= self.budget
+
+    def _held(self, value: Any, leaves: Sequence[Any]) -> Kept:
+        kept = Kept(value)
+        pointers = []
+        for storage in (leaf.untyped_storage() for leaf in leaves if is_plain(leaf)):
+            entry = self._storages.setdefault(storage.data_ptr(), [0, storage.nbytes()])
+            self._used += 0 if entry[0] else entry[1]
+            entry[0] += 1
+            pointers.append(storage.data_ptr())
+        weakref.finalize(kept, self._let_go, pointers)
+        self.use = replace(self.use, peak=max(self.use.peak, self._used))
+        return kept
+
+    def _let_go(self, pointers: Sequence[int]) -> None:
+        for pointer in pointers:
+            entry = self._storages[pointer]
+            entry[0] -= 1
+            if not entry[0]:
+                self._used -= entry[1]
+                del self._storages[pointer]
+
+    def _spilled(self, write: Callable[[Path], tuple[ValueFile, T]]) -> T:
+        """What is made by writing a file, which is removed with the last value in it."""
+        try:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="adaround-", ignore_cleanup_errors=True)
+            self._files += 1
+            path = Path(self._folder.name) / str(self._files)
+            file, kept = write(path)
+        except OSError as error:
+            raise InvalidOptionError(
+                "memory_budget",
+                f"values go beyond it, and cannot be written to the folder {tempfile.gettempdir()!r} ({error})",
+                "Raise it, or let the variable TMPDIR name a folder on a larger disk.",
+            ) from error
+        weakref.finalize(file, self._remove, path, file.size)
+        self._on_disk += file.size
+        self.use = replace(self.use, spilled=max(self.use.spilled, self._on_disk), written=self.use.written + file.size)
+        return kept
+
+    def _remove(self, path: Path, size: int) -> None:
+        self._on_disk -= size
+        path.unlink(missing_ok=True)
+
+
+def free_bytes() -> int:
+    """Memory that this process can still take without swapping: of the machine, or of the container that it runs in."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        # pages of files are given up when memory is short
+        facts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        used = int((_CGROUP / "memory.current").read_text()) - int(facts.get("inactive_file", 0))
+    except (OSError, ValueError):
+        # no container, or one without a limit
+        return free
+    return max(0, min(free, limit - used))
