@@ -119,8 +119,8 @@ def adaround(
     chosen = preset.method
     folder = None if checkpoint is None else check_folder("checkpoint", checkpoint)
     check_alone()
-    memory = Memory.of(memory_budget)
     host = open_host(prepared, backend_config, integer_biases=integer_biases)
+    memory = Memory.of(memory_budget, (node.weight.device for node in host.nodes))
     excluded = _excluded(host, exclude)
     chosen.check(host)
     others = {"exclude": sorted(excluded), "seed": seed, "integer_biases": integer_biases}

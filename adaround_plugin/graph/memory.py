@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -89,14 +89,18 @@ class Memory:
         self._used = self._on_disk = 0
 
     @classmethod
-    def of(cls, budget: Any) -> Memory:
+    def of(cls, budget: Any, devices: Iterable[torch.device] = ()) -> Memory:
         """By what a caller asks for: bytes, or `"auto"`, half of the memory that is free now.
+
+        Args:
+            budget: what is asked for.
+            devices: where values will be.
 
         Raises:
             InvalidOptionError: it is neither.
         """
         if budget == "auto":
-            return cls(int(_SHARE * free_bytes()))
+            return cls(int(_SHARE * min(free_bytes(device) for device in set(devices) or {torch.device("cpu")})))
         if isinstance(budget, str):
             raise InvalidOptionError("memory_budget", f"{budget!r} is not known", 'Pass a number of bytes, or "auto".')
         check_integer("memory_budget", budget, least=0)
@@ -193,8 +197,10 @@ class Memory:
         path.unlink(missing_ok=True)
 
 
-def free_bytes() -> int:
-    """Memory that this process can still take without swapping: of the machine, or of the container that it runs in."""
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process can still take: of a GPU, or of the machine or the container without swapping."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
     try:
         limit = int((_CGROUP / "memory.max").read_text())
