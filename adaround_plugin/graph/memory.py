@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -194,7 +195,9 @@ class Memory:
 
     def _remove(self, path: Path, size: int) -> None:
         self._on_disk -= size
-        path.unlink(missing_ok=True)
+        # some systems keep a file that is mapped: it goes with the folder then
+        with suppress(OSError):
+            path.unlink()
 
 
 def free_bytes(device: torch.device) -> int:
