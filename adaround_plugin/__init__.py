@@ -11,6 +11,7 @@ from adaround_plugin.errors import (
     InvalidOptionError,
     MissingDependencyError,
     NonFiniteError,
+    ProcessError,
 )
 from adaround_plugin.guidance.allocation import BitAllocation, suggest_bits
 from adaround_plugin.guidance.analysis import Analysis
@@ -40,6 +41,7 @@ __all__ = [
     "MissingDependencyError",
     "NonFiniteError",
     "Paper",
+    "ProcessError",
     "__version__",
     "adaround",
     "analyze",

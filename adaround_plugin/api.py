@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import distributed, fx, nn
 from torch.ao.quantization.backend_config import BackendConfig
 
 from adaround_plugin._version import __version__
@@ -20,7 +21,7 @@ from adaround_plugin.graph.memory import Memory
 from adaround_plugin.hosts.base import Host, Skipped, handed_over
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.hosts.original import check_original
-from adaround_plugin.learning.checkpoint import Checkpoint, FolderCheckpoint, identity
+from adaround_plugin.learning.agreement import open_checkpoint
 from adaround_plugin.learning.comparison import Comparison
 from adaround_plugin.learning.finetuning import Finetune
 from adaround_plugin.learning.methods import Method, Preset, get_preset
@@ -28,7 +29,8 @@ from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import Progress, ReportBuilder
 from adaround_plugin.learning.trials import choose_recipe
 from adaround_plugin.names import select
-from adaround_plugin.options import check_alone, check_bool, check_seed
+from adaround_plugin.options import check_bool, check_seed
+from adaround_plugin.processes import open_processes
 from adaround_plugin.regions.calibration import Sampling, bind_batches
 from adaround_plugin.report import KEY
 from adaround_plugin.solvers import get_solver
@@ -56,6 +58,7 @@ def adaround(
     integer_biases: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     memory_budget: int | Literal["auto"] = "auto",
+    process_group: distributed.ProcessGroup | None = None,
 ) -> fx.GraphModule:
     """Learn the rounding of every quantized weight; the line between calibration and conversion.
 
@@ -89,11 +92,14 @@ def adaround(
             8-bit activations; it matters at few bits, where the steps are large.
         checkpoint: a folder in which each decision is kept as it is made: the recipe, each layer, each block,
             finetuning, the comparison with nearest. After an interruption of whatever kind the same call goes on from
-            there, and gives the same bits as one that was not interrupted.
+            there, and gives the same bits as one that was not interrupted. Of several processes the first keeps them.
         memory_budget: bytes that batches of a loader, and what both networks know of all batches, may take in memory;
             what is beyond goes to files in a temporary folder (variable `TMPDIR`), which is removed in the end.
             `"auto"` is half of the memory that is free. The result is the same to the last bit. Models, moments and
             what is computed at the moment come on top.
+        process_group: of `torch.distributed`, all of whose processes make this call, each with the same model and with
+            its own shard of the data; `torch.distributed.group.WORLD` for all. They share the work, and end with the
+            same integers, those that one process learns from all shards, up to the order of sums.
 
     Returns:
         The prepared model with learned weights, biases and frozen weight observers, to be converted by the host;
@@ -102,14 +108,15 @@ def adaround(
     Raises:
         InvalidOptionError: an option is out of range, an entry of `exclude` or the name of a block matches nothing,
             blocks share a layer or have no single end, a solver's answer is none, integer biases are asked for where
-            there can be none, or with finetuning, or this is one of several processes of `torch.distributed`; or the
-            checkpoint is of another run, which the error names; or there is no room on the disk for what is beyond
-            the memory budget.
+            there can be none, or with finetuning; the checkpoint is of another run, or the processes of a group have
+            other models or options, which the error names; there are several processes, and no group is given; or there
+            is no room on the disk for what is beyond the memory budget.
         InvalidModelError: not prepared, not calibrated, in train mode, not float32, nothing to quantize, or not what
             `float_model` computes; or a file of the checkpoint was changed.
         InvalidBatchError: no batches, or one that does not fit the model or lies on another device, or that is another
             one when it is read again.
         NonFiniteError: NaN or infinity in weights or activations; the layer is named.
+        ProcessError: another process of the group failed, or is gone.
     """
     start = time.perf_counter()
     check_seed("seed", seed)
@@ -118,29 +125,35 @@ def adaround(
     preset = _preset(method, finetune, integer_biases)
     chosen = preset.method
     folder = None if checkpoint is None else check_folder("checkpoint", checkpoint)
-    check_alone()
-    host = open_host(prepared, backend_config, integer_biases=integer_biases)
-    memory = Memory.of(memory_budget, (node.weight.device for node in host.nodes))
-    excluded = _excluded(host, exclude)
-    chosen.check(host)
-    others = {"exclude": sorted(excluded), "seed": seed, "integer_biases": integer_biases}
-    settings: dict[str, object] = {"method": chosen, "finetune": preset.finetune or False, **others}
-    with memory:
+    with open_processes(process_group) as processes, ExitStack() as opened:
+        host = open_host(prepared, backend_config, integer_biases=integer_biases)
+        memory = opened.enter_context(Memory.of(memory_budget, (node.weight.device for node in host.nodes)))
+        excluded = _excluded(host, exclude)
+        chosen.check(host)
+        others = {"exclude": sorted(excluded), "seed": seed, "integer_biases": integer_biases}
+        settings: dict[str, object] = {"method": chosen, "finetune": preset.finetune or False, **others}
         arguments = bind_batches(host.prepared, host.signature, host.flatten, data, inputs, memory=memory)
         if float_model is not None:
             check_original(host, float_model, arguments[0])
-        kept = Checkpoint()
-        if folder is not None:
-            kept = FolderCheckpoint(folder, identity(host, arguments, settings, _VERSIONS))
-        with torch.no_grad(), Progress(len(host.nodes) - len(excluded), progress) as bar:
+        sampling = Sampling.of(arguments, chosen.layers.holdout, chosen.layers.max_columns, seed, processes=processes)
+        kept = open_checkpoint(folder, processes, host, arguments, settings, _VERSIONS)
+        shown = progress and processes.rank == 0
+        with torch.no_grad(), Progress(len(host.nodes) - len(excluded), shown) as bar:
             report = ReportBuilder(bar)
             setup = time.perf_counter() - start
             layers = choose_recipe(
-                chosen, host, arguments, excluded=excluded, seed=seed, report=report, checkpoint=kept, memory=memory
+                chosen,
+                host,
+                arguments,
+                sampling,
+                excluded=excluded,
+                seed=seed,
+                report=report,
+                checkpoint=kept,
+                memory=memory,
             )
             chosen = chosen.with_layers(layers)
             trials = time.perf_counter() - start - setup
-            sampling = Sampling.of(arguments, layers.holdout, layers.max_columns, seed)
             comparison = Comparison(host, arguments, sampling, memory)
             run = Pass(
                 host, arguments, sampling, memory=memory, excluded=excluded, seed=seed, report=report, checkpoint=kept
@@ -168,6 +181,7 @@ def adaround(
         versions=_VERSIONS,
         weights={node.name: digest(node.weight) for node in host.nodes},
         recalled=kept.recalled,
+        processes=processes.size,
         memory={"budget": memory.budget or 0, **asdict(memory.use)},
     )
     return handed_over(host, model, inplace, KEY)

@@ -10,6 +10,7 @@ __all__ = [
     "InvalidOptionError",
     "MissingDependencyError",
     "NonFiniteError",
+    "ProcessError",
     "is_out_of_memory",
     "taking_derivatives",
 ]
@@ -45,6 +46,10 @@ class InvalidBatchError(AdaRoundError, ValueError):
 
 class NonFiniteError(AdaRoundError, ArithmeticError):
     """A weight, an activation or an observed range holds NaN or infinity."""
+
+
+class ProcessError(AdaRoundError, RuntimeError):
+    """Another process of the group failed, is gone, or does something else."""
 
 
 class MissingDependencyError(AdaRoundError, ImportError):

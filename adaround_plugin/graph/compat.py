@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Self
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, distributed, fx, nn
 from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 from torch.ao.nn.quantized.reference.modules.utils import ReferenceQuantizedModule
 from torch.ao.quantization.fx.utils import assert_and_get_unique_device
@@ -37,6 +37,7 @@ __all__ = [
     "is_trained",
     "learnable_fake_quantize",
     "operator_name",
+    "process_store",
     "returns_view",
     "share_attributes",
     "take_outs",
@@ -232,3 +233,9 @@ def unflatten_inputs(program: fx.GraphModule, leaves: list[Any]) -> tuple[tuple[
     """Positional and keyword arguments of what was exported, of placeholders of the program's module."""
     args, kwargs = tree_unflatten(leaves, program._in_spec)
     return args, kwargs
+
+
+def process_store(name: str) -> Any:
+    """Where processes of torch.distributed leave word for each other, once they are initialized, under a name."""
+    c10d = distributed.distributed_c10d
+    return c10d.PrefixStore(name, c10d._get_default_store())

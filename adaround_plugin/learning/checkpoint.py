@@ -24,7 +24,7 @@ from adaround_plugin.learning.report_builder import written_out
 from adaround_plugin.regions.batches import batch_digest
 from adaround_plugin.storage import read_tensors, write_tensors
 
-__all__ = ["Checkpoint", "FolderCheckpoint", "identity"]
+__all__ = ["Checkpoint", "FolderCheckpoint", "Identity", "differences", "identity"]
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ class FolderCheckpoint(Checkpoint):
         known = folder / _RUN_FILE
         if known.exists():
             _, before = read_tensors(known, _RUN, _VERSION, _OTHER_FOLDER)
-            if others := _others(before, identity):
+            if others := differences(before, identity):
                 raise InvalidOptionError(
                     "checkpoint", f"{str(folder)!r} is of a run with other {others}", _OTHER_FOLDER
                 )
@@ -153,7 +153,7 @@ def identity(
     }
 
 
-def _others(before: Identity, now: Identity) -> str:
+def differences(before: Identity, now: Identity) -> str:
     """What differs between two runs, in words."""
     found = []
     for section in sorted(before.keys() | now.keys()):

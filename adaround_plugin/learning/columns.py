@@ -14,6 +14,7 @@ from adaround_plugin.graph.selection import chosen_rows
 from adaround_plugin.graph.streams import BothValues
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.learning.passes import Pass
+from adaround_plugin.processes import ALONE, Processes
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.importance import Sensitivity, sensitivities, tempered
 from adaround_plugin.regions.pieces import piece, piece_size
@@ -127,8 +128,8 @@ class LayerMoments:
         for moments, run in ((self.learning, slice(count)), (self.holdout, slice(count, None))):
             moments.add(quantized[:, run], deviation[:, run], None if weight is None else weight[:, run])
 
-    def finish(self, node: WeightedNode) -> None:
-        """Be ready to learn from.
+    def finish(self, node: WeightedNode, processes: Processes = ALONE) -> None:
+        """Be ready to learn from, with the columns of all processes.
 
         Raises:
             NonFiniteError: an input of the layer holds NaN or infinity.
@@ -136,6 +137,10 @@ class LayerMoments:
         self._fold()
         self.learning.finish()
         self.holdout.finish()
+        if processes.size > 1:
+            at = f"the moments of {node.name!r}"
+            self.learning.pool(lambda *sums: processes.add(at, *sums))
+            self.holdout.pool(lambda part: processes.joined(at, part, 1), self._rows.new_empty(0))
         seen = [self.learning.mean, self.learning.deviation, *self.holdout.sums()]
         if not all(bool(torch.isfinite(one).all()) for one in seen):
             raise NonFiniteError(
@@ -189,14 +194,19 @@ class Columns:
                 inputs = piece(run.values[batch][0], run.sampling.size[batch], begin, sampling.size[number])
                 parts.append(sensitivities(run.streams[0], nodes, sampling, number, inputs, outputs))
             found.append(_joined(parts, [sampling.size[number] for number in numbers]))
-        for node in nodes:
-            sites = [site.float_node for site in node.sites]
-            if not all(site in of_batch for of_batch in found for site in sites):
-                continue
+        processes = run.sampling.processes
+        sites_of = {node.name: [site.float_node for site in node.sites] for node in nodes}
+        reached = [
+            name for name, sites in sites_of.items() if all(site in of_batch for of_batch in found for site in sites)
+        ]
+        everywhere = set(reached).intersection(*processes.gathered("the importance of columns", reached))
+        for node in (node for node in nodes if node.name in everywhere):
+            sites = sites_of[node.name]
             if weighs and self.is_paired(node):
                 self._importance |= _relative([{site: one.pop(site) for site in sites} for one in found], run.sampling)
             if outputs is not None:
                 moment = torch.stack([outputs.pop(site) for site in sites]).sum(0)
+                processes.add(f"the outputs of {node.name!r}", moment)
                 mean = moment.diagonal(dim1=1, dim2=2).mean(1)
                 if bool(torch.isfinite(moment).all()) and bool((mean > 0).all()):
                     self.outputs[node.name] = moment / mean[:, None, None]
@@ -291,8 +301,12 @@ def _relative(found: list[dict[fx.Node, Sensitivity]], sampling: Sampling) -> di
         found: by batch, at all call sites of the layer.
         sampling: of the pass.
     """
+    add, at = sampling.processes.add, "the importance of a layer's columns"
     every = [one.columns for of_batch in found for one in of_batch.values()]
-    mean = torch.stack([one.sum(1) for one in every]).sum(0) / max(1, sum(one.shape[1] for one in every))
+    mean = torch.stack([one.sum(1) for one in every]).sum(0)
+    count = mean.new_tensor(sum(one.shape[1] for one in every), dtype=torch.float64)
+    add(at, mean, count)
+    mean = mean / max(1, int(count))
     if not torch.isfinite(mean).all():
         return {}
     mean = mean.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
@@ -301,6 +315,7 @@ def _relative(found: list[dict[fx.Node, Sensitivity]], sampling: Sampling) -> di
     for first, of_batch in zip(sampling.first, found, strict=True):
         for one in of_batch.values():
             totals.index_add_(0, first + one.samples, (one.columns / mean).mean(0))
+    add(at, totals)
     factor = tempered(totals)
     return {
         site: [

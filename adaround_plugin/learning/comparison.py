@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import inf, isfinite
 from typing import Any
@@ -70,6 +70,10 @@ class Comparison:
         alone = stand_alone(self._exact, values, size, fixed=host.batch_size is not None)
         batches, self._judged = _part(arguments, sampling, host.batch_size, alone)
         self._batches = Batches.of(batches, self._memory)
+        # with the samples of other processes; all of them where no sample is held out
+        self._processes = sampling.processes
+        if self._processes.agree("what outputs are compared on", not bool(self._judged.any())):
+            self._judged = torch.ones_like(self._judged)
         # the float network's outputs of each batch, once they are known
         self._answers: list[Kept] = []
 
@@ -93,7 +97,10 @@ class Comparison:
             if number == len(self._answers):
                 self._answers += self._memory.keep([self._outputs(self._exact, batch)])
             tally.add(number, self._answers[number].value, self._outputs(stream, batch))
-        found = replace(tally.finish(), held_out=self._judged).mean
+        judged = tally.finish().samples[self._judged]
+        total, count = judged.sum(), judged.new_tensor(len(judged))
+        self._processes.add("comparing outputs", total, count)
+        found = float(total / count)
         return found if isfinite(found) else inf
 
     @staticmethod

@@ -43,26 +43,28 @@ def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
-def decode(facts: Any, tensors: dict[str, Tensor], whole: type) -> Any:
+def decode(facts: Any, tensors: dict[str, Tensor], whole: type, device: torch.device | None = None) -> Any:
     """The value that was encoded: every tensor has its dtype and its device again.
 
     Args:
         facts, tensors: as `encode` made them.
         whole: the type of the decision.
+        device: where tensors lie that lay on a GPU, if not where they lay.
     """
     if not isinstance(facts, dict):
         return facts
     if "tensor" in facts:
-        return tensors[facts["tensor"]].to(facts["device"], _dtype(facts["dtype"]))
+        place = facts["device"] if device is None or facts["device"] == "cpu" else device
+        return tensors[facts["tensor"]].to(place, _dtype(facts["dtype"]))
     if "dtype" in facts:
         return _dtype(facts["dtype"])
     if "type" in facts:
         kind: Any = {**_TYPES, whole.__name__: whole}[facts["type"]]
-        return kind(**{name: decode(one, tensors, whole) for name, one in facts["fields"].items()})
+        return kind(**{name: decode(one, tensors, whole, device) for name, one in facts["fields"].items()})
     if "dict" in facts:
-        return {name: decode(one, tensors, whole) for name, one in facts["dict"]}
+        return {name: decode(one, tensors, whole, device) for name, one in facts["dict"]}
     ((kind, values),) = facts.items()
-    found = (decode(one, tensors, whole) for one in values)
+    found = (decode(one, tensors, whole, device) for one in values)
     return tuple(found) if kind == "tuple" else list(found)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from adaround_plugin.learning.layerwise import LayerWise
 from adaround_plugin.learning.passes import Pass, Snapshot
 from adaround_plugin.learning.region_step import RegionStep
 from adaround_plugin.options import check_choice, check_integer, check_number, named
+from adaround_plugin.processes import Processes
 from adaround_plugin.regions.blocks import output_exits
 from adaround_plugin.regions.learnable import (
     LearnableWeight,
@@ -216,7 +218,10 @@ class _Network:
 
     def descend(self, seed: int, report: Callable[[int, float], None] | None) -> tuple[int, int]:
         """Make the steps; how many were made, and how many scales and biases no derivative reaches."""
-        generator = torch.Generator().manual_seed(seed)
+        processes = self._samples.processes
+        # each process draws otherwise
+        generator = torch.Generator().manual_seed(seed + processes.rank)
+        average = partial(processes.averaged, "a step of finetuning")
         groups = [group for one in self._weights for group in one.groups]
         if self._logarithms:
             groups.append({"params": self._logarithms, "lr": self._settings.learning_rate})
@@ -224,7 +229,7 @@ class _Network:
         with torch.enable_grad():
             # what lies behind an operator that no derivative goes through, such as a comparison, stays as it is
             if groups:
-                reached = _reached(self._loss(torch.Generator().manual_seed(seed), None), groups)
+                reached = _reached(self._loss(torch.Generator().manual_seed(seed), None), groups, processes)
             last = iterations if not self._softs else int(iterations * LAST_SHARE) if reached else 0
             if self._softs:
                 made = descend(
@@ -234,6 +239,7 @@ class _Network:
                     replace(_INTEGERS, iterations=iterations - last),
                     report=report,
                     error_context=_ERROR_CONTEXT,
+                    average=average,
                 )
             if last and reached:
                 first = made
@@ -245,6 +251,7 @@ class _Network:
                     report=None if report is None else lambda step, value: report(first + step, value),
                     decay=True,
                     error_context=_ERROR_CONTEXT,
+                    average=average,
                 )
         return made, _count(groups) - _count(reached)
 
@@ -282,12 +289,17 @@ def _softs(samples: Samples, inits: Sequence[WeightInit], settings: Finetune) ->
     return found
 
 
-def _reached(loss: Tensor, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The parameter groups without the parameters that the loss does not depend on; empty ones are left out."""
+def _reached(loss: Tensor, groups: list[dict[str, Any]], processes: Processes) -> list[dict[str, Any]]:
+    """The parameter groups without the parameters that the loss does not depend on; empty ones are left out.
+
+    Of several processes those are left that it depends on in all of them.
+    """
     parameters = [parameter for group in groups for parameter in group["params"]]
     with taking_derivatives(*_ERROR_CONTEXT):
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    known = {id(one) for one, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    mine = {number for number, gradient in enumerate(gradients) if gradient is not None}
+    everywhere = set.intersection(*processes.gathered("what finetuning reaches", mine))
+    known = {id(parameters[number]) for number in everywhere}
     kept = [{**group, "params": [one for one in group["params"] if id(one) in known]} for group in groups]
     return [group for group in kept if group["params"]]
 

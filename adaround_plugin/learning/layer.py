@@ -11,7 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from adaround_plugin.learning.division import solve_divided
 from adaround_plugin.learning.scale_search import SearchedRows, refit_group_scale, refit_scale, search_grid
+from adaround_plugin.processes import ALONE, Processes
 from adaround_plugin.rounding.grid import Grid
 from adaround_plugin.rounding.hessian import Hessian
 from adaround_plugin.rounding.linear_op import LinearOp
@@ -77,6 +79,7 @@ class Layer:
         holdout: the columns of the held-out samples, finished; its count may be 0.
         outputs: `(G, R, R)`, the second moment of the derivatives of the network's output by the layer's, of mean
             diagonal 1, where it is known.
+        processes: that learn the same layer from the same moments; each solves some of its rows.
     """
 
     op: LinearOp
@@ -85,6 +88,7 @@ class Layer:
     moments: Moments
     holdout: HeldOut
     outputs: Tensor | None = None
+    processes: Processes = ALONE
 
     def nearest(self) -> LayerRounding:
         """Round to nearest on the starting grid, bias untouched: the baseline."""
@@ -141,7 +145,11 @@ class Layer:
         if search_scale and self.can_search_scale:
             grid = self._search(hessian, target, up_or_down, is_trial)
         problem = self._problem(grid, hessian, target, up_or_down)
-        found = round_in_order(problem)[0] if is_trial else solved(solver, problem)
+
+        def alone(rows: RoundingProblem, _: Tensor | None) -> Tensor:
+            return solved(solver, rows)
+
+        found = round_in_order(problem)[0] if is_trial else solve_divided(self.processes, problem, alone)
         if recipe.output_hessian and self.outputs is not None:
             found = self._coupled(problem, grid, found, solver)
         if search_scale and self.can_search_scale and not (up_or_down or is_trial or isinstance(solver, Nearest)):
@@ -164,6 +172,9 @@ class Layer:
                 return solved(solver, block)
             return solver.anneal(block) if present is None else _AGAIN.anneal(block, present)
 
+        def solve_block(block: RoundingProblem, present: Tensor | None) -> Tensor:
+            return solve_divided(self.processes, block, solve, present)
+
         sides = self.outputs.clone()
         sides.diagonal(dim1=1, dim2=2).add_(_OUTPUT_RIDGE)
         if self._scale_follows_rows:
@@ -176,7 +187,7 @@ class Layer:
             coupled = ~(alone.unsqueeze(1) | alone.unsqueeze(2))
             coupled.diagonal(dim1=1, dim2=2).fill_(True)
             sides = torch.where(coupled, sides * scale.unsqueeze(1) * scale.unsqueeze(2), 0.0)
-        return solve_coupled(problem, sides, integers, solve)
+        return solve_coupled(problem, sides, integers, solve_block)
 
     def _judged(self, grid: Grid, integers: Tensor, correction: Tensor | None) -> LayerRounding:
         """The learned rounding, or nearest where that is better on held-out samples (on all without any)."""
@@ -239,6 +250,7 @@ class Layer:
         rows = SearchedRows(target, hessian, self._channel(), weight)
         if self.grid.group_size is not None:
             rows = rows.in_runs(self.grid.group_size)
+        rows = rows.divided(self.processes)
         return search_grid(self.grid, rows, 7, refine=False) if is_trial else search_grid(self.grid, rows)
 
     def _refit(self, grid: Grid, hessian: Hessian, target: Tensor, integers: Tensor) -> Grid:

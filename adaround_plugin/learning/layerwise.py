@@ -266,12 +266,13 @@ class PendingLayers:
         """Learn one layer's rounding."""
         run, settings, blocks = self._run, self._settings, len(self._run.report.blocks)
         with run.clock("moments", node):
-            moments.finish(node)
+            moments.finish(node, run.sampling.processes)
         outputs = self._columns.outputs.get(node.name)
         # trials search once for all
         known = {} if run.shared is None else run.shared.grids
         grid = known.get(node.name, node.grid)
-        layer = Layer(node.op, node.weight, grid, moments.learning, moments.holdout, outputs)
+        processes = run.sampling.processes
+        layer = Layer(node.op, node.weight, grid, moments.learning, moments.holdout, outputs, processes)
         recipe = replace(self.recipe, correct_bias=self.recipe.correct_bias and node.bias != "fixed")
         search = settings.searches_scale(node) and node.name not in known
         with run.clock("solve", node):

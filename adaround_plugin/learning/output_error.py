@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,8 +73,9 @@ class OutputTally:
         """The errors of all batches."""
         sampling, variances = self._sampling, self._variances
         if variances is None:
-            variances = [self._spread[number].variance() if number in self._spread else 0.0 for number in self._errors]
-        found = torch.zeros(sampling.total, dtype=torch.float64, device="cpu")
+            spreads = self._spreads()
+            variances = [spreads[number].variance() if number in spreads else 0.0 for number in self._errors]
+        found = torch.zeros(sum(sampling.size), dtype=torch.float64, device="cpu")
         # an output that never has an entry has no variance, and no error
         counted = sum(variance > 0 for variance in variances)
         for parts, variance in zip(self._errors.values(), variances, strict=True):
@@ -82,6 +83,19 @@ class OutputTally:
                 found += torch.cat([part.cpu() for part in parts]) / variance / counted
         held = torch.cat([sampling.held_out(batch, size) for batch, size in enumerate(sampling.size)])
         return OutputError(found, held, variances)
+
+    def _spreads(self) -> Mapping[int, _Spread]:
+        """By number of the output, over the samples of all processes."""
+        processes = self._sampling.processes
+        if processes.size == 1:
+            return self._spread
+        found: dict[int, _Spread] = defaultdict(_Spread)
+        mine = {number: spread.sums() for number, spread in self._spread.items()}
+        for of_one in processes.gathered("the variance of the outputs", mine):
+            for number, sums in of_one.items():
+                for shape, one in sums.items():
+                    found[number].take(torch.Size(shape), *one)
+        return found
 
 
 class _Spread:
@@ -94,13 +108,16 @@ class _Spread:
     def add(self, values: Tensor) -> None:
         """Take in `(n, ...)` values."""
         values = values.double()
-        new = values.sum(0)
-        count, total, square = self._seen.get(values.shape[1:], (0, torch.zeros_like(new), 0.0))
-        self._seen[values.shape[1:]] = (
-            count + len(values),
-            total.to(new.device) + new,
-            square + float(values.square().sum()),
-        )
+        self.take(values.shape[1:], len(values), values.sum(0), float(values.square().sum()))
+
+    def take(self, shape: torch.Size, new: int, by: Tensor, squares: float) -> None:
+        """Take in how many values of a shape there were, their sum, and that of their squares."""
+        count, total, square = self._seen.get(shape, (0, torch.zeros_like(by), 0.0))
+        self._seen[shape] = count + new, total.to(by.device) + by, square + squares
+
+    def sums(self) -> dict[tuple[int, ...], tuple[int, Tensor, float]]:
+        """What `take` takes, on the CPU."""
+        return {tuple(shape): (count, total.cpu(), square) for shape, (count, total, square) in self._seen.items()}
 
     def variance(self) -> float:
         """Of an entry on the mean; the mean square where there is none, 1 where that is 0."""

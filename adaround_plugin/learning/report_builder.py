@@ -186,6 +186,7 @@ class ReportBuilder:
         weights: dict[str, str],
         recalled: int,
         memory: dict[str, int],
+        processes: int = 1,
     ) -> Report:
         """The report; arguments as in `Report`, but for the settings, which are the objects themselves."""
         return Report(
@@ -205,6 +206,7 @@ class ReportBuilder:
             weights=weights,
             recalled=recalled,
             memory=memory,
+            processes=processes,
         )
 
 

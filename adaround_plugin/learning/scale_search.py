@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adaround_plugin.learning.division import own_part
+from adaround_plugin.processes import ALONE, Processes
 from adaround_plugin.rounding.grid import Grid
 from adaround_plugin.rounding.hessian import Hessian
 from adaround_plugin.rounding.ranges import SMALLEST_SCALE
@@ -36,12 +38,14 @@ class SearchedRows:
         hessian: the quadratic form, `D` columns in each of `G` groups.
         channel: `(G, R)` int64, the channel of the grid that each row belongs to.
         weight: `(G, R, D)`, where its floor and ceil alone may be taken; else None, and all integers may be.
+        processes: that have the other rows.
     """
 
     target: Tensor
     hessian: Hessian
     channel: Tensor
     weight: Tensor | None = None
+    processes: Processes = ALONE
 
     def in_runs(self, size: int) -> SearchedRows:
         """The runs of `size` columns as groups of their own, without coupling between them, each with its own scales.
@@ -59,6 +63,16 @@ class SearchedRows:
         weight = None if self.weight is None else split(self.weight)
         return SearchedRows(split(self.target), self.hessian.blocks(size), channel, weight)
 
+    def divided(self, processes: Processes) -> SearchedRows:
+        """Those of these rows, which all processes have, that this process works on."""
+        if processes.size == 1:
+            return self
+        groups, rows = own_part(processes, *self.target.shape[:2])
+        weight = None if self.weight is None else self.weight[groups, rows]
+        return SearchedRows(
+            self.target[groups, rows], self.hessian.of(groups), self.channel[groups, rows], weight, processes
+        )
+
     @cached_property
     def _laid(self) -> Coordinates:
         """The rows as they are visited, in weight units."""
@@ -69,6 +83,8 @@ class SearchedRows:
     def errors(self, grids: Sequence[Grid]) -> Tensor:
         """`(K, channels)`: for each grid the output error of GPTQ's one pass, by channel."""
         groups, rows, columns = self.target.shape
+        if not self.target.numel():
+            return self.target.new_zeros(len(grids), grids[0].scale.numel())
         laid, low, high = self._laid, grids[0].quant_min, grids[0].quant_max
         scale, zero_point = (
             torch.stack([values.reshape(-1)[self.channel] for values in of_grids], 1).unsqueeze(1)
@@ -116,9 +132,11 @@ def search_grid(grid: Grid, rows: SearchedRows, steps: int = 13, *, refine: bool
 
 def _best(grid: Grid, rows: SearchedRows, candidates: Sequence[Grid]) -> tuple[Grid, Tensor]:
     """Of some grids the best for each channel, and its error."""
-    together = max(1, _ELEMENTS // rows.target.numel())
+    together = max(1, _ELEMENTS // max(1, rows.target.numel()))
     parts = [candidates[start : start + together] for start in range(0, len(candidates), together)]
-    errors, index = torch.cat([rows.errors(part) for part in parts]).min(0)
+    of_all = torch.cat([rows.errors(part) for part in parts])
+    rows.processes.add("the search of scales", of_all)
+    errors, index = of_all.min(0)
     scale, zero_point = (
         torch.stack([values.reshape(-1) for values in of_grids]).gather(0, index.unsqueeze(0)).squeeze(0)
         for of_grids in ([one.scale for one in candidates], [one.zero_point for one in candidates])

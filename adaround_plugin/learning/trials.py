@@ -25,7 +25,7 @@ from adaround_plugin.regions.batches import Batches, sizes_of
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.importance import sensitivities
 from adaround_plugin.regions.pieces import is_separable, piece, takes_one
-from adaround_plugin.regions.spread import spread
+from adaround_plugin.regions.shards import spread_over
 from adaround_plugin.report import RecipeTrial
 
 __all__ = ["NO_MASSIVE", "choose_recipe"]
@@ -53,6 +53,7 @@ def choose_recipe(
     method: Method,
     host: Host,
     arguments: Sequence[list[Any]],
+    sampling: Sampling,
     *,
     excluded: frozenset[str],
     seed: int,
@@ -69,6 +70,7 @@ def choose_recipe(
         method: whose recipe may be open.
         host: of the network.
         arguments: of each batch, as the host's graphs take them.
+        sampling: of these batches, and of those of other processes: all make the same trials, on samples of all.
         excluded: names of the weighted nodes that stay nearest.
         seed: of the pass.
         report: takes the trials.
@@ -81,12 +83,12 @@ def choose_recipe(
     layers = method.layers
     if method.is_baseline and layers.search_scale == "auto":
         layers = replace(layers, search_scale=False)
-    recipes = layers.recipes(Sampling.of(arguments, 0, 1, 0).total, method.is_baseline)
+    recipes = layers.recipes(sampling.total, method.is_baseline)
     if len(excluded) == len(host.nodes):
         return layers.with_recipe(recipes[-1])
 
     def choose() -> _Chosen:
-        trials = _Trials(layers, host, arguments, excluded, seed, report, memory)
+        trials = _Trials(layers, host, arguments, sampling, excluded, seed, report, memory)
         return _Chosen(_best(layers, recipes, trials, report), report.trials)
 
     chosen = checkpoint.decide("recipe", "", _Chosen, choose)
@@ -121,7 +123,7 @@ class _Trials:
 
     Args:
         layers: the options, of which a recipe takes some.
-        host, arguments, excluded, seed, report, memory: as of `choose_recipe`.
+        host, arguments, sampling, excluded, seed, report, memory: as of `choose_recipe`.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class _Trials:
         layers: LayerWise,
         host: Host,
         arguments: Sequence[list[Any]],
+        sampling: Sampling,
         excluded: frozenset[str],
         seed: int,
         report: ReportBuilder,
@@ -137,21 +140,28 @@ class _Trials:
         self._layers, self._host, self._arguments = layers, host, arguments
         self._excluded, self._seed, self._report = excluded, seed, report
         self._shared, self._memory = Shared(), memory
-        whole = Sampling.of(arguments, 0, 1, 0)
-        learned = max(_LEAST_SAMPLES, whole.total // _TRIAL_SHARE)
-        self._total, self._size = whole.total, whole.size[whole.largest]
-        self._wanted, self._holdout = (2 * learned, 0.5) if whole.total >= 2 * learned else (whole.total, 0.25)
-        self._columns = _TRIAL_COLUMNS if whole.total >= _TRIAL_SHARE * _LEAST_SAMPLES else 2 * _TRIAL_COLUMNS
+        self._processes = processes = sampling.processes
+        learned = max(_LEAST_SAMPLES, sampling.total // _TRIAL_SHARE)
+        self._total, largest = sampling.total, sampling.size[sampling.largest]
+        self._size = max(processes.gathered("the largest batch", largest))
+        self._wanted, self._holdout = (2 * learned, 0.5) if sampling.total >= 2 * learned else (sampling.total, 0.25)
+        self._columns = _TRIAL_COLUMNS if sampling.total >= _TRIAL_SHARE * _LEAST_SAMPLES else 2 * _TRIAL_COLUMNS
         if self._wanted < self._size and host.batch_size is None:
             stream, _ = open_streams(host)
-            if is_separable(stream, stream.bind(arguments[whole.largest]), self._size):
+            apart = is_separable(stream, stream.bind(arguments[sampling.largest]), largest)
+            if processes.agree("whether samples can be told apart", apart):
                 self._size = self._wanted
 
     def _part(self, offset: float = 0.5) -> Batches:
-        return Batches.of(spread(self._arguments, self._wanted, self._size, offset), self._memory)
+        part = spread_over(self._processes, self._arguments, self._wanted, self._size, offset)
+        return Batches.of(part, self._memory)
 
     def problem_of_derivatives(self) -> str | None:
         """Why the network's output has no derivatives, if it has none."""
+        found = self._processes.gathered("whether there are derivatives", self._own_problem_of_derivatives())
+        return next((problem for problem in found if problem is not None), None)
+
+    def _own_problem_of_derivatives(self) -> str | None:
         stream, _ = open_streams(self._host)
         whole = stream.bind(self._arguments[0])
         length = sizes_of(self._arguments)[0]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from adaround_plugin.errors import InvalidBatchError, InvalidOptionError
 from adaround_plugin.graph.memory import Memory
+from adaround_plugin.processes import ALONE, Processes
 from adaround_plugin.regions.batches import Batches, input_tensors, read_batches, sizes_of
 from adaround_plugin.rounding.linear_op import Patches
 
@@ -148,8 +149,9 @@ def _array(value: Any) -> Any:
 class Sampling:
     """Which columns of a layer's design matrix are used, and which samples are held out: deterministic and even.
 
-    A sample is an entry of the leading axis of the model's first input, numbered through all batches; an operator
-    whose leading axis is longer (tokens or windows folded into it) has equal runs of it per sample.
+    A sample is an entry of the leading axis of the model's first input, numbered through all batches, those of several
+    processes one after the other; an operator whose leading axis is longer (tokens or windows folded into it) has equal
+    runs of it per sample.
 
     Attributes:
         first, size: number of the first sample of each batch, and how many it has.
@@ -159,6 +161,8 @@ class Sampling:
             more, or `per_weight` for each weight of a row where that is more.
         seed: shifts the output positions that are used where not all are.
         per_weight: see `max_columns`.
+        processes: this one and those that have other batches.
+        others: how many samples these have.
     """
 
     first: tuple[int, ...]
@@ -167,28 +171,39 @@ class Sampling:
     max_columns: int
     seed: int
     per_weight: int = 4
+    processes: Processes = ALONE
+    others: int = 0
 
     @classmethod
     def of(
-        cls, bound: Sequence[list[Any]], holdout: float, max_columns: int, seed: int, per_weight: int = per_weight
+        cls,
+        bound: Sequence[list[Any]],
+        holdout: float,
+        max_columns: int,
+        seed: int,
+        per_weight: int = per_weight,
+        processes: Processes = ALONE,
     ) -> Sampling:
         """The sampling of bound batches with a share `holdout` held out (at least one sample, if there are two).
 
         A share of one in `k` is one of each `k` samples; any other one is met to the nearest sample.
         """
         size = sizes_of(bound)
-        *first, total = accumulate(size, initial=0)
+        counts = processes.gathered("counting the samples", sum(size))
+        *first, _ = accumulate(size, initial=sum(counts[: processes.rank]))
+        total = sum(counts)
         every: Fraction | int = 0
         if holdout > 0 and total > 1:
             run = round(1 / holdout)
             is_one_in = math.isclose(run * holdout, 1)
             every = min(run, total) if is_one_in else Fraction(total, max(1, round(holdout * total)))
-        return cls(tuple(first), size, every, max_columns, seed, per_weight)
+        others = total - sum(size)
+        return cls(tuple(first), size, every, max_columns, seed, per_weight, processes, others)
 
     @property
     def total(self) -> int:
-        """The number of samples."""
-        return sum(self.size)
+        """The number of samples, of all processes."""
+        return sum(self.size) + self.others
 
     @property
     def largest(self) -> int:

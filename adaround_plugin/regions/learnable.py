@@ -145,6 +145,7 @@ def learned_errors(
         [one.weight for one in weights],
         [one.correction for one in weights],
         scale_factors,
+        samples.processes,
     )
 
 
@@ -173,4 +174,5 @@ def slopes(
             gradients = torch.autograd.grad(square, coordinates, materialize_grads=True)
         for slope, gradient in zip(found, gradients, strict=True):
             slope += gradient
+    samples.processes.add("the slopes of a region", *found)
     return found

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from adaround_plugin.processes import ALONE, Processes
 
 __all__ = ["Minibatch", "Samples", "relative_errors", "squared_error"]
 
@@ -17,21 +21,27 @@ class Minibatch:
     """Some samples at a region's entry.
 
     Attributes:
-        samples: how many.
+        samples: by what a sum over them is divided for their mean; of several processes that draw, the mean number.
         target: the float model's values at the region's exits.
         importance: weights of the entries of `target`, or None.
         run: from weights, corrections of their biases, and factors of the learnable scales of activations (None leaves
             them as they are), to values at the exits.
     """
 
-    samples: int
+    samples: float
     target: Sequence[Tensor]
     importance: Sequence[Tensor] | None
     run: Callable[[Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor] | None], list[Tensor]]
 
 
 class Samples(Protocol):
-    """The calibration data at a region's entry."""
+    """The calibration data at a region's entry.
+
+    Attributes:
+        processes: this one and those that have other samples.
+    """
+
+    processes: Processes
 
     def draw(self, generator: torch.Generator) -> Minibatch:
         """Some learning samples at random, as a step of learning sees them."""
@@ -58,26 +68,37 @@ def relative_errors(
     weights: Sequence[Tensor],
     corrections: Sequence[Tensor | None],
     scale_factors: Sequence[Tensor] | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[float, float | None]:
-    """Squared error of the exits per sample, and over the variance of the float values (None without samples)."""
-    square = 0.0
-    count = 0
+    """Squared error of the exits per sample, and over the variance of the float values (None without samples).
+
+    Of the batches of all processes.
+    """
+    square, count = 0.0, 0.0
     # of the float values at each exit: sum of weights, weighted sum, weighted sum of squares
-    sums: list[tuple[float, float, float]] = []
+    sums: list[tuple[float, ...]] = []
     with torch.no_grad():
         for batch in batches:
             square += float(squared_error(batch, batch.run(weights, corrections, scale_factors)))
             found = [_sums(batch, i) for i in range(len(batch.target))]
-            before = sums or [(0.0, 0.0, 0.0)] * len(found)
-            sums = [(a + x, b + y, c + z) for (a, b, c), (x, y, z) in zip(before, found, strict=True)]
+            sums = _added(sums, found)
             count += batch.samples
+    squares, counts, parts = zip(*processes.gathered("the error of a region", (square, count, sums)), strict=True)
+    square, count, sums = sum(squares), sum(counts), reduce(_added, parts)
     if not count:
         return 0.0, None
     power = sum(squares - total * total / weight for weight, total, squares in sums if weight > 0)
     return square / count, square / power if power > 0 else square
 
 
-def _sums(batch: Minibatch, i: int) -> tuple[float, float, float]:
+def _added(one: list[tuple[float, ...]], other: list[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    """Entry by entry; either may be empty, which is 0."""
+    if not one or not other:
+        return one or other
+    return [tuple(map(add, left, right)) for left, right in zip(one, other, strict=True)]
+
+
+def _sums(batch: Minibatch, i: int) -> tuple[float, ...]:
     """Sum of the weights of an exit's entries, of its float values times these, and of the values' squares."""
     target = batch.target[i].double()
     weight = torch.ones_like(target) if batch.importance is None else batch.importance[i].double()

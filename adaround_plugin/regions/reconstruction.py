@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,7 +50,9 @@ def reconstruct(
     Raises:
         InvalidOptionError: no derivative could be taken.
     """
-    generator = torch.Generator().manual_seed(seed)
+    processes = samples.processes
+    # each process draws otherwise
+    generator = torch.Generator().manual_seed(seed + processes.rank)
     before = [init.as_it_is() for init in inits]
     start_square, start_error = learned_errors(samples, before, held_out=False)
     _, start_holdout = learned_errors(samples, before, held_out=True)
@@ -76,8 +79,11 @@ def reconstruct(
         last = int(schedule.iterations * LAST_SHARE) if groups else 0
         first = replace(schedule, iterations=schedule.iterations - last)
         iterations = 0
+        average = partial(processes.averaged, "a step of a region")
         if softs or groups:
-            iterations = descend(softs, groups, loss, first, report=report, error_context=_ERROR_CONTEXT)
+            iterations = descend(
+                softs, groups, loss, first, report=report, error_context=_ERROR_CONTEXT, average=average
+            )
         if last:
             made = iterations
             shifted = None if report is None else lambda step, value: report(made + step, value)
@@ -88,6 +94,7 @@ def reconstruct(
                 replace(schedule, iterations=last),
                 report=shifted,
                 error_context=_ERROR_CONTEXT,
+                average=average,
             )
     unreached = sum(one.soft is None for one in learned)
     after = [one.result() for one in learned]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -126,6 +127,7 @@ class Region:
             always.
         is_unweighed: whether entries at an exit should be weighed by their importance, which is not known.
         resampled: whether minibatches are drawn from all samples; else they are the caller's batches.
+        processes: this one and those that have other samples.
     """
 
     def __init__(
@@ -138,7 +140,7 @@ class Region:
         propagate_error: bool = True,
         quantizers: Sequence[ActivationQuantizer] = (),
     ) -> None:
-        self._place, self._drawing = place, drawing
+        self._place, self._drawing, self.processes = place, drawing, place.sampling.processes
         self._sampling, self._batch_size = place.sampling, place.host.batch_size
         targets = Targets(place, exits)(place.values[0][0])
         # integers, such as the index of the largest logit, have no error that could be learned from
@@ -162,17 +164,29 @@ class Region:
             part = self._part(batch, counterparts, propagate_error)
             self.has_samples &= all(sampling.has_samples(batch, target.shape[0]) for target in part.targets)
             parts.append(part)
+        self.is_unweighed = not self._agree(not self.is_unweighed)
+        self.has_samples = self._agree(self.has_samples)
         if self.is_unweighed:
             parts.weigh(None)
         elif self.has_samples and self._drawing.weighs_outputs:
             parts.weigh(_tempering([part.importance for part in parts], sampling))
         stacked = _stacked(parts, sampling.size, self._place.memory)
-        self.resampled = stacked is not None and self._separable(stacked.entries, parts)
+        self.resampled = self._agree(stacked is not None and self._separable(stacked.entries, parts))
+        self.has_samples = self._agree(self.has_samples)
         held = [sampling.held_out(batch, size) & self.has_samples for batch, size in enumerate(sampling.size)]
         self._parts: Sequence[_Part] = parts
         self._held = held
         if stacked is not None and self.resampled:
             self._parts, self._held = [stacked], [torch.cat(held)]
+        self._learning = [(~of_part).nonzero().flatten() for of_part in self._held]
+        own = len(self._learning[0]) if self.resampled else sum(len(one) > 0 for one in self._learning)
+        counts = self.processes.gathered("counting what a region learns from", own)
+        self._drawn = _shares(self._batch_size or min(self._drawing.batch_size, sampling.total), counts)
+        self._processes_that_learn = sum(count > 0 for count in counts)
+
+    def _agree(self, value: bool) -> bool:
+        """Whether it is so for the samples of all processes."""
+        return self.processes.agree("the samples of a region", value)
 
     def _part(self, batch: int, counterparts: list[fx.Node | None], propagate_error: bool) -> _Part:
         """One of the caller's batches."""
@@ -229,13 +243,16 @@ class Region:
     def draw(self, generator: torch.Generator) -> Minibatch:
         """Some learning samples at random: of all, or one of the caller's batches where these cannot be taken apart."""
         if not self.resampled:
-            usable = [batch for batch, held in enumerate(self._held) if not held.all()]
+            # where there is none to learn from, one that does not count
+            usable = [batch for batch, learning in enumerate(self._learning) if len(learning)] or [0]
             batch = usable[int(torch.randint(len(usable), (), generator=generator, device="cpu"))]
-            return self._minibatch(self._parts[batch], ~self._held[batch], generator)
-        learning = (~self._held[0]).nonzero().flatten()
-        size = self._batch_size or min(self._drawing.batch_size, self._sampling.total)
+            found = self._minibatch(self._parts[batch], ~self._held[batch], generator)
+            # batches count alike
+            return replace(found, samples=max(1, found.samples) * self._processes_that_learn / self.processes.size)
+        learning = self._learning[0]
+        size = self._drawn[self.processes.rank]
         chosen = learning[torch.randperm(len(learning), generator=generator, device="cpu")[:size]]
-        return self._taken(chosen, generator)
+        return replace(self._taken(chosen, generator), samples=sum(self._drawn) / self.processes.size)
 
     def all(self, held_out: bool) -> Iterator[Minibatch]:
         """The learning or the held-out samples, in order, with nothing dropped."""
@@ -252,9 +269,9 @@ class Region:
 
     def _taken(self, index: Tensor, generator: torch.Generator | None) -> Minibatch:
         """Some of all samples; filled up with one that does not count, if the graphs want more."""
-        missing = 0 if self._batch_size is None else self._batch_size - len(index)
+        missing = (self._batch_size or max(1, len(index))) - len(index)
         kept = torch.arange(len(index) + missing, device="cpu") < len(index)
-        index = torch.cat([index, index[:1].expand(missing)])
+        index = torch.cat([index, (index[:1] if len(index) else index.new_zeros(1)).expand(missing)])
         return self._minibatch(self._parts[0].gathered(index), kept, generator)
 
     def _minibatch(self, part: _Part, kept: Tensor, generator: torch.Generator | None) -> Minibatch:
@@ -281,7 +298,8 @@ class Region:
         with torch.no_grad():
             weights, none = [node.weight for node in self.nodes], [None] * len(self.nodes)
             self._forward(part.entries, weights, none, squares=squares)
-        return [float(torch.stack(squares[node.name]).mean().sqrt()) for node in self.nodes]
+        scales = [torch.stack(squares[node.name]).mean().sqrt() for node in self.nodes]
+        return [float(scale) for scale in self.processes.averaged("the outputs of a region", scales)]
 
 
 def _tempering(importance: list[list[Tensor]], sampling: Sampling) -> list[list[Tensor]]:
@@ -301,6 +319,7 @@ def _tempering(importance: list[list[Tensor]], sampling: Sampling) -> list[list[
     for weights, numbers in zip(importance, samples, strict=True):
         for one, number in zip(weights, numbers, strict=True):
             totals.index_add_(0, number.to(totals.device), _sums(one).to(totals))
+    sampling.processes.add("the importance of a region's output", totals)
     factor = tempered(totals)
     return [
         [
@@ -309,6 +328,13 @@ def _tempering(importance: list[list[Tensor]], sampling: Sampling) -> list[list[
         ]
         for weights, numbers in zip(importance, samples, strict=True)
     ]
+
+
+def _shares(wanted: int, counts: Sequence[int]) -> list[int]:
+    """How many samples each process draws, so that all have about the same chance: one at least, of what it has."""
+    total = max(1, sum(counts))
+    ends = [round(wanted * sum(counts[:number]) / total) for number in range(len(counts) + 1)]
+    return [min(count, max(1, end - begin)) for count, (begin, end) in zip(counts, pairwise(ends), strict=True)]
 
 
 def _sums(values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from adaround_plugin.graph.compat import tree_flatten, tree_unflatten
 from adaround_plugin.regions.batches import input_tensors, sizes_of
 
-__all__ = ["put_together", "spread", "whole"]
+__all__ = ["evenly_chosen", "put_together", "spread", "whole"]
 
 
 def spread(arguments: Sequence[list[Any]], wanted: int, size: int, offset: float = 0.5) -> Sequence[list[Any]]:
@@ -30,11 +30,15 @@ def spread(arguments: Sequence[list[Any]], wanted: int, size: int, offset: float
     total = sum(sizes)
     if total <= wanted:
         return arguments
+    found = put_together(arguments, evenly_chosen(total, wanted, size, offset), size)
+    return [arguments[batch] for batch in whole(sizes, wanted, offset)] if found is None else found
+
+
+def evenly_chosen(total: int, wanted: int, size: int, offset: float) -> list[int]:
+    """The numbers of about `wanted` samples out of `total`, by batches of `size`, each spread over all itself."""
     count = min(-(-wanted // size), total // size)
     chosen = _evenly(count * size, total, offset)
-    # every batch of the result is spread over all samples itself
-    found = put_together(arguments, [number for start in range(count) for number in chosen[start::count]], size)
-    return [arguments[batch] for batch in whole(sizes, wanted, offset)] if found is None else found
+    return [number for start in range(count) for number in chosen[start::count]]
 
 
 def whole(sizes: Sequence[int], wanted: int, offset: float = 0.5) -> list[int]:

@@ -111,6 +111,7 @@ class Record:
             Objects without a text of their own stand there as the name of their type.
         versions: of this package and of torch.
         recalled: how many decisions an interrupted run had made, which were recalled from a checkpoint.
+        processes: how many took part, each with its own shard of the data.
         weights: a digest of the float weight that each layer was learned from, excluded layers among them.
         memory: bytes of batches and of what both networks knew of them: `budget`, `peak` in memory at once, `spilled`
             to files at once, and all that was `written` to files.
@@ -132,6 +133,7 @@ class Record:
     weights: dict[str, str] = field(default_factory=dict)
     recalled: int = 0
     memory: dict[str, int] = field(default_factory=dict)
+    processes: int = 1
 
     @property
     def learned_on_samples(self) -> list[BlockReport]:

@@ -55,6 +55,7 @@ def summary(record: Record) -> str:
         f"method {record.method}: {kept} of {len(record.layers)} layers learned (solver {record.solver}, "
         f"{record.recipe}); output error {number(record.output_error)}, "
         f"of nearest {number(record.nearest_output_error)}; "
+        f"{f'{record.processes} processes; ' if record.processes > 1 else ''}"
         f"{f'resumed, {record.recalled} decisions recalled; ' if record.recalled else ''}{seconds}"
     )
 

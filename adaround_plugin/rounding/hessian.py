@@ -66,7 +66,7 @@ class Hessian:
 
     def of(self, groups: slice) -> Hessian:
         """That of some groups."""
-        return Hessian(self._moment[groups], self._ridge[groups])
+        return self if groups == slice(None) else Hessian(self._moment[groups], self._ridge[groups])
 
     def blocks(self, size: int) -> Hessian:
         """The diagonal blocks of `size` columns, each a group of its own: `(G * n, size, size)`.

@@ -12,7 +12,7 @@ moments are weighted means over columns; they add over batches, call sites and m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -76,6 +76,28 @@ class Moments:
         for start, stop in _blocks(self.hessian.shape[2]):
             self.hessian[:, :start, start:stop] = self.hessian[:, start:stop, :start].transpose(1, 2)
         return self
+
+    def pool(self, add: Callable[..., None]) -> None:
+        """Be the moments of all machines, once they are finished.
+
+        Args:
+            add: puts the sums over all machines into the tensors that it is given, in place.
+        """
+        count = self.total.new_tensor(self.count)
+        own, mean, deviation = self.total.clone(), self.mean.clone(), self.deviation.clone()
+        self.mean.mul_(own[:, None])
+        self.deviation.mul_(own[:, None])
+        add(count, self.total, self.mean, self.deviation)
+        self.count = int(count)
+        pooled = self.total.clamp_min(torch.finfo(torch.float64).tiny)
+        self.mean.div_(pooled[:, None])
+        self.deviation.div_(pooled[:, None])
+        # second moments about the common mean: those about one's own, and the outer product of the difference
+        share, dx, dd = own / pooled, mean - self.mean, deviation - self.deviation
+        for moment, left, right in ((self.hessian, dx, dx), (self.cross, dd, dx)):
+            moment.baddbmm_(left.unsqueeze(2), right.unsqueeze(1)).mul_(share[:, None, None])
+        self.power.add_(dd.square()).mul_(share[:, None])
+        add(self.hessian, self.cross, self.power)
 
     def _merge(
         self,
@@ -172,6 +194,19 @@ class HeldOut:
             self._weight = None if weight[0] is None else joined(weight)
             self._parts = []
         return self
+
+    def pool(self, gather: Callable[[Tensor], Tensor], none: Tensor) -> None:
+        """Have the columns of all machines, once they are finished.
+
+        Args:
+            gather: puts the tensors of all machines one after the other along the columns.
+            none: what is given to it where there is nothing, an empty tensor.
+        """
+        x, deviation, weight = (self._x, self._deviation, self._weight) if self.count else (none, none, None)
+        x, deviation, weight = gather(x), gather(deviation), gather(none if weight is None else weight)
+        if x.numel():
+            self._x, self._deviation, self.count = x, deviation, x.shape[1]
+            self._weight = weight if weight.numel() else None
 
     def sums(self) -> list[Tensor]:
         """Sums of all columns and of all deviations, by which NaN is noticed; nothing without columns."""

@@ -126,6 +126,7 @@ def descend(
     report: Callable[[int, float], None] | None = None,
     decay: bool = False,
     error_context: tuple[str, str] = ("solver", "Pass LayerWise(solver='annealing')."),
+    average: Callable[[Sequence[Tensor]], list[Tensor]] = list,
 ) -> int:
     """Adam on soft roundings, until the iterations are spent or every weight has settled.
 
@@ -137,6 +138,7 @@ def descend(
         report: called now and then with the number of iterations and the loss.
         decay: let the rates fall to zero along a half cosine.
         error_context: the option and the remedy that an error names where no derivative can be taken.
+        average: the mean of each of some tensors over all machines that learn the same.
 
     Returns:
         The number of iterations made.
@@ -157,7 +159,7 @@ def descend(
                 total = total + schedule.regularization * share * penalty
         # not backward(): modules along the way are shared, and must not be left with gradients
         with taking_derivatives(*error_context):
-            gradients = torch.autograd.grad(total, learned)
+            gradients = average(torch.autograd.grad(total, learned))
         for parameter, gradient in zip(learned, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
@@ -166,6 +168,8 @@ def descend(
         if (i + 1) % _CHECK == 0:
             if report is not None:
                 report(i + 1, float(value.detach()))
-            if softs and progress >= schedule.warm_up and all(soft.settled(progress) for soft in softs):
-                return i + 1
+            if softs and progress >= schedule.warm_up:
+                settled = torch.tensor(float(all(soft.settled(progress) for soft in softs)), device="cpu")
+                if float(average([settled])[0]) == 1:
+                    return i + 1
     return schedule.iterations

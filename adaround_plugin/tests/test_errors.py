@@ -17,6 +17,7 @@ from adaround_plugin.errors import (
     InvalidOptionError,
     MissingDependencyError,
     NonFiniteError,
+    ProcessError,
     is_out_of_memory,
     taking_derivatives,
 )
@@ -28,6 +29,7 @@ FAMILY = [
     InvalidOptionError,
     MissingDependencyError,
     NonFiniteError,
+    ProcessError,
 ]
 
 
@@ -63,6 +65,7 @@ def test_every_error_belongs_to_one_family():
         (InvalidOptionError, ValueError),
         (MissingDependencyError, ImportError),
         (NonFiniteError, ArithmeticError),
+        (ProcessError, RuntimeError),
     ],
 )
 def test_each_is_also_the_builtin_that_callers_expect(kind, builtin):
