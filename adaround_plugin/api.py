@@ -141,23 +141,12 @@ def adaround(
         with torch.no_grad(), Progress(len(host.nodes) - len(excluded), shown) as bar:
             report = ReportBuilder(bar)
             setup = time.perf_counter() - start
-            layers = choose_recipe(
-                chosen,
-                host,
-                arguments,
-                sampling,
-                excluded=excluded,
-                seed=seed,
-                report=report,
-                checkpoint=kept,
-                memory=memory,
-            )
+            common: dict[str, Any] = {"excluded": excluded, "seed": seed, "report": report, "checkpoint": kept}
+            layers = choose_recipe(chosen, host, arguments, sampling, memory=memory, **common)
             chosen = chosen.with_layers(layers)
             trials = time.perf_counter() - start - setup
             comparison = Comparison(host, arguments, sampling, memory)
-            run = Pass(
-                host, arguments, sampling, memory=memory, excluded=excluded, seed=seed, report=report, checkpoint=kept
-            )
+            run = Pass(host, arguments, sampling, memory=memory, **common)
             # from here on the pass alone keeps all batches
             del arguments
             entry = None if preset.finetune is None else run.snapshot()
