@@ -127,7 +127,9 @@ def adaround(
     folder = None if checkpoint is None else check_folder("checkpoint", checkpoint)
     with open_processes(process_group) as processes, ExitStack() as opened:
         host = open_host(prepared, backend_config, integer_biases=integer_biases)
-        memory = opened.enter_context(Memory.of(memory_budget, (node.weight.device for node in host.nodes)))
+        devices = sorted({node.weight.device for node in host.nodes}, key=str)
+        sharing = processes.sharing("sharing out the memory", ", ".join(map(str, devices)))
+        memory = opened.enter_context(Memory.of(memory_budget, devices, sharing))
         excluded = _excluded(host, exclude)
         chosen.check(host)
         others = {"exclude": sorted(excluded), "seed": seed, "integer_biases": integer_biases}

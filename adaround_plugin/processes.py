@@ -8,10 +8,11 @@ things are found out, and one that is gone is noticed at once, since its connect
 
 from __future__ import annotations
 
-import pickle
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from io import BytesIO
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ T = TypeVar("T")
 # how long the first waits for the last at the door, and at every meeting after that
 _DOOR, _MEETING = timedelta(minutes=5), timedelta(hours=2)
 # bytes of what a process says at a meeting, and how it begins
-_SAID, _FINE, _FAILED = 768, "at ", "failed: "
+_LONGEST, _FINE, _FAILED = 768, "at: ", "failed: "
 # where the store counts who has come; axes that a tensor may have
 _ARRIVED, _AXES = "arrived", 8
 _REMEDY = "Look at its own error, and start all processes again; with checkpoint= they go on from there."
@@ -77,6 +78,10 @@ class Processes:
         """Whether it is so in all processes."""
         return all(self.gathered(at, value))
 
+    def sharing(self, at: str, what: str) -> int:
+        """How many processes on this machine, this one included, have what this one names."""
+        return 1
+
     def part(self, count: int) -> slice:
         """Which of `count` things this process does; perhaps none."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
@@ -104,7 +109,7 @@ class Group(Processes):
         try:
             self._connect()
         except RuntimeError as error:
-            raise self._lost("the door") from error
+            raise self._lost("at: the door") from error
 
     def _connect(self) -> None:
         """Wait for all processes, and connect to them."""
@@ -113,9 +118,12 @@ class Group(Processes):
         # as many as there are processes meet each time
         call = (store.add(_ARRIVED, 1) - 1) // self.size
         try:
-            for place, timeout in (("door", _DOOR), ("work", _MEETING)):
-                named = process_store(f"{name}/{call}/{place}")
-                self._own = distributed.ProcessGroupGloo(named, self.rank, self.size, timeout)
+            # nobody leaves the door before all have come through
+            opened = [
+                distributed.ProcessGroupGloo(process_store(f"{name}/{call}/{place}"), self.rank, self.size, timeout)
+                for place, timeout in (("door", _DOOR), ("work", _MEETING))
+            ]
+            self._own = opened[1]
         except BaseException:
             # whoever comes now is of the next time
             if store.add(f"{call}/failed", 1) == 1:
@@ -123,8 +131,14 @@ class Group(Processes):
             raise
 
     def _close(self) -> None:
-        """Close the connections, which whoever waits for this process notices."""
+        """Close the connections, which whoever waits for this process notices; nothing else refers to them."""
         self._own = None
+
+    def _part(self) -> None:
+        """Close the connections when all have heard what was said last."""
+        with suppress(ProcessError):
+            self._said("goodbye")
+        self._close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -132,6 +146,7 @@ class Group(Processes):
         try:
             if error is None:
                 self._meet("the end")
+                self._part()
             elif isinstance(error, Exception):
                 # whoever is interrupted does not wait for the others
                 with suppress(ProcessError):
@@ -141,13 +156,13 @@ class Group(Processes):
 
     def add(self, at: str, *tensors: Tensor) -> None:
         self._meet(at)
-        with self._speaking(at) as own:
+        with self._speaking(_FINE + at):
             for tensor in tensors:
                 sent = self._sent(tensor)
                 if sent.is_cuda:
                     distributed.all_reduce(sent, group=self._given)
                 else:
-                    own.allreduce([sent]).wait()
+                    self._own.allreduce([sent]).wait()
                 if sent is not tensor:
                     tensor.copy_(sent)
 
@@ -166,8 +181,10 @@ class Group(Processes):
         return found
 
     def gathered(self, at: str, value: T) -> list[T]:
-        said = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        return [pickle.loads(part.numpy().tobytes()) for part in self._parts(at, said)]
+        said = BytesIO()
+        torch.save(value, said)
+        parts = self._parts(at, torch.frombuffer(said.getbuffer(), dtype=torch.uint8))
+        return [torch.load(BytesIO(part.numpy().tobytes()), weights_only=True) for part in parts]
 
     def joined(self, at: str, values: Tensor, dim: int) -> Tensor:
         parts = [part for part in self._parts(at, self._sent(values)) if part.numel()]
@@ -178,13 +195,17 @@ class Group(Processes):
         # the others have nothing to say
         return self.gathered(at, value if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
+    def sharing(self, at: str, what: str) -> int:
+        everyones = self.gathered(at, (socket.gethostname(), what))
+        return everyones.count(everyones[self.rank])
+
     def _parts(self, at: str, mine: Tensor) -> list[Tensor]:
         """The tensors of all processes, of any length along any axis."""
         self._meet(at)
-        with self._speaking(at) as own:
+        with self._speaking(_FINE + at):
             shape = torch.tensor([mine.dim(), *mine.shape, *[0] * (_AXES - mine.dim())], device="cpu")
             shapes = [torch.empty_like(shape) for _ in range(self.size)]
-            own.allgather([shapes], [shape]).wait()
+            self._own.allgather([shapes], [shape]).wait()
             parts = [
                 mine if rank == self.rank else mine.new_empty(of_one[1 : 1 + int(of_one[0])].tolist())
                 for rank, of_one in enumerate(shapes)
@@ -193,7 +214,7 @@ class Group(Processes):
                 if part.is_cuda and part.numel():
                     distributed.broadcast(part, group_src=rank, group=self._given)
                 elif part.numel():
-                    own.broadcast(part, rank).wait()
+                    self._own.broadcast(part, rank).wait()
             return parts
 
     def _sent(self, tensor: Tensor) -> Tensor:
@@ -206,43 +227,45 @@ class Group(Processes):
         Raises:
             ProcessError: one of the processes failed, or is elsewhere, or gone.
         """
-        said = (how + at).encode()[:_SAID].ljust(_SAID)
-        mine = torch.frombuffer(bytearray(said), dtype=torch.uint8)
-        everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        with self._speaking(at if how == _FINE else "a failure") as own:
-            own.allgather([everyone], [mine]).wait()
-        heard = [one.numpy().tobytes().decode(errors="replace").rstrip() for one in everyone]
+        heard = self._said(how + at)
         failed = [
             f"rank {rank} failed: {one.removeprefix(_FAILED)}"
             for rank, one in enumerate(heard)
             if one.startswith(_FAILED)
         ]
         if failed:
-            self._close()
+            self._part()
             raise ProcessError("process_group", "; ".join(failed), _REMEDY)
         if len(set(heard)) > 1:
-            self._close()
+            self._part()
             places = ", ".join(f"rank {rank} is {one}" for rank, one in enumerate(heard))
             raise ProcessError(
                 "process_group", f"not all processes do the same: {places}", "Call adaround alike in all of them."
             )
 
+    def _said(self, what: str) -> list[str]:
+        """What all processes say at a time, by rank."""
+        mine = torch.frombuffer(bytearray(what.encode()[:_LONGEST].ljust(_LONGEST)), dtype=torch.uint8)
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._speaking(what):
+            self._own.allgather([everyone], [mine]).wait()
+        return [one.numpy().tobytes().decode(errors="replace").rstrip() for one in everyone]
+
     @contextmanager
-    def _speaking(self, at: str) -> Iterator[Any]:
-        """The connections, and what it means when the others do not answer."""
-        own = self._own
-        if own is None:
-            raise ProcessError("process_group", f"the processes parted before this (at {at})", _REMEDY)
+    def _speaking(self, what: str) -> Iterator[None]:
+        """Say what it means when the others do not answer."""
+        if self._own is None:
+            raise ProcessError("process_group", f"the processes have parted ({what})", _REMEDY)
         try:
-            yield own
+            yield
         except BaseException as error:
             self._close()
             if not isinstance(error, RuntimeError) or is_out_of_memory(error):
                 raise
-            raise self._lost(at) from error
+            raise self._lost(what) from error
 
-    def _lost(self, at: str) -> ProcessError:
-        problem = f"one of {self.size} processes is gone, or did not come (at {at})"
+    def _lost(self, what: str) -> ProcessError:
+        problem = f"one of {self.size} processes is gone, or did not come ({what})"
         return ProcessError("process_group", problem, _REMEDY)
 
 

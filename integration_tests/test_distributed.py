@@ -7,13 +7,14 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, fx, nn
 
-from adaround_plugin import BlockWise, Finetune, LayerWise, Paper, adaround, get_report
+from adaround_plugin import BlockWise, Finetune, LayerWise, Paper, adaround, get_report, processes
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.passes import Pass
 from integration_tests.models import QUICK, batches, prepared_model
@@ -179,9 +180,14 @@ def fail(rank: int, size: int) -> dict[str, str]:
         "overflow": learn(plain, spoiled(data, 3e38) if is_second else data),
         "no group": learn(plain, group=None),
         "another group": learn(plain, group="world"),
-        "fine again": learn(plain),
     }
-    return {name: told(call) for name, call in calls.items()}
+    found = {name: told(call) for name, call in calls.items()}
+    if not is_second:
+        usual, processes._DOOR = processes._DOOR, timedelta(seconds=1)
+        found["door"] = told(learn(plain))
+        processes._DOOR = usual
+    distributed.barrier()
+    return {**found, "fine again": told(learn(plain))}
 
 
 def test_what_one_process_does_wrong_is_told_to_the_other(tmp_path: Path) -> None:
@@ -195,6 +201,9 @@ def test_what_one_process_does_wrong_is_told_to_the_other(tmp_path: Path) -> Non
         assert "Pass torch.distributed.group.WORLD if each of them" in said["no group"]
         assert said["another group"].startswith("InvalidOptionError: process_group: 'world' is no group")
         assert said["fine again"] == "no error"
+    assert first["door"].startswith(
+        "ProcessError: process_group: one of 2 processes is gone, or did not come (at: the door)"
+    )
     assert second["batch"].startswith("InvalidBatchError: batch 2: input 'x' holds NaN")
     assert first["batch"].startswith(
         "ProcessError: process_group: rank 1 failed: InvalidBatchError: batch 2: input 'x'"

@@ -90,18 +90,20 @@ class Memory:
         self._used = self._on_disk = 0
 
     @classmethod
-    def of(cls, budget: Any, devices: Iterable[torch.device] = ()) -> Memory:
+    def of(cls, budget: Any, devices: Iterable[torch.device] = (), sharing: int = 1) -> Memory:
         """By what a caller asks for: bytes, or `"auto"`, half of the memory that is free now.
 
         Args:
             budget: what is asked for.
             devices: where values will be.
+            sharing: how many processes there have equal parts of that half.
 
         Raises:
             InvalidOptionError: it is neither.
         """
         if budget == "auto":
-            return cls(int(_SHARE * min(free_bytes(device) for device in set(devices) or {torch.device("cpu")})))
+            free = min(free_bytes(device) for device in set(devices) or {torch.device("cpu")})
+            return cls(int(_SHARE * free / sharing))
         if isinstance(budget, str):
             raise InvalidOptionError("memory_budget", f"{budget!r} is not known", 'Pass a number of bytes, or "auto".')
         check_integer("memory_budget", budget, least=0)

@@ -50,7 +50,7 @@ class SharedCheckpoint(Checkpoint):
             if self._processes.rank == 0:
                 tensors: dict[str, Tensor] = {}
                 facts = encode(self._kept.decide(kind, name, whole, make), tensors)
-                said = facts, {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+                said = facts, {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
             elif not is_known:
                 make()
         finally:

@@ -297,8 +297,8 @@ def _reached(loss: Tensor, groups: list[dict[str, Any]], processes: Processes) -
     parameters = [parameter for group in groups for parameter in group["params"]]
     with taking_derivatives(*_ERROR_CONTEXT):
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    mine = {number for number, gradient in enumerate(gradients) if gradient is not None}
-    everywhere = set.intersection(*processes.gathered("what finetuning reaches", mine))
+    mine = [number for number, gradient in enumerate(gradients) if gradient is not None]
+    everywhere = set(mine).intersection(*processes.gathered("what finetuning reaches", mine))
     known = {id(parameters[number]) for number in everywhere}
     kept = [{**group, "params": [one for one in group["params"] if id(one) in known]} for group in groups]
     return [group for group in kept if group["params"]]

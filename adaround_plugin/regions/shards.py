@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adaround_plugin.graph.compat import tree_flatten, tree_map, tree_unflatten
+from adaround_plugin.graph.compat import tree_flatten, tree_unflatten
 from adaround_plugin.processes import Processes
 from adaround_plugin.regions.batches import sizes_of
 from adaround_plugin.regions.spread import evenly_chosen, put_together, spread, whole
@@ -52,11 +52,15 @@ def spread_over(
 
 def _everyones(processes: Processes, batches: Sequence[list[Any]], like: list[Any]) -> list[list[Any]]:
     """The batches of all processes, by rank, with every tensor on the device of its counterpart in `like`."""
-    sent = tree_map(lambda value: value.cpu() if isinstance(value, Tensor) else value, list(batches))
-    places = [value.device if isinstance(value, Tensor) else None for value in tree_flatten(like)[0]]
+    known, structure = tree_flatten(like)
+    places = [value.device if isinstance(value, Tensor) else None for value in known]
+    # copies: of a view all of the memory behind it would be sent
+    sent = [
+        [value.to("cpu", copy=True) if isinstance(value, Tensor) else value for value in tree_flatten(of_batch)[0]]
+        for of_batch in batches
+    ]
 
-    def brought(of_batch: list[Any]) -> list[Any]:
-        values, structure = tree_flatten(of_batch)
+    def brought(values: list[Any]) -> list[Any]:
         moved = [value if place is None else value.to(place) for value, place in zip(values, places, strict=True)]
         found: list[Any] = tree_unflatten(moved, structure)
         return found
