@@ -58,11 +58,29 @@ def _as_path(argument: str, value: Any) -> Path:
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file, or leave what was there: the content goes to a file beside it that then takes its name."""
+    """Write a file, or leave what was there: the content goes to a file beside it that then takes its name.
+
+    The content is on the disk before the name is, so that a machine without power keeps one or the other.
+    """
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        unfinished.write_bytes(content)
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         unfinished.replace(path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk; Windows has no such call, and does so in its own time."""
+    if os.name == "nt":
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from adaround_plugin.graph.fingerprint import fingerprint
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning import checkpoint as checkpoints
 from adaround_plugin.report import Report
+from adaround_plugin.rounding.problem import Rounding, RoundingProblem
+from adaround_plugin.solvers import Nearest
 from integration_tests.models import QUICK, batches, images, prepared_model
 from integration_tests.pt2e_models import Unchanged, calibrated, exported, x86
 
@@ -130,13 +133,22 @@ def test_stopped_at_every_decision_a_run_ends_with_the_same_bits(
 
 
 def test_nothing_that_is_recalled_is_solved_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared, call = _prepared("fx", activation_bits=4), CALLS["best"]
+    prepared, call = (
+        _prepared("fx", activation_bits=4),
+        {**CALLS["best"], "method": BlockWise(layers=FISHER, iterations=3)},
+    )
     learned(prepared, tmp_path, **call)
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("solved again")
 
-    for place in ("layerwise.Layer", "blockwise.reconstruct", "finetuning.finetune", "region_step.Region"):
+    for place in (
+        "layerwise.Layer",
+        "blockwise.reconstruct",
+        "finetuning.finetune",
+        "region_step.Region",
+        "columns.sensitivities",
+    ):
         monkeypatch.setattr(f"adaround_plugin.learning.{place}", refuse)
     learned(prepared, tmp_path, **call)
 
@@ -173,6 +185,46 @@ def test_a_folder_of_another_run_is_refused_and_named(other: str, tmp_path: Path
     with pytest.raises(InvalidOptionError, match=rf"checkpoint: .* is of a run with other .*{said}"):
         adaround(make(), data, **{**call, **changes})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+class Own:
+    """A solver of a user's, without a text of its own; what Python writes of it is its name."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.seen = steps, {"weights": torch.arange(3.0), "steps": [steps]}
+
+    def solve(self, problem: RoundingProblem) -> Rounding:
+        return Nearest().solve(problem)
+
+
+def test_a_solver_of_ones_own_is_told_apart_by_what_it_consists_of(tmp_path: Path) -> None:
+    prepared = _prepared("fx")
+    learned(prepared, tmp_path, method=replace(QUICK, solver=Own(1)))
+    with pytest.raises(InvalidOptionError, match=r"other settings \(state of the solver\)"):
+        learned(prepared, tmp_path, method=replace(QUICK, solver=Own(2)))
+    assert get_report(learned(prepared, tmp_path, method=replace(QUICK, solver=Own(1)))).recalled
+
+
+def test_a_solver_that_cannot_be_told_apart_is_refused_with_a_checkpoint(tmp_path: Path) -> None:
+    prepared, solver = _prepared("fx"), Own(1)
+    solver.seen["file"] = threading.Lock()
+    with pytest.raises(InvalidOptionError, match=r"solver: a Own cannot be told from another.*leave checkpoint= out"):
+        learned(prepared, tmp_path / "folder", method=replace(QUICK, solver=solver))
+    assert list(tmp_path.iterdir()) == []
+    learned(prepared, None, method=replace(QUICK, solver=solver))
+
+
+class Silent(Own):
+    """A solver that cannot be written out."""
+
+    def __repr__(self) -> str:
+        raise ValueError("no text")
+
+
+def test_a_solver_that_cannot_be_written_out_loses_no_result(tmp_path: Path) -> None:
+    report = get_report(learned(_prepared("fx"), tmp_path, method=replace(QUICK, solver=Silent(1))))
+    assert report.settings["method"].startswith("LayerWise(solver=Silent, search_scale=")
+    assert report.solver == "Silent"
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

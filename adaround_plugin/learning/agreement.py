@@ -70,6 +70,7 @@ def open_checkpoint(
     host: Host,
     arguments: Sequence[list[Any]],
     settings: Mapping[str, object],
+    solver: object,
     versions: Mapping[str, str],
 ) -> Checkpoint:
     """Where decisions are kept, by the first of several processes.
@@ -77,17 +78,18 @@ def open_checkpoint(
     Args:
         folder: None keeps nothing.
         processes: that learn together.
-        host, arguments, settings, versions: as of `identity`.
+        host, arguments, settings, solver, versions: as of `identity`.
 
     Raises:
-        InvalidOptionError: the processes have other models or settings, or the folder belongs to another run.
+        InvalidOptionError: the processes have other models or settings, the folder belongs to another run, or the
+            solver cannot be told from others.
         InvalidModelError: a file in the folder was changed.
     """
-    if processes.size == 1:
-        return (
-            Checkpoint() if folder is None else FolderCheckpoint(folder, identity(host, arguments, settings, versions))
-        )
-    run = identity(host, () if folder is None else arguments, settings, versions)
+    if processes.size == 1 and folder is None:
+        return Checkpoint()
+    run = identity(host, () if folder is None else arguments, settings, solver, versions)
+    if processes.size == 1 and folder is not None:
+        return FolderCheckpoint(folder, run)
     devices = {node.weight.device for node in host.nodes}
     if len(devices) > 1:
         shown = ", ".join(sorted(map(str, devices)))

@@ -20,7 +20,7 @@ from adaround_plugin.errors import InvalidModelError, InvalidOptionError
 from adaround_plugin.graph.fingerprint import differing, fingerprint
 from adaround_plugin.hosts.base import Host
 from adaround_plugin.learning.decisions import decode, encode
-from adaround_plugin.learning.report_builder import written_out
+from adaround_plugin.learning.settings import state_of, written_out
 from adaround_plugin.regions.batches import batch_digest
 from adaround_plugin.storage import read_tensors, write_tensors
 
@@ -131,18 +131,26 @@ class FolderCheckpoint(Checkpoint):
 
 
 def identity(
-    host: Host, arguments: Sequence[list[Any]], settings: Mapping[str, object], versions: Mapping[str, str]
+    host: Host,
+    arguments: Sequence[list[Any]],
+    settings: Mapping[str, object],
+    solver: object,
+    versions: Mapping[str, str],
 ) -> Identity:
-    """What tells a run from others: settings, versions, both graphs with all weights, and every batch.
+    """What tells a run from others: settings, the solver, versions, both graphs with all weights, and every batch.
 
     Args:
         host: of the network.
         arguments: of each batch, as the host's graphs take them.
         settings, versions: by name.
+        solver: of each layer's rounding problem, a user's own perhaps.
+
+    Raises:
+        InvalidOptionError: the solver cannot be told from others.
     """
     graphs = {"network": host.float_graph, "quantized network": host.quantized_graph}
     return {
-        "settings": written_out(settings),
+        "settings": written_out(settings) | {"state of the solver": state_of("solver", solver)},
         "versions": versions,
         **{section: fingerprint(graph) for section, graph in graphs.items()},
         "grids": {

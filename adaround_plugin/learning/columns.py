@@ -160,20 +160,21 @@ class Columns:
         run: the pass.
         weighting: as `column_weighting` of `LayerWise`. `"fisher"` takes a forward and a backward pass now.
         with_outputs: whether `outputs` are wanted, which takes the same passes.
+        decided: whether all layers are decided already: no columns will be gathered, and no passes are taken.
 
     Attributes:
         outputs: by name of the weighted node, `(G, R, R)`: the second moment of the derivatives of the network's output
             by the layer's, where there are any.
     """
 
-    def __init__(self, run: Pass, weighting: str, with_outputs: bool = False) -> None:
+    def __init__(self, run: Pass, weighting: str, with_outputs: bool = False, *, decided: bool = False) -> None:
         self._run = run
         self._chosen_rows = chosen_rows(run.streams[1])
         # by call site, for each batch the importance of its columns
         self._importance: dict[fx.Node, list[Tensor]] = {}
         self._known: dict[tuple[int, int, tuple[int | str, ...]], _Chosen] = {}
         self.outputs: dict[str, Tensor] = {}
-        if weighting == "fisher" or with_outputs:
+        if not decided and (weighting == "fisher" or with_outputs):
             with run.clock("importance"):
                 self._differentiate(weighting == "fisher", with_outputs)
 

@@ -194,8 +194,9 @@ class PendingLayers:
     def __init__(self, run: Pass, settings: LayerWise, after: AfterLayer | None = None) -> None:
         self._run, self._settings, self._after = run, settings, after
         self.recipe, self._solver = settings.recipe, get_solver(settings.solver)
-        self._columns = Columns(run, self.recipe.column_weighting, self.recipe.output_hessian)
         self.pending = run.nodes
+        decided = all(run.checkpoint.has(_DECISION, node.name) for node in self.pending)
+        self._columns = Columns(run, self.recipe.column_weighting, self.recipe.output_hessian, decided=decided)
 
     def decide_all(self) -> None:
         """Decide all that is left."""

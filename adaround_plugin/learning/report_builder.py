@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -13,13 +12,11 @@ from tqdm import tqdm
 
 from adaround_plugin.hosts.base import Skipped, WeightedNode
 from adaround_plugin.learning.layer import Recipe
+from adaround_plugin.learning.settings import written_out
 from adaround_plugin.report import BlockReport, LayerReport, RecipeTrial, Report
 from adaround_plugin.rounding.result import LayerRounding
 
-__all__ = ["Progress", "ReportBuilder", "written_out"]
-
-# how Python writes a class, and an object without a text of its own; the group is the name of the class
-_NAMELESS = re.compile(r"<(?:class ')?(?:[\w<>]+\.)*(\w+)(?:'| object at 0x\w+)>")
+__all__ = ["Progress", "ReportBuilder"]
 
 
 class Progress:
@@ -208,11 +205,6 @@ class ReportBuilder:
             memory=memory,
             processes=processes,
         )
-
-
-def written_out(settings: Mapping[str, object]) -> dict[str, str]:
-    """Settings as Python writes them, without addresses."""
-    return {name: _NAMELESS.sub(r"\1", repr(value)) for name, value in settings.items()}
 
 
 def _flipped(node: WeightedNode, rounding: LayerRounding) -> float:

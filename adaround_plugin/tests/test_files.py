@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -22,16 +23,30 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path, monkeypatc
     path = tmp_path / "file"
     path.write_bytes(b"before")
 
-    def half(self: Path, data: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(data[: len(data) // 2])
+    def full(number: int) -> None:
         raise OSError("no room")
 
-    monkeypatch.setattr(Path, "write_bytes", half)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no room"):
         write_whole(path, b"content")
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such call for folders")
+def test_content_is_on_the_disk_before_it_has_its_name_and_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seen = tmp_path / "file", []
+    sync = os.fsync
+
+    def fsync(number: int) -> None:
+        seen.append((os.fstat(number).st_ino, path.exists()))
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_whole(path, b"content")
+    assert seen == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
 
 def test_what_cannot_take_its_name_is_removed(tmp_path: Path) -> None:
