@@ -35,7 +35,7 @@ _PRIORITY = 95
 class AdaRoundConfig(SoleConfig):
     """Learned rounding, as a configuration of Intel Neural Compressor.
 
-    Every parameter but `white_list` also takes a list of values, which `autotune` tries one by one.
+    Every parameter but `checkpoint` and `white_list` also takes a list of values, which `autotune` tries one by one.
 
     Args:
         dtype: `"int"`, or `"fp32"` to leave layers in float.
@@ -51,8 +51,10 @@ class AdaRoundConfig(SoleConfig):
         solver, search_scale, propagate_error, correct_bias, column_weighting, damping, output_hessian, levels,
             holdout, max_columns: as in `adaround_plugin.LayerWise`; None is what the method has.
         finetune: finetune the whole network in the end; None is what the method's name stands for.
-        seed: as in `adaround_plugin.adaround`. What follows `group_size` up to here holds for the whole pass: local
-            parts follow the global one.
+        seed: as in `adaround_plugin.adaround`.
+        checkpoint: as in `adaround_plugin.adaround`, a text: the folder that keeps decisions, so that an interrupted
+            call goes on. Of listed values each combination has a folder of its own in it, `0`, `1` and so on. What
+            follows `group_size` up to here holds for the whole pass: local parts follow the global one.
         white_list: `"*"` for every weighted layer; a list of names, patterns and module types; None for nothing but
             what `set_local` adds. A pattern is what `exclude` of `adaround` takes: a name, the name of a parent, or a
             regular expression on whole names; also the name of a module type.
@@ -154,8 +156,10 @@ class AdaRoundConfig(SoleConfig):
         listed = type(self)(**self.get_params_dict(), white_list=None)
         own = {key: part for key, part in self.local_config.items() if part != listed}
         expanded = []
-        for values in product(*lists.values()):
+        for number, values in enumerate(product(*lists.values())):
             chosen = {**self.get_params_dict(), **dict(zip(lists, values, strict=True))}
+            if self.checkpoint is not None:
+                chosen["checkpoint"] = f"{self.checkpoint}/{number}"
             config = type(self)(**chosen, white_list=self.white_list)
             config.local_config.update(copy.deepcopy(own))
             expanded.append(config)

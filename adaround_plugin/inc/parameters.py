@@ -11,6 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
 from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.files import check_folder
 from adaround_plugin.inc.compat import DEFAULT_WHITE_LIST
 from adaround_plugin.learning.layerwise import LayerWise
 from adaround_plugin.learning.methods import METHODS, Preset, get_preset
@@ -68,6 +69,7 @@ PASS_PARAMETERS = [
     *_options(),
     Parameter("finetune", None, _tunable(bool, None)),
     Parameter("seed", 0, _tunable(int)),
+    Parameter("checkpoint", None, str | None),
 ]
 PARAMETERS = [*LAYER_PARAMETERS, *PASS_PARAMETERS]
 _WHITE_LIST = Parameter("white_list", DEFAULT_WHITE_LIST, list[str | type[nn.Module]] | Literal["*"] | None)
@@ -105,6 +107,8 @@ def check(name: str, value: Any) -> Any:
     if name in {field.name for field in fields(LayerWise)} and value is not None:
         for one in value if isinstance(value, list) else [value]:
             LayerWise(**{name: one})
+    if name == "checkpoint" and value is not None:
+        check_folder(name, value)
     if name == "seed":
         for one in value if isinstance(value, list) else [value]:
             check_seed("seed", one)

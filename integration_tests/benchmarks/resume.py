@@ -37,6 +37,8 @@ CALLS: Mapping[str, Mapping[str, Any]] = {
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])
 _SECONDS = 120
+# a run is killed at most so often, so that several are
+_MOST_KILLS = 6
 
 
 def kill_and_resume(kills: int, seed: int = 0) -> Counter[str]:
@@ -66,10 +68,10 @@ def _one(folder: Path, draw: random.Random, seen: Counter[str], case: tuple[int,
     process.join(_SECONDS)
     assert process.exitcode == 0, f"{case} failed"
     _, seconds, _ = connection.recv()
+    most = min(kills, seen["kills"] + _MOST_KILLS)
     while not resumed.exists():
         process, connection = _started(case, kept, resumed)
-        # soon, so that a run is killed a few times on its way
-        process.join(draw.uniform(0, seconds / 2) if seen["kills"] < kills else _SECONDS)
+        process.join(draw.uniform(0, seconds) if seen["kills"] < most else _SECONDS)
         if process.exitcode is None:
             process.kill()
             process.join()
