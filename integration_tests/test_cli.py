@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import re
 import subprocess
 import sys
@@ -20,7 +23,7 @@ from adaround_plugin import Analysis
 from adaround_plugin.cli import main, sources
 from adaround_plugin.cli.sources import Images, load_data, load_model
 from adaround_plugin.errors import InvalidBatchError, InvalidModelError, InvalidOptionError
-from adaround_plugin.report import Report
+from adaround_plugin.report import LayerReport, Report
 
 NETS = """
 import torch
@@ -297,6 +300,36 @@ def test_errors_of_an_imported_module_are_its_own(here: Path, make: Callable[[st
     (here / "failing_nets.py").write_text("import none_such_package\n", encoding="utf-8")
     with pytest.raises(ModuleNotFoundError, match="none_such_package"):
         make("failing_nets:make")
+
+
+def through_terminal(monkeypatch: pytest.MonkeyPatch, *command: str) -> str:
+    """What a command prints into a terminal."""
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        patch.setenv("COLUMNS", "100")
+        assert main(command) == 0
+    found = b""
+    with contextlib.suppress(OSError):
+        while part := os.read(ours, 4096):
+            found += part
+    os.close(ours)
+    return found.decode()
+
+
+def test_a_report_is_tables_in_a_terminal_where_rich_is_installed(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = LayerReport("first", "Conv2d", (), (4, 3), 3, 0.1, 0.01, None, None, True, 0.25, 0.0, "kept", 10, 1.25)
+    report = Report("default", "Annealing", "plain", [layer], [])
+    (here / "report.json").write_text(report.to_json())
+    shown = through_terminal(monkeypatch, "report", "report.json")
+    assert "│" in shown
+    assert "first" in shown
+    assert main(["report", "report.json"]) == 0
+    assert capsys.readouterr().out == f"{report}\n"
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert through_terminal(monkeypatch, "report", "report.json").splitlines() == str(report).splitlines()
 
 
 def test_a_report_of_another_format_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What the commands do; each returns the lines that it prints."""
+"""What the commands do; each returns the lines, or the results, that it prints."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def analyze_model(options: argparse.Namespace) -> Iterator[str]:
         yield str(_suggested(options, analysis, {}))
 
 
-def show_report(options: argparse.Namespace) -> Iterator[str]:
-    """A report as text, and as a page."""
+def show_report(options: argparse.Namespace) -> Iterator[str | Report]:
+    """A report, and as a page."""
     paths = _paths(options, "html")
     report = _report(options.file)
-    yield str(report)
+    yield report
     yield from _kept(report, paths)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from adaround_plugin._version import __version__
 from adaround_plugin.cli.commands import analyze_model, compare_reports, demo, quantize_model, show_report
+from adaround_plugin.cli.printing import show
 from adaround_plugin.errors import AdaRoundError, InvalidOptionError
 from adaround_plugin.learning.methods import METHODS
 
@@ -53,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             # torch's advice on its own quantization flow, at every call of it
             warnings.simplefilter("ignore")
-            for text in options.run(options):
-                print(text, flush=True)
+            for told in options.run(options):
+                show(told)
     except AdaRoundError as error:
         print(f"adaround: {' '.join(str(error).split())}", file=sys.stderr)
         return _USAGE if isinstance(error, InvalidOptionError) else _FAILED

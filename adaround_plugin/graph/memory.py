@@ -44,12 +44,12 @@ class MemoryUse:
     """What was kept, in bytes.
 
     Attributes:
-        peak: the most that values took in memory at once.
+        kept: the most that values took in memory at once.
         spilled: the most that was in files at once.
         written: all that was written to files.
     """
 
-    peak: int = 0
+    kept: int = 0
     spilled: int = 0
     written: int = 0
 
@@ -165,7 +165,7 @@ class Memory:
             entry[0] += 1
             pointers.append(storage.data_ptr())
         weakref.finalize(kept, self._let_go, pointers)
-        self.use = replace(self.use, peak=max(self.use.peak, self._used))
+        self.use = replace(self.use, kept=max(self.use.kept, self._used))
         return kept
 
     def _let_go(self, pointers: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from adaround_plugin.graph.transforms import has_origin, origin
 from adaround_plugin.hosts.activation_observers import AdaRoundActivationMixin, grid_ends
 from adaround_plugin.hosts.base import ActivationQuantizer
 
-__all__ = ["activation_quantizers", "scale_of", "write_scales"]
+__all__ = ["activation_quantizers", "quantize_nodes", "scale_of", "write_scales"]
 
 # what is observed: origin of the node, scale, zero point, range
 _Observed = tuple[str, float, int, int, int]
@@ -45,7 +45,7 @@ def activation_quantizers(
         key = (origin(node.args[0]), scale, int(zero_point), observer.quant_min, observer.quant_max)
         found[key].append(str(node.target))
         observers[id(observer)].append(key)
-    nodes = _quantize_nodes(quantized)
+    nodes = quantize_nodes(quantized)
     result = []
     for keys in _connected(list(observers.values())):
         ours = [node for key in keys for node in nodes[key[0]] if _settings(quantized, node) == key[1:3]]
@@ -69,17 +69,7 @@ def scale_of(quantized: fx.GraphModule, node: fx.Node) -> float | None:
     return scale
 
 
-def _connected(groups: list[list[_Observed]]) -> list[list[_Observed]]:
-    """Groups that share a member, put together; members in order and once."""
-    result: list[list[_Observed]] = []
-    for group in groups:
-        touching = [other for other in result if not set(other).isdisjoint(group)]
-        result = [other for other in result if other not in touching]
-        result.append(list(dict.fromkeys(key for other in (*touching, group) for key in other)))
-    return result
-
-
-def _quantize_nodes(quantized: fx.GraphModule) -> dict[str, list[fx.Node]]:
+def quantize_nodes(quantized: fx.GraphModule) -> dict[str, list[fx.Node]]:
     """Quantize nodes by the origin of what they quantize."""
     found: dict[str, list[fx.Node]] = defaultdict(list)
     for node in quantized.graph.nodes:
@@ -89,6 +79,16 @@ def _quantize_nodes(quantized: fx.GraphModule) -> dict[str, list[fx.Node]]:
             if has_origin(source):
                 found[origin(source)].append(node)
     return found
+
+
+def _connected(groups: list[list[_Observed]]) -> list[list[_Observed]]:
+    """Groups that share a member, put together; members in order and once."""
+    result: list[list[_Observed]] = []
+    for group in groups:
+        touching = [other for other in result if not set(other).isdisjoint(group)]
+        result = [other for other in result if other not in touching]
+        result.append(list(dict.fromkeys(key for other in (*touching, group) for key in other)))
+    return result
 
 
 def _settings(quantized: fx.GraphModule, node: fx.Node) -> tuple[Any, ...]:

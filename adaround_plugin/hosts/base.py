@@ -22,7 +22,16 @@ from adaround_plugin.rounding.grid import Grid
 from adaround_plugin.rounding.linear_op import LinearOp
 from adaround_plugin.rounding.result import LayerRounding
 
-__all__ = ["ActivationQuantizer", "Host", "Skipped", "Streams", "WeightedNode", "handed_over", "open_streams"]
+__all__ = [
+    "ActivationQuantizer",
+    "Host",
+    "ObservedActivation",
+    "Skipped",
+    "Streams",
+    "WeightedNode",
+    "handed_over",
+    "open_streams",
+]
 
 # the float and the quantized stream
 Streams = tuple[Stream, Stream]
@@ -106,6 +115,22 @@ class ActivationQuantizer:
 
 
 @dataclass(frozen=True)
+class ObservedActivation:
+    """An activation that is quantized in a range that an observer chose by what it saw.
+
+    Attributes:
+        name: of the module, or of the node and the module that it stands in.
+        node: of the float graph.
+        low, high: the least and the greatest value that the observer saw.
+    """
+
+    name: str
+    node: fx.Node
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Skipped:
     """A weighted node that is not learned, and why."""
 
@@ -126,6 +151,7 @@ class Host(Protocol):
         nodes: the weighted nodes that the host quantizes and that can be learned, in graph order.
         skipped: the weighted nodes that are not, with reasons.
         quantizers: of activations, whose scales are ours to choose.
+        observed: activations that are quantized, with the ranges that their observers saw.
         batch_size: the number of samples that the graphs are made for; None for any.
     """
 
@@ -137,6 +163,7 @@ class Host(Protocol):
     nodes: list[WeightedNode]
     skipped: list[Skipped]
     quantizers: list[ActivationQuantizer]
+    observed: list[ObservedActivation]
     batch_size: int | None
 
     def __init__(self, prepared: Any) -> None:

@@ -131,26 +131,22 @@ class FolderCheckpoint(Checkpoint):
 
 
 def identity(
-    host: Host,
-    arguments: Sequence[list[Any]],
-    settings: Mapping[str, object],
-    solver: object,
-    versions: Mapping[str, str],
+    host: Host, arguments: Sequence[list[Any]], settings: Mapping[str, object], versions: Mapping[str, str]
 ) -> Identity:
-    """What tells a run from others: settings, the solver, versions, both graphs with all weights, and every batch.
+    """What tells a run from others: settings, versions, both graphs with all weights, and every batch.
 
     Args:
         host: of the network.
         arguments: of each batch, as the host's graphs take them.
         settings, versions: by name.
-        solver: of each layer's rounding problem, a user's own perhaps.
 
     Raises:
-        InvalidOptionError: the solver cannot be told from others.
+        InvalidOptionError: a setting cannot be told from others.
     """
     graphs = {"network": host.float_graph, "quantized network": host.quantized_graph}
     return {
-        "settings": written_out(settings) | {"state of the solver": state_of("solver", solver)},
+        # in words and as a whole: what is written out of an object of the user's may be no more than its type
+        "settings": {name: f"{text} {state_of(name, settings[name])}" for name, text in written_out(settings).items()},
         "versions": versions,
         **{section: fingerprint(graph) for section, graph in graphs.items()},
         "grids": {

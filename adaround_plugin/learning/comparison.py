@@ -21,6 +21,7 @@ from adaround_plugin.regions.batches import Batches
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.pieces import stand_alone
 from adaround_plugin.regions.spread import put_together, whole
+from adaround_plugin.report import ClippedActivation
 from adaround_plugin.rounding.result import LayerRounding
 
 __all__ = ["Comparison"]
@@ -39,12 +40,14 @@ class _Decided:
         error, nearest_error: of what is left, and of nearest.
         taken: the layers to be nearest again, those that do most harm first.
         takes_scales: whether the scales of activations are to be as observed again.
+        clipped: what the pass has seen outside of what observers saw.
     """
 
     error: float
     nearest_error: float
     taken: list[str] = field(default_factory=list)
     takes_scales: bool = False
+    clipped: list[ClippedActivation] = field(default_factory=list)
 
 
 class Comparison:
@@ -121,6 +124,7 @@ class Comparison:
         """
         decided = run.checkpoint.decide("comparison", "", _Decided, lambda: self._decide(run))
         run.forget_values()
+        run.report.clipped = decided.clipped
         nodes = {node.name: node for node in run.nodes}
         for name in decided.taken:
             run.take_back(nodes[name])
@@ -129,15 +133,16 @@ class Comparison:
         return decided.error, decided.nearest_error
 
     def _decide(self, run: Pass) -> _Decided:
-        """Find what does harm."""
+        """Find what does harm, when the pass has come to its end."""
         variances = run.finish().variances
+        clipped = run.ranges.clipped()
         run.forget_values()
         nearest = found = self.error({}, {}, variances)
         changed = [node.name for node in run.nodes if not run.roundings[node.name].stores(node.nearest)]
         if changed or run.scales:
             found = self.error(run.roundings, run.scales, variances)
         if found <= nearest:
-            return _Decided(found, nearest)
+            return _Decided(found, nearest, clipped=clipped)
         run.report.progress.say("taking back what is worse than nearest")
 
         def without(names: Sequence[str]) -> float:
@@ -156,8 +161,9 @@ class Comparison:
                 taken += names
                 found = again
         if found > nearest:
-            return _Decided(nearest, nearest, [*taken, *(name for name in changed if name not in taken)], True)
-        return _Decided(found, nearest, taken)
+            everything = [*taken, *(name for name in changed if name not in taken)]
+            return _Decided(nearest, nearest, everything, True, clipped)
+        return _Decided(found, nearest, taken, clipped=clipped)
 
 
 def _runs(names: Sequence[str]) -> list[Sequence[str]]:

@@ -10,14 +10,17 @@ from torch import Tensor
 
 from adaround_plugin.learning.layer import Recipe
 from adaround_plugin.regions.learnable import LearnedWeight
-from adaround_plugin.report import BlockReport, RecipeTrial
+from adaround_plugin.report import BlockReport, ClippedActivation, RecipeTrial
 from adaround_plugin.rounding.grid import Grid
 from adaround_plugin.rounding.result import LayerRounding
 
 __all__ = ["decode", "encode"]
 
 # what decisions are made of
-_TYPES = {kind.__name__: kind for kind in (Grid, LayerRounding, LearnedWeight, BlockReport, RecipeTrial, Recipe)}
+_TYPES = {
+    kind.__name__: kind
+    for kind in (Grid, LayerRounding, LearnedWeight, BlockReport, RecipeTrial, Recipe, ClippedActivation)
+}
 # where integers fit
 _NARROW = (torch.int8, torch.int16, torch.int32)
 

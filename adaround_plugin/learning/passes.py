@@ -18,6 +18,7 @@ from adaround_plugin.graph.memory import Memory
 from adaround_plugin.graph.streams import BothValues, tensors
 from adaround_plugin.graph.transforms import origin
 from adaround_plugin.hosts.base import Host, WeightedNode, open_streams
+from adaround_plugin.learning.activation_ranges import RangeTally
 from adaround_plugin.learning.checkpoint import Checkpoint
 from adaround_plugin.learning.output_error import OutputError, OutputTally
 from adaround_plugin.learning.report_builder import ReportBuilder
@@ -62,6 +63,7 @@ class Pass:
         memory: where that is kept.
         roundings: by name of the weighted node; round-to-nearest until it is decided.
         scales: what was learned for activations, by name of the observer.
+        ranges: how far the values of the float stream lie outside of what observers saw.
         seconds: by phase; `layer_seconds` by weighted node.
     """
 
@@ -99,6 +101,7 @@ class Pass:
             self.set_rounding(node, node.nearest)
         devices = {node.weight.device for node in host.nodes}
         self._accelerators = [device for device in devices if device.type == "cuda"]
+        self.ranges = RangeTally([] if self.is_trial else host.observed, self.streams[0].placeholders)
         self.scales: dict[str, float] = {}
         self.seconds: dict[str, float] = defaultdict(float)
         self.layer_seconds: dict[str, float] = defaultdict(float)
@@ -167,8 +170,10 @@ class Pass:
         is_first = self.streams[1].done == set(self.streams[1].placeholders)
         reads = [stream.sources(nodes) for stream, nodes in zip(self.streams, plan, strict=True)]
         needed = tuple(stream.finish(nodes) for stream, nodes in zip(self.streams, plan, strict=True))
+        watched = self.ranges.due(plan[0])
         for batch, values in self.values.visit(*reads):
             self._run(plan, values)
+            self.ranges.look(watched, values[0])
             if is_first:
                 self._share(plan, values)
             if visit is not None:

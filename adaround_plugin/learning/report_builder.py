@@ -13,7 +13,8 @@ from tqdm import tqdm
 from adaround_plugin.hosts.base import Skipped, WeightedNode
 from adaround_plugin.learning.layer import Recipe
 from adaround_plugin.learning.settings import written_out
-from adaround_plugin.report import BlockReport, LayerReport, RecipeTrial, Report
+from adaround_plugin.process_memory import peak_memory
+from adaround_plugin.report import BlockReport, ClippedActivation, LayerReport, RecipeTrial, Report
 from adaround_plugin.rounding.result import LayerRounding
 
 __all__ = ["Progress", "ReportBuilder"]
@@ -96,6 +97,9 @@ class _Layer:
             columns=self.columns,
             seconds=self.seconds,
             note="; ".join(notes),
+            least_scale=float(rounding.grid.scale.min()),
+            median_scale=float(rounding.grid.scale.median()),
+            greatest_scale=float(rounding.grid.scale.max()),
         )
 
 
@@ -108,13 +112,16 @@ class ReportBuilder:
         blocks: what was learned on samples.
         finetuning: of the whole network.
         trials: recipes that were tried, or could not be.
+        clipped: activations of which much lies outside of what observers saw.
     """
 
     progress: Progress
     blocks: list[BlockReport] = field(default_factory=list)
     finetuning: BlockReport | None = None
     trials: list[RecipeTrial] = field(default_factory=list)
+    clipped: list[ClippedActivation] = field(default_factory=list)
     _layers: dict[str, _Layer] = field(default_factory=dict)
+    _memory_before: dict[str, int] = field(default_factory=peak_memory)
 
     def trial(self, recipe: Recipe, output_error: float | None, note: str = "") -> None:
         """A recipe was tried, or could not be."""
@@ -202,8 +209,9 @@ class ReportBuilder:
             versions=versions,
             weights=weights,
             recalled=recalled,
-            memory=memory,
+            memory=peak_memory() | {f"{name} before": used for name, used in self._memory_before.items()} | memory,
             processes=processes,
+            clipped=self.clipped,
         )
 
 

@@ -50,7 +50,7 @@ def state_of(argument: str, value: object) -> str:
     except Exception as error:
         raise InvalidOptionError(
             argument,
-            f"a {type(value).__name__} cannot be told from another one ({error})",
+            f"this {type(value).__name__} cannot be told from another one ({error})",
             "Let it hold numbers, texts, tensors and the like, or leave checkpoint= out.",
         ) from error
 

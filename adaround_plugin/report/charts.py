@@ -10,7 +10,7 @@ from adaround_plugin.report.record import BlockReport, LayerReport
 from adaround_plugin.report.scale import LogScale, chart, drawing, is_drawn, legend, row
 from adaround_plugin.report.text import number
 
-__all__ = ["Errors", "error_chart", "time_chart"]
+__all__ = ["Errors", "error_chart", "scale_chart", "time_chart"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,32 @@ def _lane(kind: str, label: str, pair: tuple[float | None, float | None], y: int
         f"<title>{escaped(label)}{', held-out' if held else ''}: {number(value)}</title></circle>"
         for x, value, held in places
     )
+
+
+def scale_chart(layers: Sequence[LayerReport]) -> str:
+    """The scales of each layer's weights on a logarithmic scale: a line over all of them, a dot at the median.
+
+    Returns:
+        HTML; nothing where no layer tells.
+    """
+    told = [(layer.name, (layer.least_scale, layer.median_scale, layer.greatest_scale)) for layer in layers]
+    values = [value for _, scales in told for value in scales if is_drawn(value)]
+    if not values:
+        return ""
+    scale = LogScale.over(values)
+    return chart([scale.axis(), *(_scale_row(name, scales, scale) for name, scales in told), scale.axis()])
+
+
+def _scale_row(name: str, scales: tuple[float | None, ...], scale: LogScale) -> str:
+    places = [f"{scale.at(value):.2f}%" for value in scales if is_drawn(value)]
+    drawn = ""
+    if len(places) == len(scales):
+        least, median, greatest = places
+        drawn = f'<line class="after" x1="{least}" x2="{greatest}" y1="9" y2="9"/>'
+        drawn += f'<circle class="after" cx="{median}" cy="9" r="3.5"/>'
+    least, median, greatest = map(number, scales)
+    figures = median if least == greatest else f"{least} … {greatest}"
+    return row(name, drawing(18, f"scales from {least} to {greatest}, median {median}", scale.lines(), drawn), figures)
 
 
 def time_chart(seconds: Mapping[str, float]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from adaround_plugin.report.charts import Errors, error_chart, time_chart
+from adaround_plugin.report.charts import Errors, error_chart, scale_chart, time_chart
 from adaround_plugin.report.markup import document, escaped, paragraph, section, table
 from adaround_plugin.report.record import BlockReport, LayerReport, Record
 from adaround_plugin.report.text import BLOCK_HEAD, LAYER_HEAD, block_row, layer_row, number, summary
@@ -17,12 +17,15 @@ def page(record: Record) -> str:
     parts = (
         _asked(record),
         _result(record),
+        _warnings(record),
         _layers(record),
+        _scales(record),
         _blocks(record),
         section("Notes", *_notes(record)),
         section("Layers that were not learned", table(("layer", "op", "reason"), record.skipped)),
         _trials(record),
         _time(record),
+        _memory(record),
         _repeat(record),
     )
     return document("AdaRound report", parts)
@@ -62,6 +65,15 @@ def _result(record: Record) -> str:
     return section("At the network's output", f'<div class="tiles">{shown}</div>', paragraph(said, "faint"))
 
 
+def _warnings(record: Record) -> str:
+    rows = [
+        (one.name, f"{one.low:.3g} … {one.high:.3g}", f"{one.least:.3g} … {one.greatest:.3g}", f"{one.share:.1%}")
+        for one in record.clipped
+    ]
+    shown = table(("activation", "seen by its observer", "in the batches", "outside"), rows)
+    return section("Warnings", *map(paragraph, record.warnings), shown)
+
+
 def _layers(record: Record) -> str:
     said = (
         "Squared error of each layer's output over its variance, in the order in which the layers were decided. "
@@ -70,6 +82,12 @@ def _layers(record: Record) -> str:
     chart = error_chart([Errors.of_layer(layer) for layer in record.layers], "nearest")
     rows = [layer_row(layer) for layer in record.layers]
     return section("Layers", paragraph(said, "faint") if rows else "", chart, table(LAYER_HEAD, rows))
+
+
+def _scales(record: Record) -> str:
+    said = "Of each layer's weights: the least, the median and the greatest of its channels or groups."
+    chart = scale_chart(record.layers)
+    return section("Scales", paragraph(said, "faint") if chart else "", chart)
 
 
 def _blocks(record: Record) -> str:
@@ -109,6 +127,12 @@ def _time(record: Record) -> str:
     chart = time_chart(record.seconds)
     total = f"{record.seconds['total']:.2f} s in total." if "total" in record.seconds else ""
     return section("Time", paragraph(total) if chart and total else "", chart)
+
+
+def _memory(record: Record) -> str:
+    rows = [(name, f"{used / 1e6:,.0f} MB") for name, used in record.memory.items()]
+    said = "The most that was in use since the process began, and when learning did."
+    return section("Memory", paragraph(said, "faint") if rows else "", table(("", "most in use"), rows))
 
 
 def _repeat(record: Record) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["BlockReport", "LayerReport", "RecipeTrial", "Record"]
+__all__ = ["BlockReport", "ClippedActivation", "LayerReport", "RecipeTrial", "Record"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class LayerReport:
         columns: how many columns entered the moments.
         seconds: time spent on this layer's moments and its rounding.
         note: anything unusual.
+        least_scale, median_scale, greatest_scale: of the layer's scales, one for each channel or group.
     """
 
     name: str
@@ -46,6 +47,9 @@ class LayerReport:
     columns: int
     seconds: float
     note: str = ""
+    least_scale: float | None = None
+    median_scale: float | None = None
+    greatest_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,25 @@ class RecipeTrial:
 
 
 @dataclass(frozen=True)
+class ClippedActivation:
+    """An activation of which much in the batches lies outside of what its observer saw, and is clipped.
+
+    Attributes:
+        name: of the module, or of the operator and the module that it stands in.
+        low, high: the least and the greatest value that the observer saw.
+        least, greatest: value in the batches, of the entries that were looked at.
+        share: of these that lies outside by more than a twentieth of the observed range.
+    """
+
+    name: str
+    low: float
+    high: float
+    least: float
+    greatest: float
+    share: float
+
+
+@dataclass(frozen=True)
 class Record:
     """What `adaround` did, without the ways to show it.
 
@@ -113,8 +136,11 @@ class Record:
         recalled: how many decisions an interrupted run had made, which were recalled from a checkpoint.
         processes: how many took part, each with its own shard of the data.
         weights: a digest of the float weight that each layer was learned from, excluded layers among them.
-        memory: bytes of batches and of what both networks knew of them: `budget`, `peak` in memory at once, `spilled`
-            to files at once, and all that was `written` to files.
+        memory: bytes, by what they are of. `process`: the most that the process had in memory since it began, where the
+            system tells; `cuda:0` and the like: the most that torch had there; `process before` and the like: the same
+            when learning began. `kept`: the most that batches, and what both networks knew of them, took in memory,
+            within `budget`; `spilled`: the most of it that was in files; `written`: all that was written to them.
+        clipped: activations of which more than 1 % lies outside of what observers saw.
     """
 
     method: str
@@ -134,8 +160,22 @@ class Record:
     recalled: int = 0
     memory: dict[str, int] = field(default_factory=dict)
     processes: int = 1
+    clipped: list[ClippedActivation] = field(default_factory=list)
 
     @property
     def learned_on_samples(self) -> list[BlockReport]:
         """The blocks, and the whole network where it was finetuned."""
         return [*self.blocks, *([] if self.finetuning is None else [self.finetuning])]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What may have spoiled the result, and what to do about it."""
+        if not self.clipped:
+            return []
+        worst = max(self.clipped, key=lambda one: one.share)
+        return [
+            f"values in the batches lie outside of what observers saw, and are clipped, in {len(self.clipped)} "
+            f"activations, the first {self.clipped[0].name!r}, most in {worst.name!r} ({worst.share:.1%} of its values "
+            f"outside of {worst.low:.3g} to {worst.high:.3g}). Calibrate with the batches that you learn from, or pass "
+            "batches that were prepared as those for calibration were."
+        ]

@@ -17,6 +17,7 @@ from adaround_plugin.report.text import text as text_of
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+    from rich.console import RenderableType
 
 __all__ = ["KEY", "Report", "get_report"]
 
@@ -32,6 +33,11 @@ class Report(Record, Document):
     def __str__(self) -> str:
         return text_of(self)
 
+    def __rich__(self) -> RenderableType:
+        from adaround_plugin.report.terminal import tables
+
+        return tables(self)
+
     def _repr_html_(self) -> str:
         return fragment(self)
 
@@ -44,7 +50,8 @@ class Report(Record, Document):
         Raises:
             MissingDependencyError: pandas cannot be imported.
         """
-        return frame(self.layers, LayerReport, ("nearest_holdout", "learned_holdout"))
+        scales = ("least_scale", "median_scale", "greatest_scale")
+        return frame(self.layers, LayerReport, ("nearest_holdout", "learned_holdout", *scales))
 
     def plot(self) -> Figure:
         """The errors of the layers, nearest beside learned, as a figure of matplotlib that pyplot does not know.

@@ -44,6 +44,7 @@ def text(record: Record) -> str:
     lines += [f"skipped {name} ({kind}): {reason}" for name, kind, reason in record.skipped]
     for trial in record.trials:
         lines.append(f"tried {trial.recipe}: {trial.note or f'output error {number(trial.output_error)}'}")
+    lines += [f"warning: {warning}" for warning in record.warnings]
     return "\n".join([*lines, summary(record)])
 
 

@@ -113,7 +113,7 @@ def test_memory_is_given_back_with_the_last_value_in_it() -> None:
     x = torch.zeros(KIB // 4)
     with Memory(2 * KIB) as memory:
         one = memory.keep([x, x[10:]])
-        assert memory.use.peak == KIB
+        assert memory.use.kept == KIB
         two = memory.keep([torch.zeros(KIB // 4)])
         assert memory.keep([torch.zeros(1)])[0].is_spilled
         del one[0]
@@ -121,7 +121,7 @@ def test_memory_is_given_back_with_the_last_value_in_it() -> None:
         del one[0]
         assert not memory.keep([torch.zeros(1)])[0].is_spilled
         assert not two[0].is_spilled
-        assert memory.use.peak == 2 * KIB
+        assert memory.use.kept == 2 * KIB
 
 
 def test_a_file_goes_with_its_last_value(folder: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from adaround_plugin.hosts.base import Skipped, WeightedNode
 from adaround_plugin.learning.layer import Recipe
 from adaround_plugin.learning.report_builder import Progress, ReportBuilder
-from adaround_plugin.report import BlockReport, LayerReport, RecipeTrial
+from adaround_plugin.report import BlockReport, ClippedActivation, LayerReport, RecipeTrial
 from adaround_plugin.rounding.grid import GridSpec
 from adaround_plugin.rounding.linear_op import LinearOp
 from adaround_plugin.rounding.result import LayerRounding
@@ -20,6 +20,7 @@ from adaround_plugin.rounding.result import LayerRounding
 GRID = GridSpec(-4, 3, 0, True, torch.qint8).at(torch.tensor([0.5, 1.0]), torch.zeros(2))
 # the first row has a weight out of the grid, the others round to nearest as they stand
 WEIGHT = torch.tensor([[0.4, -1.1, 9.0, 0.0], [1.2, 2.9, -3.1, 0.6]])
+CLIPPED = ClippedActivation("x", -1.0, 1.0, -4.0, 2.0, 0.5)
 JUDGED = {"nearest_error": 0.5, "learned_error": 0.6, "nearest_holdout": 0.3, "learned_holdout": 0.4}
 
 
@@ -97,6 +98,7 @@ def test_a_layer_is_told_as_it_was_decided(builder):
     assert {name: getattr(found, name) for name in JUDGED} == JUDGED
     assert (found.learned, found.flipped, found.clipped) == (True, 2 / 8, 1 / 8)
     assert found.note == "one thing; another"
+    assert (found.least_scale, found.median_scale, found.greatest_scale) == (0.5, 0.5, 1.0)
 
 
 @pytest.mark.parametrize(("held", "word"), [(True, "held-out"), (False, "learning")])
@@ -186,6 +188,7 @@ def test_everything_told_is_in_the_report(builder):
         builder.layer(node(name), nearest(learned=True), [], 10, 0.0)
     builder.blocks.append(BlockReport("a ... b", ("a", "b")))
     builder.finetuning = BlockReport("network", ("a", "b"))
+    builder.clipped = [CLIPPED]
     report = builder.build(
         method="blocks",
         solver="Annealing",
@@ -198,7 +201,7 @@ def test_everything_told_is_in_the_report(builder):
         versions={"torch": "1"},
         weights={"a": "0"},
         recalled=2,
-        memory={"peak": 7},
+        memory={"kept": 7},
     )
     assert (report.method, report.solver, report.recipe) == ("blocks", "Annealing", "errors propagated")
     assert [layer.name for layer in report.layers] == ["a", "b"]
@@ -211,7 +214,9 @@ def test_everything_told_is_in_the_report(builder):
     # as Python writes them, without addresses
     assert report.settings == {"method": f"({Recipe(damping=0.5)!r}, 'a', Tensor, object)", "seed": "3"}
     assert report.versions == {"torch": "1"}
-    assert report.memory == {"peak": 7}
+    assert report.memory["kept"] == 7
+    assert report.clipped == [CLIPPED]
+    assert report.memory["process"] >= report.memory["process before"] > 10**7
 
 
 def test_steps_are_shown_as_they_come(monkeypatch):

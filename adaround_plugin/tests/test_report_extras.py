@@ -16,7 +16,9 @@ from matplotlib.figure import Figure
 from adaround_plugin.errors import MissingDependencyError
 from adaround_plugin.report import LayerReport, Report
 
-LAYER = LayerReport("first", "Conv2d", (), (4, 3), 3, 0.1, 0.01, 0.2, 0.02, True, 0.25, 0.015, "kept", 10, 1.25, "a")
+LAYER = LayerReport(
+    "first", "Conv2d", (), (4, 3), 3, 0.1, 0.01, 0.2, 0.02, True, 0.25, 0.015, "kept", 10, 1.25, "a", 0.1, 0.2, 0.4
+)
 REPORT = Report("m", "s", "r", [LAYER, replace(LAYER, name="a$x$b", learned=False, learned_error=0.5)], [])
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.report import BlockReport, LayerReport, RecipeTrial, Report
+from adaround_plugin.report import BlockReport, ClippedActivation, LayerReport, RecipeTrial, Report
 
 NASTY = """<script>alert("1")</script> & 'quoted' a_b \ud800"""
 LAYER = LayerReport("encoder.first", "Conv2d", (), (4, 3), 3, 0.1, 0.01, 0.2, 0.02, True, 0.25, 0.015, "kept", 10, 1.25)
@@ -163,6 +163,38 @@ def test_what_a_logarithmic_scale_cannot_hold_is_written_and_not_drawn(path: Pat
     assert (len(page.places("before")), len(page.places("after"))) == (0, 1)
     assert f"{'-' if value is None else f'{value:.3g}'} → 0.01" in page.text
     assert "held-out samples" not in page.text.partition("Layers")[2].partition("layer")[0]
+
+
+def test_a_warning_says_what_to_do_and_names_the_activations(path: Path) -> None:
+    clipped = [
+        ClippedActivation("x", -1.0, 1.0, -250.0, 2.5, 0.5),
+        ClippedActivation("add in a.b", 0.0, 6.0, 0, 9, 0.9),
+    ]
+    report = replace(REPORT, clipped=clipped)
+    text = written(report, path).text
+    for told in ("in 2 activations", "first 'x'", "'add in a.b' (90.0% of its values", "Calibrate with the batches"):
+        assert told in text
+        assert told in str(report).splitlines()[-2]
+    for told in ("-1 … 1", "-250 … 2.5", "50.0%", "Warnings"):
+        assert told in text
+    assert "Warnings" not in written(REPORT, path).text
+    assert "warning" not in str(REPORT)
+
+
+def test_memory_and_scales_are_on_the_page(path: Path) -> None:
+    layers = [
+        replace(LAYER, least_scale=0.01, median_scale=0.1, greatest_scale=1.0),
+        replace(LAYER, name="one", least_scale=0.1, median_scale=0.1, greatest_scale=0.1),
+        replace(LAYER, name="none", least_scale=0.0, median_scale=0.1, greatest_scale=0.1),
+    ]
+    memory = {"process": 1_234_000_000, "spilled": 0}
+    page = written(replace(REPORT, layers=layers, memory=memory, blocks=[], finetuning=None), path)
+    for told in ("process", "1,234 MB", "spilled", "0 MB", "0.01 … 1", "0 … 0.1"):
+        assert told in page.text
+    medians = [attributes["cx"] for tag, attributes in page.elements if tag == "circle" and attributes["r"] == "3.5"]
+    # from 0.01 to 1; what is no positive number is only written
+    assert medians == ["50.00%", "50.00%"]
+    assert "Scales" not in written(REPORT, path).text
 
 
 def test_an_empty_report_is_a_page_without_empty_sections(path: Path) -> None:

@@ -112,7 +112,7 @@ def test_another_process_sees_the_same() -> None:
 
 
 def test_what_belongs_to_this_process_alone_is_refused() -> None:
-    with pytest.raises(InvalidOptionError, match=r"solver: a Plain cannot be told .*Let it hold"):
+    with pytest.raises(InvalidOptionError, match=r"solver: this Plain cannot be told .*Let it hold"):
         state_of("solver", Plain(sys.stderr))
 
 

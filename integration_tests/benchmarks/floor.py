@@ -42,7 +42,7 @@ from adaround_plugin.report import Report
 from integration_tests.benchmarks.accuracy import Case, preset_of
 from integration_tests.benchmarks.floor_models import NETWORKS, QUICK, Setting, Workload, load, run
 
-__all__ = ["GROWTH", "Products", "cells", "draw", "floor_seconds", "measure", "products", "warm_up"]
+__all__ = ["GROWTH", "Products", "cells", "draw", "floor_seconds", "measure", "products", "table", "warm_up"]
 
 PHASES: Final = ("setup", "forward", "moments", "solve", "trials")
 HEAD: Final = (

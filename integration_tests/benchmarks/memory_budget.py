@@ -84,7 +84,7 @@ def measure(setting: Setting, method: str, budget: int, images: FileImages, thre
     return [
         *(setting.network, str(setting.images), use["budget"], f"{seconds:.0f}"),
         f"{peak_gigabytes('cpu'):.2f} ({before:.2f})",
-        *(use["peak"], use["spilled"], use["written"], f"{report.output_error:.5f}"),
+        *(use["kept"], use["spilled"], use["written"], f"{report.output_error:.5f}"),
         digest(*(part for integers, grid in learned_weights(learned).values() for part in (integers, grid.scale))),
     ]
 

@@ -37,8 +37,9 @@ CALLS: Mapping[str, Mapping[str, Any]] = {
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])
 _SECONDS = 120
-# a run is killed at most so often, so that several are
-_MOST_KILLS = 6
+# a run is killed at most so often, so that several are; and at the times `u ** _LATE` of its own, `u` uniform: most
+# decisions come late, after the trials of recipes
+_MOST_KILLS, _LATE = 6, 0.25
 
 
 def kill_and_resume(kills: int, seed: int = 0) -> Counter[str]:
@@ -71,7 +72,7 @@ def _one(folder: Path, draw: random.Random, seen: Counter[str], case: tuple[int,
     most = min(kills, seen["kills"] + _MOST_KILLS)
     while not resumed.exists():
         process, connection = _started(case, kept, resumed)
-        process.join(draw.uniform(0, seconds) if seen["kills"] < most else _SECONDS)
+        process.join(seconds * draw.random() ** _LATE if seen["kills"] < most else _SECONDS)
         if process.exitcode is None:
             process.kill()
             process.join()

@@ -39,6 +39,7 @@ from adaround_plugin.hosts.fx.clamps import insert_clamps, remove_clamps
 from adaround_plugin.hosts.fx.nodes import FXFinder, weighted_module
 from adaround_plugin.hosts.fx.observers import FrozenObserver
 from adaround_plugin.hosts.fx.qconfig import get_weight_only_backend_config
+from adaround_plugin.hosts.observed_activations import observed_activations, seen_ranges
 from adaround_plugin.rounding.grid import Grid
 from adaround_plugin.rounding.result import LayerRounding
 
@@ -83,8 +84,10 @@ class PreparedFX:
         self.nodes, self.skipped = FXFinder(graph, flat_reference).find()
         # while every value that is quantized still has its origin
         self.quantizers = activation_quantizers(graph, flat_reference)
+        ranges = seen_ranges(graph, flat_reference, is_observer)
         self.quantized_graph = functionalize(strip(flat_reference, is_observer))
         self.float_graph = functionalize(strip(graph, is_observer))
+        self.observed = observed_activations(self.float_graph, ranges, self.caller)
         self._float_inputs = _float_inputs(self.quantized_graph, self.nodes)
 
     def flatten(self, arguments: inspect.BoundArguments) -> list[Any]:

@@ -33,6 +33,7 @@ from adaround_plugin.graph.transforms import functionalize, inline, origin, stri
 from adaround_plugin.hosts.activation_quantizers import activation_quantizers, write_scales
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.hosts.checks import check_untrained, check_values
+from adaround_plugin.hosts.observed_activations import observed_activations, seen_ranges
 from adaround_plugin.hosts.pt2e.compat import forget_models
 from adaround_plugin.hosts.pt2e.copies import deep_copy
 from adaround_plugin.hosts.pt2e.nodes import PT2EFinder, innermost_module, is_torchao_observer, parameter_node
@@ -76,7 +77,9 @@ class PreparedPT2E:
         self.nodes, self.skipped = PT2EFinder(graph, converted).find()
         self.quantized_graph = functionalize(strip(converted, is_torchao_observer))
         self.quantizers = activation_quantizers(graph, self.quantized_graph, _sources_of_derived(graph))
+        ranges = seen_ranges(graph, self.quantized_graph, is_torchao_observer)
         self.float_graph = functionalize(_without_observers(graph))
+        self.observed = observed_activations(self.float_graph, ranges, self.caller)
 
     def flatten(self, arguments: inspect.BoundArguments) -> list[Any]:
         """Arguments as leaves, checked against the shapes that the program was exported for."""
