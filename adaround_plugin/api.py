@@ -138,8 +138,7 @@ def adaround(
         if float_model is not None:
             check_original(host, float_model, arguments[0])
         sampling = Sampling.of(arguments, chosen.layers.holdout, chosen.layers.max_columns, seed, processes=processes)
-        solver = get_solver(chosen.layers.solver)
-        kept = open_checkpoint(folder, processes, host, arguments, settings, solver, _VERSIONS)
+        kept = open_checkpoint(folder, processes, host, arguments, settings, _VERSIONS)
         shown = progress and processes.rank == 0
         with torch.no_grad(), Progress(len(host.nodes) - len(excluded), shown) as bar:
             report = ReportBuilder(bar)
@@ -163,7 +162,7 @@ def adaround(
             host.write(model, run.roundings, run.scales)
     model.meta[KEY] = report.build(
         method=method if isinstance(method, str) else type(chosen).__name__,
-        solver=type(solver).__name__,
+        solver=type(get_solver(layers.solver)).__name__,
         recipe=str(layers.recipe),
         skipped=[*host.skipped, *_excluded_entries(host, excluded)],
         output_error=output_error,

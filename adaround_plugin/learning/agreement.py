@@ -70,7 +70,6 @@ def open_checkpoint(
     host: Host,
     arguments: Sequence[list[Any]],
     settings: Mapping[str, object],
-    solver: object,
     versions: Mapping[str, str],
 ) -> Checkpoint:
     """Where decisions are kept, by the first of several processes.
@@ -78,16 +77,16 @@ def open_checkpoint(
     Args:
         folder: None keeps nothing.
         processes: that learn together.
-        host, arguments, settings, solver, versions: as of `identity`.
+        host, arguments, settings, versions: as of `identity`.
 
     Raises:
-        InvalidOptionError: the processes have other models or settings, the folder belongs to another run, or the
-            solver cannot be told from others.
+        InvalidOptionError: the processes have other models or settings, the folder belongs to another run, or a
+            setting cannot be told from others.
         InvalidModelError: a file in the folder was changed.
     """
     if processes.size == 1 and folder is None:
         return Checkpoint()
-    run = identity(host, () if folder is None else arguments, settings, solver, versions)
+    run = identity(host, () if folder is None else arguments, settings, versions)
     if processes.size == 1 and folder is not None:
         return FolderCheckpoint(folder, run)
     devices = {node.weight.device for node in host.nodes}
