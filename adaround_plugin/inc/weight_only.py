@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,6 +70,20 @@ def _call(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return ((), batch) if isinstance(batch, dict) else (batch, {})
 
 
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Let a language model of transformers return no keys and values, which no program can, inside."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "use_cache", False) is not True:
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = True
+
+
 def _exported(model: nn.Module, batches: list[Batch]) -> fx.GraphModule:
     """The model as a program that takes every batch."""
     (args, kwargs), *others = map(_call, batches)
@@ -75,8 +91,9 @@ def _exported(model: nn.Module, batches: list[Batch]) -> fx.GraphModule:
     for other in others:
         shapes.add(*other)
     try:
-        # without strict, functional calls inside modules are lost
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=True).module()
+        with _without_cache(model):
+            # without strict, functional calls inside modules are lost
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=True).module()
     except Exception as error:
         if is_out_of_memory(error):
             raise

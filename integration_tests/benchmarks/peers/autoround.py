@@ -16,29 +16,31 @@ from integration_tests.benchmarks.peers.exchange import Job, Weights, serve, wei
 
 __all__ = ["quantize"]
 
-# it takes sequences of one length and drops shorter ones
+# it takes sequences of one length and drops shorter ones; where they differ they are cut to this one
 _TOKENS = 64
 
 
 def _sequences(samples: list[Any]) -> list[dict[str, Tensor]]:
-    """All tokens one after the other, cut into sequences of one length."""
+    """The samples if they are of one length; else all tokens one after the other, cut into such."""
+    lengths = {sample["input_ids"].shape[1] for sample in samples}
+    length = lengths.pop() if len(lengths) == 1 else _TOKENS
     tokens = torch.cat([sample["input_ids"] for sample in samples], 1)
-    whole = tokens[:, : tokens.shape[1] // _TOKENS * _TOKENS].reshape(-1, 1, _TOKENS)
+    whole = tokens[:, : tokens.shape[1] // length * length].reshape(-1, 1, length)
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in whole]
 
 
 def quantize(job: Job, network: nn.Module, samples: list[Any]) -> Weights:
-    """Per channel and symmetric, steps and rates as by default unless the job has others."""
+    """Symmetric, steps and rates as by default unless the job has others."""
     assert isinstance(network, PreTrainedModel)
     sequences = _sequences(samples)
     rounder = AutoRound(
         network,
         tokenizer=AutoTokenizer.from_pretrained(network.name_or_path, local_files_only=True),
         bits=job.bits,
-        group_size=-1,
+        group_size=-1 if job.group is None else job.group,
         sym=True,
         dataset=sequences,
-        seqlen=_TOKENS,
+        seqlen=sequences[0]["input_ids"].shape[1],
         nsamples=len(sequences),
         seed=job.seed,
         device_map="cpu",

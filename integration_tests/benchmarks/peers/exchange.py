@@ -28,6 +28,9 @@ __all__ = ["Job", "Weights", "layers", "read", "serve", "weights_of", "write"]
 
 Weights = dict[str, tuple[Tensor, Tensor | None]]
 
+# the layer of a language model that all tools leave in float by default
+_HEAD = "lm_head"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -37,10 +40,11 @@ class Job:
         peer: the tool.
         setting: the name of its options.
         network: what is quantized.
-        bits: of the weights, per output channel.
+        bits: of the weights.
         samples: how many there are to calibrate with.
         seed: of the global generators, and of the draw of the samples.
         options: of the peer.
+        group: columns of a row that share a scale; None for all of the output channel.
     """
 
     peer: str
@@ -50,12 +54,13 @@ class Job:
     samples: int
     seed: int = 1
     options: dict[str, Any] = field(default_factory=dict)
+    group: int | None = None
 
 
 def layers(network: nn.Module) -> Iterator[tuple[str, nn.Conv2d | nn.Linear]]:
     """The layers whose weights are quantized, by name."""
     for name, module in network.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear) and name != _HEAD:
             yield name, module
 
 

@@ -1,4 +1,4 @@
-"""Intel Neural Compressor: GPTQ of a transformer's linear layers.
+"""Intel Neural Compressor: round-to-nearest and GPTQ of a transformer's linear layers.
 
 https://intel.github.io/neural-compressor/latest/docs/source/3x/PT_WeightOnlyQuant.html
 """
@@ -12,27 +12,31 @@ from integration_tests.benchmarks import torchvision_cpu  # noqa: F401
 from typing import Any
 
 import torch
-from neural_compressor.torch.quantization import GPTQConfig, convert, prepare
+from neural_compressor.torch.quantization import GPTQConfig, RTNConfig, convert, prepare
 from torch import nn
 
-from integration_tests.benchmarks.peers.exchange import Job, Weights, layers, serve, weights_of
+from integration_tests.benchmarks.peers.exchange import Job, Weights, layers, serve
 
-__all__ = ["quantize"]
+__all__ = ["of_packed", "quantize"]
+
+
+def of_packed(packed: nn.Module, names: list[str]) -> Weights:
+    """The weights that packed layers compute with, and their biases."""
+    modules: list[Any] = [packed.get_submodule(name) for name in names]
+    return {name: (module.recover(), module.bias) for name, module in zip(names, modules, strict=True)}
 
 
 def quantize(job: Job, network: nn.Module, samples: list[Any]) -> Weights:
-    """GPTQ per channel and symmetric, everything else as by default."""
-    made = weights_of(network)
+    """Symmetric, everything else as by default."""
     names = [name for name, _ in layers(network)]
-    config = GPTQConfig(bits=job.bits, use_sym=True, group_size=-1)
+    group = -1 if job.group is None else job.group
+    kinds = {"RTN": RTNConfig, "GPTQ": GPTQConfig}
+    config = kinds[job.options["algorithm"]](bits=job.bits, use_sym=True, group_size=group)
     prepared = prepare(network, config)
     with torch.no_grad():
         for sample in samples:
             prepared(**sample)
-    packed = convert(prepared)
-    for name in names:
-        made[name] = packed.get_submodule(name).recover(), made[name][1]
-    return made
+    return of_packed(convert(prepared), names)
 
 
 if __name__ == "__main__":

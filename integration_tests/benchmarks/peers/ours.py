@@ -1,6 +1,6 @@
 """This package as any other peer: in a process of its own, from the float network to rounded weights.
 
-Networks of images go through FX, the transformer through PT2E.
+Networks of images go through FX, transformers through PT2E.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
 from adaround_plugin import adaround
-from adaround_plugin.hosts.pt2e import get_adaround_x86_inductor_config
+from adaround_plugin.deployment.torchao_tensors import to_torchao
+from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer, get_adaround_x86_inductor_config
 from integration_tests.benchmarks.accuracy import Case
 from integration_tests.benchmarks.peers.exchange import Job, Weights, layers, serve, weights_of
 from integration_tests.benchmarks.quiet import quiet
@@ -68,11 +69,27 @@ def _program(job: Job, encoder: nn.Module, samples: list[Any]) -> Weights:
     return of_pt2e(encoder, convert_pt2e(adaround(prepared, samples, job.options["method"], progress=False)))
 
 
+def _decoder(job: Job, model: nn.Module, samples: list[Any]) -> Weights:
+    """The language model, to torchao's tensors; its head stays in float."""
+    from integration_tests.benchmarks import decoder
+
+    network = decoder.Logits(model)
+    sizes = {"weight_bits": job.bits, "symmetric": not job.options["affine"], "group_size": job.group}
+    quantizer = AdaRoundWeightOnlyQuantizer({"model.lm_head": None}, linear_only=True, **sizes)
+    prepared = prepare_pt2e(decoder.export(network, samples[0]), quantizer)
+    with torch.no_grad():
+        prepared(**samples[0])
+    made: Any = to_torchao(network, adaround(prepared, samples, job.options["method"], progress=False))
+    return {name: (weight.dequantize(), bias) for name, (weight, bias) in weights_of(made.model).items()}
+
+
 def quantize(job: Job, network: nn.Module, samples: list[Any]) -> Weights:
     """Prepare, calibrate, round and convert."""
     with quiet():
         if job.network == "minilm":
             return _program(job, network, samples)
+        if job.network == "decoder":
+            return _decoder(job, network, samples)
         case = Case(network, job.bits, activation_bits=None, affine=job.options["affine"])
         learned = adaround(case.prepare(samples), samples, job.options["method"], progress=False)
         return of_fx(network, case.convert(learned))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["OURS", "PEERS", "Peer"]
+__all__ = ["PEERS", "Peer"]
 
-OURS = "ours"
 # what unpickles the networks: their classes stand in files that read checkpoints and draw letters
 _COMMON = ("torch==2.13.0", "safetensors", "matplotlib", "pillow")
 
@@ -18,7 +17,7 @@ class Peer:
 
     Attributes:
         title: as tables have it.
-        requirements: for pip, in the peer's own environment; empty for the environment that runs this.
+        requirements: for pip, in the peer's own environment; empty for this package, in the environment that runs this.
         settings: options of the peer's script by the name of a setting.
         makes: what its user gets in the end.
         page: its documentation.
@@ -35,10 +34,11 @@ class Peer:
 
 _TORCHVISION = "torchvision==0.28.0"
 _IMAGES = ("resnet20", "mobilenet", "vit", "recognizer")
-_TRANSFORMERS = ("minilm",)
+_DECODERS = ("decoder",)
+_TRANSFORMERS = ("minilm", *_DECODERS)
 
 PEERS: dict[str, Peer] = {
-    OURS: Peer(
+    "ours": Peer(
         "adaround_plugin",
         (),
         {
@@ -50,6 +50,14 @@ PEERS: dict[str, Peer] = {
         "integers in the host's converted model",
         "docs/how-to/choose-a-method.md",
         (*_IMAGES, *_TRANSFORMERS),
+    ),
+    "ours_inc": Peer(
+        "adaround_plugin in Neural Compressor",
+        (),
+        {"default": {"method": "default"}},
+        "packed integers",
+        "docs/tutorials/neural-compressor.md",
+        _TRANSFORMERS,
     ),
     "aimet": Peer(
         "AIMET",
@@ -110,9 +118,17 @@ PEERS: dict[str, Peer] = {
     "inc": Peer(
         "Neural Compressor",
         (*_COMMON, _TORCHVISION, "transformers==5.24.0", "accelerate", "neural-compressor[pt]==3.10"),
-        {"GPTQ": {}},
+        {"RTN": {"algorithm": "RTN"}, "GPTQ": {"algorithm": "GPTQ"}},
         "packed integers",
         "https://intel.github.io/neural-compressor/latest/docs/source/3x/PT_WeightOnlyQuant.html",
         _TRANSFORMERS,
+    ),
+    "torchao": Peer(
+        "torchao",
+        (*_COMMON, "transformers==5.24.0", "torchao==0.18.0"),
+        {"nearest": {}, "HQQ": {"algorithm": "hqq_scale_only"}},
+        "its tensors, which hold integers",
+        "https://docs.pytorch.org/ao/stable/generated/torchao.quantization.IntxWeightOnlyConfig.html",
+        _DECODERS,
     ),
 }

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from integration_tests.benchmarks.peers.exchange import Job, read, write
-from integration_tests.benchmarks.peers.registry import OURS, PEERS
+from integration_tests.benchmarks.peers.registry import PEERS
 from integration_tests.benchmarks.peers.table import draw, show
 from integration_tests.benchmarks.peers.tasks import TASKS, filled, levels
 
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def _python(environments: Path, peer: str) -> Path:
     """The interpreter of a peer's environment."""
-    return Path(sys.executable) if peer == OURS else (environments / peer / "bin" / "python").absolute()
+    return (environments / peer / "bin" / "python").absolute() if PEERS[peer].requirements else Path(sys.executable)
 
 
 def install(environments: Path, peer: str) -> None:
@@ -50,7 +50,7 @@ def install(environments: Path, peer: str) -> None:
 
 def _given(row: dict[str, Any]) -> dict[str, Any]:
     """What tells one row from another."""
-    return {name: row[name] for name in ("peer", "setting", "network", "bits", "samples", "seed")}
+    return {name: row.get(name) for name in ("peer", "setting", "network", "bits", "group", "samples", "seed")}
 
 
 def measure(job: Job, environments: Path) -> dict[str, Any]:
@@ -78,7 +78,8 @@ def measure(job: Job, environments: Path) -> dict[str, Any]:
     except ValueError as error:
         return {**given, "failed": str(error)}
     found = task.judge(other)
-    needed = max(levels(weight, 2**job.bits) for weight, _ in made.values())
+    grids = (weight if job.group is None else weight.reshape(-1, job.group) for weight, _ in made.values())
+    needed = max(levels(weight, 2**job.bits) for weight in grids)
     return {**given, **found, **result, "on_grid": needed <= 2**job.bits}
 
 
@@ -93,7 +94,7 @@ def _jobs(options: argparse.Namespace) -> Iterator[Job]:
             asked = options.settings is None or setting in options.settings
             if asked and options.network in PEERS[peer].networks:
                 for bits in options.bits:
-                    yield Job(peer, setting, options.network, bits, options.samples, options.seed, own)
+                    yield Job(peer, setting, options.network, bits, options.samples, options.seed, own, options.group)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -117,6 +118,7 @@ def main() -> None:
     two.add_argument("network", choices=TASKS)
     two.add_argument("--settings", nargs="+", help="all unless told otherwise")
     two.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    two.add_argument("--group", type=int, help="columns that share a scale; all of a row without")
     two.add_argument("--samples", type=int, default=1024)
     two.add_argument("--seed", type=int, default=1)
     for command in (one, two):
@@ -129,7 +131,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.command == "install":
         for peer in options.peers:
-            if peer != OURS:
+            if PEERS[peer].requirements:
                 install(options.environments, peer)
     elif options.command == "run":
         _run(options)

@@ -6,6 +6,7 @@ All results are judged here, whoever made them: their weights and biases are put
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from integration_tests.benchmarks import glyphs, networks, recognizer
 from integration_tests.benchmarks.accuracy import TEST_IMAGES, TEST_SEED
 from integration_tests.benchmarks.peers.exchange import Weights, layers
 
-__all__ = ["TASKS", "Glyphs", "MiniLM", "Recognizer", "Task", "filled", "folded", "levels"]
+__all__ = ["TASKS", "Decoder", "Glyphs", "MiniLM", "Recognizer", "Task", "filled", "folded", "levels"]
 
 # how far a weight may lie from its grid, in steps: float32 keeps seven digits
 _TOLERANCE = 1e-2
@@ -39,7 +40,7 @@ class Task(Protocol):
         ...
 
     def judge(self, other: nn.Module) -> dict[str, float]:
-        """`score` in percent, and `divergence` from the float network."""
+        """`score` in percent, or perplexity, and `divergence` from the float network."""
         ...
 
 
@@ -170,8 +171,44 @@ class MiniLM:
         return {"score": 100 * cosine, "divergence": 1 - cosine}
 
 
+@dataclass(frozen=True)
+class Decoder:
+    """The small language model: perplexity of unseen text, and the divergence of its next tokens."""
+
+    @lru_cache(maxsize=1)  # noqa: B019
+    def network(self) -> nn.Module:
+        # transformers takes seconds to import, and the other tasks do without
+        from integration_tests.benchmarks import decoder
+
+        return decoder.load()
+
+    def samples(self, count: int, seed: int) -> list[Any]:
+        from integration_tests.benchmarks import decoder
+
+        return [{"input_ids": sequence} for sequence in decoder.sequences("train", count, seed)]
+
+    @lru_cache(maxsize=1)  # noqa: B019
+    def _test(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Unseen sequences, and the float model's log shares."""
+        from integration_tests.benchmarks import decoder
+
+        data = decoder.sequences("test", decoder.UNSEEN)
+        return data, [shares for shares, _ in decoder.log_shares(self.network(), data)]
+
+    def judge(self, other: nn.Module) -> dict[str, float]:
+        from integration_tests.benchmarks import decoder
+
+        data, exact = self._test()
+        loss = apart = 0.0
+        for (found, following), of_float in zip(decoder.log_shares(other, data), exact, strict=True):
+            loss += float(F.nll_loss(found, following)) / len(data)
+            apart += float(F.kl_div(found, of_float, log_target=True, reduction="batchmean")) / len(data)
+        return {"score": math.exp(loss), "divergence": apart}
+
+
 TASKS: dict[str, Task] = {
     **{name: Glyphs(name) for name in networks.BUILDERS},
     "recognizer": Recognizer(),
     "minilm": MiniLM(),
+    "decoder": Decoder(),
 }

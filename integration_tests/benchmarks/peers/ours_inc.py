@@ -1,0 +1,43 @@
+"""This package as a configuration of Neural Compressor, beside its own."""
+
+from __future__ import annotations
+
+# transformers imports torchvision where it finds one
+from integration_tests.benchmarks import torchvision_cpu  # noqa: F401
+
+# isort: split
+from typing import Any
+
+import torch
+from neural_compressor.torch.quantization import convert, prepare
+from torch import nn
+
+from adaround_plugin.inc import AdaRoundConfig
+from integration_tests.benchmarks.peers.exchange import Job, Weights, layers, serve
+from integration_tests.benchmarks.peers.inc import of_packed
+from integration_tests.benchmarks.quiet import quiet
+
+__all__ = ["quantize"]
+
+
+def quantize(job: Job, network: nn.Module, samples: list[Any]) -> Weights:
+    """Symmetric, as Neural Compressor's own are here."""
+    names = [name for name, _ in layers(network)]
+    group = -1 if job.group is None else job.group
+    config = AdaRoundConfig(
+        bits=job.bits,
+        group_size=group,
+        act_dtype="fp32",
+        method=job.options["method"],
+        white_list=names,
+    )
+    with quiet():
+        prepared = prepare(network, config)
+        with torch.no_grad():
+            for sample in samples:
+                prepared(**sample)
+        return of_packed(convert(prepared), names)
+
+
+if __name__ == "__main__":
+    serve(quantize, "adaround_plugin")
