@@ -32,6 +32,7 @@ from adaround_plugin.names import select
 from adaround_plugin.options import check_bool, check_seed
 from adaround_plugin.processes import open_processes
 from adaround_plugin.regions.calibration import Sampling, bind_batches
+from adaround_plugin.regions.masks import mask_number
 from adaround_plugin.report import KEY
 from adaround_plugin.solvers import get_solver
 
@@ -50,6 +51,7 @@ def adaround(
     finetune: bool | Finetune | None = None,
     exclude: Exclude = (),
     inputs: Callable[[Any], Any] | None = None,
+    token_mask: str | None = None,
     seed: int = 0,
     progress: bool = True,
     inplace: bool = False,
@@ -80,6 +82,9 @@ def adaround(
         exclude: names (a parent's name covers its children), regular expressions on names, or module types. Excluded
             layers are rounded to nearest on their own grid.
         inputs: maps a batch to the model's inputs, such as `lambda batch: batch[0]` to drop labels.
+        token_mask: name of the input that says which tokens count, such as `"attention_mask"`: `(samples, tokens)` of
+            ones and zeros. The others, which pad sequences, stay out of all that is learned, judged and compared,
+            wherever values have an axis of tokens.
         seed: of the columns and minibatches that are drawn. The same seed, data and machine give the same integers.
         progress: show a progress bar.
         inplace: change `prepared` itself, as a whole when all is done, instead of returning a deep copy.
@@ -106,15 +111,15 @@ def adaround(
         `get_report` reads what was done.
 
     Raises:
-        InvalidOptionError: an option is out of range, an entry of `exclude` or the name of a block matches nothing,
-            blocks share a layer or have no single end, a solver's answer is none, integer biases are asked for where
-            there can be none, or with finetuning; the checkpoint is of another run, or the processes of a group have
-            other models or options, which the error names; there are several processes, and no group is given; or there
-            is no room on the disk for what is beyond the memory budget.
+        InvalidOptionError: an option is out of range, an entry of `exclude`, the name of a block or of the token mask
+            matches nothing, blocks share a layer or have no single end, a solver's answer is none, integer biases are
+            asked for where there can be none, or with finetuning; the checkpoint is of another run, or the processes of
+            a group have other models or options, which the error names; there are several processes, and no group is
+            given; or there is no room on the disk for what is beyond the memory budget.
         InvalidModelError: not prepared, not calibrated, in train mode, not float32, nothing to quantize, or not what
             `float_model` computes; or a file of the checkpoint was changed.
-        InvalidBatchError: no batches, or one that does not fit the model or lies on another device, or that is another
-            one when it is read again.
+        InvalidBatchError: no batches, one that does not fit the model or lies on another device, one that is another
+            when it is read again, or a token mask of another shape or other entries.
         NonFiniteError: NaN or infinity in weights or activations; the layer is named.
         ProcessError: another process of the group failed, or is gone.
     """
@@ -132,23 +137,24 @@ def adaround(
         memory = opened.enter_context(Memory.of(memory_budget, devices, sharing))
         excluded = _excluded(host, exclude)
         chosen.check(host)
-        others = {"exclude": sorted(excluded), "seed": seed, "integer_biases": integer_biases}
+        others = {"exclude": sorted(excluded), "token_mask": token_mask, "seed": seed, "integer_biases": integer_biases}
         settings: dict[str, object] = {"method": chosen, "finetune": preset.finetune or False, **others}
         arguments = bind_batches(host.prepared, host.signature, host.flatten, data, inputs, memory=memory)
         if float_model is not None:
             check_original(host, float_model, arguments[0])
-        sampling = Sampling.of(arguments, chosen.layers.holdout, chosen.layers.max_columns, seed, processes=processes)
+        mask, asked = mask_number(token_mask, host.inputs), (chosen.layers.holdout, chosen.layers.max_columns, seed)
+        sampling = Sampling.of(arguments, *asked, mask=mask, processes=processes)
         kept = open_checkpoint(folder, processes, host, arguments, settings, _VERSIONS)
         shown = progress and processes.rank == 0
         with torch.no_grad(), Progress(len(host.nodes) - len(excluded), shown) as bar:
             report = ReportBuilder(bar)
             setup = time.perf_counter() - start
-            common: dict[str, Any] = {"excluded": excluded, "seed": seed, "report": report, "checkpoint": kept}
+            common: dict[str, Any] = {"excluded": excluded, "report": report, "checkpoint": kept}
             layers = choose_recipe(chosen, host, arguments, sampling, memory=memory, **common)
             chosen = chosen.with_layers(layers)
             trials = time.perf_counter() - start - setup
             comparison = Comparison(host, arguments, sampling, memory)
-            run = Pass(host, arguments, sampling, memory=memory, **common)
+            run = Pass(host, arguments, sampling, memory=memory, seed=seed, **common)
             # from here on the pass alone keeps all batches
             del arguments
             entry = None if preset.finetune is None else run.snapshot()

@@ -43,6 +43,16 @@ def ids(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(2, 60, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def padded(batches: list[Tensor], by: int, token: int) -> list[dict[str, Tensor]]:
+    """The same sequences, with `by` tokens behind them that do not count."""
+    made = []
+    for batch in batches:
+        behind = batch.new_full((len(batch), by), token)
+        mask = torch.cat([torch.ones_like(batch), torch.zeros_like(behind)], 1)
+        made.append({"input_ids": torch.cat([batch, behind], 1), "attention_mask": mask})
+    return made
+
+
 def running(batches: list[Tensor]) -> Callable[[nn.Module], None]:
     """A `run_fn` as INC wants it."""
 
@@ -72,3 +82,25 @@ def test_a_model_that_keeps_keys_and_values_is_packed() -> None:
         exact = model(input_ids=batches[0]).logits
     assert float((output.logits - exact).square().mean() / exact.var()) < 0.5
     assert packed.generate(batches[0][:1], max_new_tokens=3, do_sample=False).shape == (1, 15)
+
+
+def test_padding_behind_a_decoders_tokens_changes_nothing() -> None:
+    """What stands there, and through Neural Compressor's configuration."""
+    config = AdaRoundConfig(bits=3, act_dtype="fp32", group_size=16, token_mask="attention_mask", **RECIPE)
+    batches = [ids(2, 12), ids(2, 12, seed=1)]
+
+    def packed(token: int) -> nn.Module:
+        def run(model: nn.Module) -> None:
+            with torch.no_grad():
+                for batch in padded(batches, 5, token):
+                    model(**batch)
+
+        made: nn.Module = quantize(llama(), config, run_fn=run)
+        return made
+
+    one, other = packed(0), packed(7)
+    assert get_report(one).output_error == get_report(other).output_error
+    state = other.state_dict()
+    assert state
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, state[name])

@@ -24,6 +24,7 @@ from adaround_plugin.learning.layerwise import LayerWise
 from adaround_plugin.learning.report_builder import Progress
 from adaround_plugin.options import check_bool, check_choice, check_seed
 from adaround_plugin.regions.calibration import Sampling, bind_batches
+from adaround_plugin.regions.masks import mask_number
 from adaround_plugin.rounding.grid import check_bits
 from adaround_plugin.rounding.result import LayerRounding
 
@@ -40,6 +41,7 @@ def analyze(
     bits: Sequence[int] = (2, 3, 4, 6, 8),
     symmetric: Scheme = "observed",
     inputs: Callable[[Any], Any] | None = None,
+    token_mask: str | None = None,
     seed: int = 0,
     progress: bool = True,
     backend_config: BackendConfig | None = None,
@@ -53,7 +55,7 @@ def analyze(
 
     Args:
         prepared: a calibrated model from `prepare_fx` or `prepare_pt2e`, as for `adaround`; its own bits do not matter.
-        data, inputs, seed, progress, backend_config: as for `adaround`.
+        data, inputs, token_mask, seed, progress, backend_config: as for `adaround`.
         bits: the widths, each from 2 to 8.
         symmetric: of the grids: `"observed"`, as each layer's observer is; True or False; None, what is more accurate
             at each width, as `symmetric=None` of `get_adaround_qconfig_mapping`.
@@ -70,7 +72,8 @@ def analyze(
     check_bool("progress", progress)
     host = open_host(prepared, backend_config)
     arguments = bind_batches(host.prepared, host.signature, host.flatten, data, inputs)
-    sampling = Sampling.of(arguments, 0, LayerWise().max_columns, seed)
+    mask = mask_number(token_mask, host.inputs)
+    sampling = Sampling.of(arguments, 0, LayerWise().max_columns, seed, mask=mask)
     setup = time.perf_counter() - start
     nodes, skipped = _differentiable(host)
     with torch.no_grad(), Progress(len(nodes), progress) as bar:

@@ -76,7 +76,9 @@ def effects(
             part = piece(values, sampling.size[batch], begin, count)
             # signs are those of a sample's number
             first = pieces.first[number] + again * sampling.total
-            squares_of = _squares(stream, nodes, roundings, part, range(first, first + count), variances)
+            squares_of = _squares(
+                stream, nodes, roundings, part, range(first, first + count), variances, pieces.mask_of(number)
+            )
             for name, squares in squares_of.items():
                 total[name] = total.get(name, torch.zeros_like(squares)) + squares
     return {name: squares / sampling.total / rounds for name, squares in total.items()}
@@ -89,6 +91,7 @@ def _squares(
     values: Values,
     samples: Sequence[int],
     variances: Sequence[float],
+    mask: Tensor | None,
 ) -> dict[str, Tensor]:
     """By layer the squared changes of one projection, `(roundings,)`, summed over the samples of a piece."""
     # by layer, at each of its call sites the change of the projection: (roundings, samples or 1)
@@ -104,7 +107,7 @@ def _squares(
 
         return take
 
-    differentiate(stream, nodes, values, samples, watch, variances)
+    differentiate(stream, nodes, values, samples, watch, variances, mask)
     return {name: _together(parts).square().sum(1) for name, parts in found.items()}
 
 

@@ -146,6 +146,7 @@ class Host(Protocol):
         toolkit: its name.
         prepared: the model; it is read only.
         signature: the model's inputs.
+        inputs: names of the placeholders of its graphs, in order.
         float_graph: its graph without observers, the modules separate from those of `prepared`.
         quantized_graph: the host's own conversion of it. Streams run its nodes on modules of their own.
         nodes: the weighted nodes that the host quantizes and that can be learned, in graph order.
@@ -158,6 +159,7 @@ class Host(Protocol):
     toolkit: ClassVar[str]
     prepared: fx.GraphModule
     signature: inspect.Signature
+    inputs: list[str]
     float_graph: fx.GraphModule
     quantized_graph: fx.GraphModule
     nodes: list[WeightedNode]

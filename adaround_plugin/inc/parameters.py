@@ -68,6 +68,7 @@ PASS_PARAMETERS = [
     Parameter("method", "default", _tunable(_one_of(METHODS))),
     *_options(),
     Parameter("finetune", None, _tunable(bool, None)),
+    Parameter("token_mask", None, _tunable(str, None)),
     Parameter("seed", 0, _tunable(int)),
     Parameter("checkpoint", None, str | None),
 ]

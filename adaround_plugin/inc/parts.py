@@ -75,7 +75,13 @@ def pass_options(parts: Parts) -> dict[str, Any]:
     """The arguments of `adaround` that all parts share."""
     first: Any = next(iter(parts.values()))
     method, finetune = method_of(first)
-    return {"method": method, "finetune": finetune, "seed": first.seed, "checkpoint": first.checkpoint}
+    return {
+        "method": method,
+        "finetune": finetune,
+        "token_mask": first.token_mask,
+        "seed": first.seed,
+        "checkpoint": first.checkpoint,
+    }
 
 
 def float_activations(parts: Parts) -> bool:

@@ -66,7 +66,7 @@ class Comparison:
     def __init__(
         self, host: Host, arguments: Sequence[list[Any]], sampling: Sampling, memory: Memory | None = None
     ) -> None:
-        self._host, self._memory = host, memory or Memory()
+        self._host, self._mask, self._memory = host, sampling.mask, memory or Memory()
         self._exact, self._quantized = open_streams(host)
         largest = sampling.largest
         values, size = self._exact.bind(arguments[largest]), sampling.size[largest]
@@ -95,7 +95,7 @@ class Comparison:
             node.set_quantized(stream.module, roundings.get(node.name) or node.nearest)
         for quantizer in self._host.quantizers:
             quantizer.set_scale(stream, scales.get(quantizer.names[0], quantizer.scale))
-        tally = OutputTally(Sampling.of(self._batches, 0, 1, 0), variances)
+        tally = OutputTally(Sampling.of(self._batches, 0, 1, 0, mask=self._mask), variances)
         for number, batch in enumerate(self._batches):
             if number == len(self._answers):
                 self._answers += self._memory.keep([self._outputs(self._exact, batch)])

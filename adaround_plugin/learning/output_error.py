@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adaround_plugin.regions.calibration import Sampling
+from adaround_plugin.regions.masks import counted
 
 __all__ = ["OutputError", "OutputTally"]
 
@@ -45,8 +46,10 @@ class OutputTally:
     samples, so that what all samples have in common does not count; then outputs count alike. Along an axis that is
     longer in some batches than in others, as that of tokens, entries have one mean.
 
+    Tokens that do not count stay out; those that do have one mean, too.
+
     Args:
-        sampling: how many samples there are, and which are held out.
+        sampling: how many samples there are, which are held out, and which tokens count.
         variances: of each output, where they are known of more samples.
     """
 
@@ -58,15 +61,21 @@ class OutputTally:
 
     def add(self, batch: int, exact: Sequence[Tensor], quantized: Sequence[Tensor]) -> None:
         """Take in the float and the quantized outputs of one batch, floating-point tensors."""
-        size = self._sampling.size[batch]
+        size, mask = self._sampling.size[batch], self._sampling.mask_of(batch)
         for number, (one, other) in enumerate(zip(exact, quantized, strict=True)):
             if not one.numel():
                 self._errors[number].append(torch.zeros(size, dtype=torch.float64, device="cpu"))
                 continue
             # an output without an axis of samples is one for all of them
             split = one.dim() > 0 and self._sampling.has_samples(batch, one.shape[0])
-            self._spread[number].add(one.reshape(size, -1, *one.shape[1:]) if split else one.unsqueeze(0))
             error = (one - other).double().square()
+            counts = counted(mask, one.shape) if split else None
+            if counts is not None:
+                counts = counts.to(one.device)
+                self._spread[number].add(one[counts])
+                self._errors[number].append(_mean_of_counted(error, counts, size))
+                continue
+            self._spread[number].add(one.reshape(size, -1, *one.shape[1:]) if split else one.unsqueeze(0))
             self._errors[number].append(error.reshape(size, -1).mean(1) if split else error.mean().expand(size))
 
     def finish(self) -> OutputError:
@@ -96,6 +105,13 @@ class OutputTally:
                 for shape, one in sums.items():
                     found[number].take(torch.Size(shape), *one)
         return found
+
+
+def _mean_of_counted(error: Tensor, counts: Tensor, size: int) -> Tensor:
+    """`(size,)`: of each sample's errors, those of tokens that count; 0 where none does."""
+    by_token = error.reshape(*counts.shape, -1).mean(-1)
+    kept = torch.where(counts, by_token, 0.0).reshape(size, -1).sum(1)
+    return kept / counts.reshape(size, -1).sum(1).clamp_min(1)
 
 
 class _Spread:

@@ -56,7 +56,6 @@ def choose_recipe(
     sampling: Sampling,
     *,
     excluded: frozenset[str],
-    seed: int,
     report: ReportBuilder,
     checkpoint: Checkpoint,
     memory: Memory,
@@ -72,7 +71,6 @@ def choose_recipe(
         arguments: of each batch, as the host's graphs take them.
         sampling: of these batches, and of those of other processes: all make the same trials, on samples of all.
         excluded: names of the weighted nodes that stay nearest.
-        seed: of the pass.
         report: takes the trials.
         checkpoint: keeps the choice.
         memory: where values are kept.
@@ -88,7 +86,7 @@ def choose_recipe(
         return layers.with_recipe(recipes[-1])
 
     def choose() -> _Chosen:
-        trials = _Trials(layers, host, arguments, sampling, excluded, seed, report, memory)
+        trials = _Trials(layers, host, arguments, sampling, excluded, report, memory)
         return _Chosen(_best(layers, recipes, trials, report), report.trials)
 
     chosen = checkpoint.decide("recipe", "", _Chosen, choose)
@@ -123,7 +121,7 @@ class _Trials:
 
     Args:
         layers: the options, of which a recipe takes some.
-        host, arguments, sampling, excluded, seed, report, memory: as of `choose_recipe`.
+        host, arguments, sampling, excluded, report, memory: as of `choose_recipe`.
     """
 
     def __init__(
@@ -133,12 +131,11 @@ class _Trials:
         arguments: Sequence[list[Any]],
         sampling: Sampling,
         excluded: frozenset[str],
-        seed: int,
         report: ReportBuilder,
         memory: Memory,
     ) -> None:
         self._layers, self._host, self._arguments = layers, host, arguments
-        self._excluded, self._seed, self._report = excluded, seed, report
+        self._excluded, self._seed, self._mask, self._report = excluded, sampling.seed, sampling.mask, report
         self._shared, self._memory = Shared(), memory
         self._processes = processes = sampling.processes
         learned = max(_LEAST_SAMPLES, sampling.total // _TRIAL_SHARE)
@@ -212,7 +209,7 @@ class _Trials:
     def _errors(self, recipes: Sequence[Recipe], offset: float = 0.5) -> list[OutputError]:
         """What recipes lead to on one part of the samples."""
         part = self._part(offset)
-        sampling = Sampling.of(part, self._holdout, self._columns, self._seed, _PER_WEIGHT)
+        sampling = Sampling.of(part, self._holdout, self._columns, self._seed, _PER_WEIGHT, self._mask)
         trials: list[tuple[Pass, PendingLayers]] = []
         for recipe in recipes:
             tried = replace(recipe, output_hessian=False)

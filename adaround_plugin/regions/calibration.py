@@ -19,6 +19,7 @@ from adaround_plugin.errors import InvalidBatchError, InvalidOptionError
 from adaround_plugin.graph.memory import Memory
 from adaround_plugin.processes import ALONE, Processes
 from adaround_plugin.regions.batches import Batches, input_tensors, read_batches, sizes_of
+from adaround_plugin.regions.masks import counted, read_masks
 from adaround_plugin.rounding.linear_op import Patches
 
 __all__ = ["Sampling", "bind_batches"]
@@ -163,6 +164,9 @@ class Sampling:
         per_weight: see `max_columns`.
         processes: this one and those that have other batches.
         others: how many samples these have.
+        mask: number of the input that says which tokens count; None where all do.
+        masks: of each batch, `(samples, tokens)` bool; empty where all count.
+        counted_share: of all tokens, those that count.
     """
 
     first: tuple[int, ...]
@@ -173,6 +177,9 @@ class Sampling:
     per_weight: int = 4
     processes: Processes = ALONE
     others: int = 0
+    mask: int | None = None
+    masks: tuple[Tensor, ...] = ()
+    counted_share: float = 1.0
 
     @classmethod
     def of(
@@ -182,11 +189,15 @@ class Sampling:
         max_columns: int,
         seed: int,
         per_weight: int = per_weight,
+        mask: int | None = None,
         processes: Processes = ALONE,
     ) -> Sampling:
         """The sampling of bound batches with a share `holdout` held out (at least one sample, if there are two).
 
         A share of one in `k` is one of each `k` samples; any other one is met to the nearest sample.
+
+        Raises:
+            InvalidBatchError: a mask is none.
         """
         size = sizes_of(bound)
         counts = processes.gathered("counting the samples", sum(size))
@@ -197,8 +208,15 @@ class Sampling:
             run = round(1 / holdout)
             is_one_in = math.isclose(run * holdout, 1)
             every = min(run, total) if is_one_in else Fraction(total, max(1, round(holdout * total)))
-        others = total - sum(size)
-        return cls(tuple(first), size, every, max_columns, seed, per_weight, processes, others)
+        found = cls(tuple(first), size, every, max_columns, seed, per_weight, processes, total - sum(size))
+        if mask is None:
+            return found
+        masks = read_masks(mask, bound, size)
+        tokens = processes.gathered(
+            "counting the tokens", (sum(int(one.sum()) for one in masks), sum(one.numel() for one in masks))
+        )
+        share = sum(count for count, _ in tokens) / max(1, sum(of_all for _, of_all in tokens))
+        return replace(found, mask=mask, masks=masks, counted_share=share)
 
     @property
     def total(self) -> int:
@@ -223,7 +241,12 @@ class Sampling:
         ]
         numbers = iter(range(len(sizes)))
         pieces = [[next(numbers) for _ in of_batch] for of_batch in starts]
-        return replace(self, first=tuple(first), size=tuple(sizes)), pieces
+        masks = tuple(part for mask in self.masks for part in torch.split(mask, size))
+        return replace(self, first=tuple(first), size=tuple(sizes), masks=masks), pieces
+
+    def mask_of(self, batch: int) -> Tensor | None:
+        """`(samples, tokens)`, which tokens of a batch count; None where all do."""
+        return self.masks[batch] if self.masks else None
 
     def has_samples(self, batch: int, length: int) -> bool:
         """Whether a leading axis of this length can be one of the batch's samples, or of equal runs of them."""
@@ -249,14 +272,17 @@ class Sampling:
         """Chosen columns of one call site out of `sites`: `(n,)` leading indices and `(n,)` output positions.
 
         The leading axis is numbered through all batches; entry `i` gives `floor((i + 1) r) - floor(i r)` of its
-        positions, spaced evenly from an offset that runs through the golden ratio's multiples.
+        positions, spaced evenly from an offset that runs through the golden ratio's multiples. Those of tokens that do
+        not count are left out.
         """
         length, positions, device = patches.samples, patches.positions, patches.x.device
         per_sample = length / self.size[batch]
         # the short rows of many groups ask for fewer
         most = max(self.max_columns // min(patches.groups, 4), self.per_weight * patches.row_length)
         # an expert that no token goes to has none
-        rate = min(1.0, most / max(1.0, sites * positions * per_sample * self.total))
+        counts = counted(self.mask_of(batch), (length, positions))
+        share_of = 1.0 if counts is None else self.counted_share
+        rate = min(1.0, most / max(1.0, share_of * sites * positions * per_sample * self.total))
         entry = self.first[batch] * per_sample + torch.arange(length, dtype=torch.float64, device=device)
         share = rate * positions
         count = (((entry + 1) * share + 1e-6).floor() - (entry * share + 1e-6).floor()).long()
@@ -264,4 +290,7 @@ class Sampling:
         rank = torch.arange(index.numel(), device=device) - (count.cumsum(0) - count)[index]
         offset = ((entry + self.seed) * _GOLDEN).frac()[index]
         position = ((rank + offset) * positions / count[index]).long().clamp_max(positions - 1)
-        return index, position
+        if counts is None:
+            return index, position
+        kept = counts.to(device)[(index, position) if counts.dim() == 2 else (index,)]
+        return index[kept], position[kept]

@@ -23,6 +23,7 @@ from adaround_plugin.graph.ends import ends_of
 from adaround_plugin.graph.paths import Path, run_node
 from adaround_plugin.graph.streams import Stream, Values, tensors
 from adaround_plugin.hosts.base import WeightedNode
+from adaround_plugin.regions.masks import counted, without_padding
 
 __all__ = ["Watch", "differentiate", "projections", "run_differentiably", "taking"]
 
@@ -37,6 +38,7 @@ def differentiate(
     samples: Sequence[int],
     watch: Watch,
     variances: Sequence[float] | None = None,
+    mask: Tensor | None = None,
 ) -> None:
     """Take derivatives of a random projection of the network's output by what weighted operators give.
 
@@ -46,7 +48,7 @@ def differentiate(
         values: of the graph's inputs in a batch.
         samples: the numbers of the batch's samples.
         watch: what takes the derivatives at a call site, if there are any; called once with each, in order.
-        variances: as of `projections`.
+        variances, mask: as of `projections`.
 
     Raises:
         InvalidOptionError: an operator has no derivative.
@@ -65,7 +67,7 @@ def differentiate(
             args, kwargs = map_arg(call.arguments(node), found.__getitem__)
             x = args[0] if args else kwargs["input"]
             found[node] = call.tapped(args, kwargs, weighted.weight, _tap(watch(node, weighted, x.detach()), zero))
-        for value in projections(stream, found, 1, samples, variances):
+        for value in projections(stream, found, 1, samples, variances, mask):
             with taking():
                 torch.autograd.grad(value, zero, allow_unused=True)
 
@@ -108,7 +110,12 @@ def taking() -> AbstractContextManager[None]:
 
 
 def projections(
-    stream: Stream, found: Values, count: int, samples: Sequence[int], variances: Sequence[float] | None = None
+    stream: Stream,
+    found: Values,
+    count: int,
+    samples: Sequence[int],
+    variances: Sequence[float] | None = None,
+    mask: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Random projections of those ends that have a derivative; none if none has.
 
@@ -122,18 +129,19 @@ def projections(
         samples: the numbers of the batch's samples.
         variances: of each end over all samples, as `OutputError` has them. Of small changes of the ends, the square of
             a projection is on the mean the sum of the samples' relative errors then.
+        mask: `(samples, tokens)`, which tokens count, or None.
     """
     ends = tensors([found[end] for end in ends_of(stream)])
     if variances is None:
-        outputs = [_scores(output) for output in ends if output.requires_grad]
+        outputs = [without_padding(_scores(output), mask) for output in ends if output.requires_grad]
         unit = _over_spread(outputs)
     else:
-        counted = sum(variance > 0 for variance in variances)
+        known = sum(variance > 0 for variance in variances)
         pairs = [(one, variance) for one, variance in zip(ends, variances, strict=True) if one.requires_grad]
-        outputs = [one for one, _ in pairs]
+        outputs = [without_padding(one, mask) for one, _ in pairs]
         unit = [
-            sqrt(len(samples) / (one.numel() * variance * counted)) if variance > 0 and one.numel() else 0.0
-            for one, variance in pairs
+            sqrt(len(samples) / (entries * variance * known)) if variance > 0 and entries else 0.0
+            for entries, variance in ((_entries(one, mask), variance) for one, variance in pairs)
         ]
     for number in range(count if outputs else 0):
         sums = []
@@ -141,6 +149,12 @@ def projections(
             seeds = [(sample * count + number) * len(outputs) + which for sample in samples]
             sums.append(one * (output * _signs(output, seeds)).sum())
         yield torch.stack([one.to(sums[0].device) for one in sums]).sum()
+
+
+def _entries(output: Tensor, mask: Tensor | None) -> float:
+    """The number of entries of an output that count."""
+    counts = counted(mask, output.shape)
+    return output.numel() if counts is None else output.numel() * float(counts.float().mean())
 
 
 def _over_spread(outputs: Sequence[Tensor]) -> list[float]:

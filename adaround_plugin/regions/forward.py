@@ -24,6 +24,7 @@ from adaround_plugin.graph.streams import BothValues, Values, unpacks
 from adaround_plugin.graph.transforms import origin
 from adaround_plugin.hosts.base import ActivationQuantizer, Host, Streams, WeightedNode
 from adaround_plugin.regions.calibration import Sampling
+from adaround_plugin.regions.masks import counted
 from adaround_plugin.rounding.result import LayerRounding
 
 __all__ = ["Exit", "Forward", "Place", "Targets"]
@@ -176,6 +177,7 @@ class Forward:
         generator: torch.Generator | None = None,
         scale_factors: Sequence[Tensor] | None = None,
         squares: dict[str, list[Tensor]] | None = None,
+        mask: Tensor | None = None,
     ) -> list[Any]:
         """Values at the exits.
 
@@ -185,6 +187,7 @@ class Forward:
             generator: for dropping quantization; None drops nothing.
             scale_factors: of the scales of `quantizers`; None for the scales as they are.
             squares: takes the mean square of every weighted operator's output.
+            mask: `(samples, tokens)`, which tokens count there, or None.
         """
         values: Values = dict(zip(self.entries, entries, strict=True))
         inner: Values = {}
@@ -198,7 +201,9 @@ class Forward:
                 output = self._weighted(node, values, *given)
                 (inner if node in self._inner else values)[node] = output
                 if squares is not None:
-                    squares.setdefault(weighted.name, []).append(output.square().mean())
+                    counts = counted(mask, output.shape)
+                    seen = output if counts is None else output[counts.to(output.device)]
+                    squares.setdefault(weighted.name, []).append(seen.square().mean())
             else:
                 values[node] = self._other(node, values, generator, scale_factors)
             for dead in self._path.dead[node]:

@@ -30,7 +30,12 @@ _EFFECTIVE_SHARE = 0.5
 
 
 def importance(
-    stream: Stream, nodes: Sequence[fx.Node], at: Sequence[Tensor], values: Values, samples: Sequence[int]
+    stream: Stream,
+    nodes: Sequence[fx.Node],
+    at: Sequence[Tensor],
+    values: Values,
+    samples: Sequence[int],
+    mask: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Mean squared derivative of random projections of the network's output by every entry of some nodes' values.
 
@@ -40,6 +45,7 @@ def importance(
         at: their values for one batch.
         values: what the stream keeps of the batch.
         samples: the numbers of the batch's samples.
+        mask: `(samples, tokens)`, which tokens of the output count, or None.
 
     Returns:
         For each node a tensor of the shape of its value: what reaches the output by no other of the nodes counts; None
@@ -56,7 +62,7 @@ def importance(
         found.update(zip(nodes, leaves, strict=True))
         for node in path.order:
             found[node] = run_differentiably(stream, node, found)
-        for value in projections(stream, found, _PROJECTIONS, samples):
+        for value in projections(stream, found, _PROJECTIONS, samples, mask=mask):
             with taking():
                 gradients = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
             squares = [None if gradient is None else gradient.square() / _PROJECTIONS for gradient in gradients]
@@ -117,7 +123,7 @@ def sensitivities(
             known[key] = index, position, sampling.samples(batch, patches.samples, index.device)[index]
         return _adder(site, node, known[key], total, outputs)
 
-    differentiate(stream, nodes, values, sampling.numbers(batch), watch)
+    differentiate(stream, nodes, values, sampling.numbers(batch), watch, mask=sampling.mask_of(batch))
     return total
 
 

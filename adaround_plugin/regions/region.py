@@ -23,6 +23,7 @@ from adaround_plugin.hosts.base import ActivationQuantizer, WeightedNode
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.forward import Exit, Forward, Place, Targets
 from adaround_plugin.regions.importance import importance, tempered
+from adaround_plugin.regions.masks import without_padding
 from adaround_plugin.regions.minibatches import Minibatch
 from adaround_plugin.regions.samples import Rows, gathered, stack
 
@@ -104,6 +105,12 @@ class _KeptParts(Sequence[_Part]):
                 weights = [one * factor for one, factor in zip(part.importance, factors[batch], strict=True)]
             self._kept[batch][-1:] = self._memory.keep([weights])
 
+    def cover(self, masks: Sequence[Tensor]) -> None:
+        """Let the entries of tokens that do not count weigh nothing; `masks` are of each batch `(samples, tokens)`."""
+        for batch, (part, mask) in enumerate(zip(self, masks, strict=True)):
+            weights = part.importance or map(torch.ones_like, part.targets)
+            self._kept[batch][-1:] = self._memory.keep([[without_padding(one, mask) for one in weights]])
+
 
 class Region:
     """Weights between the streams' present place and some exits, and the samples to learn them from.
@@ -170,6 +177,8 @@ class Region:
             parts.weigh(None)
         elif self.has_samples and self._drawing.weighs_outputs:
             parts.weigh(_tempering([part.importance for part in parts], sampling))
+        if sampling.masks:
+            parts.cover(sampling.masks)
         stacked = _stacked(parts, sampling.size, self._place.memory)
         self.resampled = self._agree(stacked is not None and self._separable(stacked.entries, parts))
         self.has_samples = self._agree(self.has_samples)
@@ -209,7 +218,8 @@ class Region:
             return []
         goals = [end.float_node for end in self.exits]
         known_values = self._place.values[batch][0]
-        found = importance(self._place.streams[0], goals, targets, known_values, self._sampling.numbers(batch))
+        numbers, mask = self._sampling.numbers(batch), self._sampling.mask_of(batch)
+        found = importance(self._place.streams[0], goals, targets, known_values, numbers, mask)
         known = [weight for weight in found if weight is not None]
         self.is_unweighed |= len(known) < len(found)
         return known
@@ -294,10 +304,13 @@ class Region:
         """Root mean square of the output of each weight's operator, over some samples."""
         index = torch.arange(self._batch_size or min(_CHUNK, len(self._held[0])), device="cpu")
         part = self._parts[0].gathered(index) if self.resampled else self._parts[0]
+        mask, masks = None, self._sampling.masks
+        if masks:
+            mask = torch.cat(masks)[index.to(masks[0].device)] if self.resampled else masks[0]
         squares: dict[str, list[Tensor]] = {}
         with torch.no_grad():
             weights, none = [node.weight for node in self.nodes], [None] * len(self.nodes)
-            self._forward(part.entries, weights, none, squares=squares)
+            self._forward(part.entries, weights, none, squares=squares, mask=mask)
         scales = [torch.stack(squares[node.name]).mean().sqrt() for node in self.nodes]
         return [float(scale) for scale in self.processes.averaged("the outputs of a region", scales)]
 

@@ -69,6 +69,7 @@ class PreparedFX:
         assert isinstance(prepared, fx.GraphModule)
         self.prepared = prepared
         self.signature = placeholder_signature(prepared)
+        self.inputs = list(self.signature.parameters)
         graph = inline(prepared, is_observed)
         remove_clamps(graph)
         if backend_config is None and not _observes_activations(graph):

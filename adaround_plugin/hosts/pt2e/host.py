@@ -71,6 +71,7 @@ class PreparedPT2E:
         self.signature = inspect.Signature(
             [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
         )
+        self.inputs = [str(node.target) for node in prepared.graph.nodes if node.op == "placeholder"]
         self.batch_size = _batch_size(prepared)
         graph = _without_guards(inline(prepared, lambda module: False))
         converted = _without_guards(inline(_converted(self.copy()), lambda module: False, shared=True))

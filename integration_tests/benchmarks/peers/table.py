@@ -22,13 +22,14 @@ def _place(row: dict[str, Any]) -> tuple[int, int]:
 
 
 def _ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By samples, bits, peer and setting."""
-    return sorted(rows, key=lambda row: (-row["samples"], -row["bits"], *_place(row)))
+    """By samples, bits, group, peer and setting."""
+    return sorted(rows, key=lambda row: (-row["samples"], -row["bits"], row.get("group") or 0, *_place(row)))
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     """One line of a table."""
-    start = [f"W{row['bits']}", _label(row), str(row["samples"])]
+    group = row.get("group")
+    start = [f"W{row['bits']}{'' if group is None else f' g{group}'}", _label(row), str(row["samples"])]
     if "failed" in row:
         return [*start, f"fails: `{row['failed']}`", "", "", "", ""]
     more = row["memory"] - row["memory_before"]
@@ -45,7 +46,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print a table for each network, and one of what each tool makes."""
-    head = ["weights", "tool: setting", "samples", "score %", "divergence", "CPU s", "MB more", "on a grid of its bits"]
+    head = ["weights", "tool: setting", "samples", "score", "divergence", "CPU s", "MB more", "on a grid of its bits"]
     for network in dict.fromkeys(row["network"] for row in rows):
         print(f"\n{network}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
         for row in _ordered([row for row in rows if row["network"] == network]):

@@ -5,6 +5,10 @@ https://docs.pytorch.org/ao/stable/generated/torchao.quantization.IntxWeightOnly
 
 from __future__ import annotations
 
+# transformers imports torchvision where it finds one
+from integration_tests.benchmarks import torchvision_cpu  # noqa: F401
+
+# isort: split
 from typing import Any
 
 import torch
