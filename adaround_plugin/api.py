@@ -149,12 +149,12 @@ def adaround(
         with torch.no_grad(), Progress(len(host.nodes) - len(excluded), shown) as bar:
             report = ReportBuilder(bar)
             setup = time.perf_counter() - start
-            common: dict[str, Any] = {"excluded": excluded, "report": report, "checkpoint": kept}
-            layers = choose_recipe(chosen, host, arguments, sampling, memory=memory, **common)
+            common: dict[str, Any] = {"excluded": excluded, "report": report, "checkpoint": kept, "memory": memory}
+            layers = choose_recipe(chosen, host, arguments, sampling, **common)
             chosen = chosen.with_layers(layers)
             trials = time.perf_counter() - start - setup
             comparison = Comparison(host, arguments, sampling, memory)
-            run = Pass(host, arguments, sampling, memory=memory, seed=seed, **common)
+            run = Pass(host, arguments, sampling, seed=seed, **common)
             # from here on the pass alone keeps all batches
             del arguments
             entry = None if preset.finetune is None else run.snapshot()

@@ -110,7 +110,7 @@ class Logits(nn.Module):
         return logits
 
 
-def export(network: Logits, batch: dict[str, Tensor]) -> fx.GraphModule:
+def export(network: nn.Module, batch: dict[str, Tensor]) -> fx.GraphModule:
     """The model as a graph of ATen operators, for sequences of any number and length."""
     sizes = {0: torch.export.Dim("sequences", min=1, max=1024), 1: torch.export.Dim("tokens", min=2, max=2 * TOKENS)}
     # an axis of one entry would be taken for one that always has one
