@@ -1,31 +1,48 @@
-"""Language models of transformers: through Neural Compressor's configuration as their users have them."""
+"""Language models of transformers: through Neural Compressor's configuration, and block by block."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from neural_compressor.torch.quantization import quantize
 from torch import Tensor, nn
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adaround_plugin import get_report
+from adaround_plugin import (
+    InvalidBatchError,
+    InvalidModelError,
+    InvalidOptionError,
+    LayerWise,
+    NonFiniteError,
+    get_report,
+)
+from adaround_plugin.graph.compat import tree_flatten
+from adaround_plugin.graph.ends import ends_of
+from adaround_plugin.hosts.base import open_streams
+from adaround_plugin.hosts.open import open_host
+from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
+from adaround_plugin.hosts.pt2e.host import PAIR
 from adaround_plugin.inc import AdaRoundConfig
+from adaround_plugin.sequential.blocks import adaround_blocks
+from adaround_plugin.sequential.programs import PairedBlock, exported
 from integration_tests.models import RECIPE
 
 # what transformers keeps in a global while it runs a model; the exported program does without
 pytestmark = pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
 
 
-def llama(use_cache: bool = False) -> LlamaForCausalLM:
-    """One block, 32 wide."""
+def llama(use_cache: bool = False, blocks: int = 1) -> LlamaForCausalLM:
+    """Blocks that are 32 wide."""
     config = LlamaConfig(
         vocab_size=60,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=1,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         bos_token_id=0,
@@ -104,3 +121,131 @@ def test_padding_behind_a_decoders_tokens_changes_nothing() -> None:
     assert state
     for name, value in one.state_dict().items():
         assert torch.equal(value, state[name])
+
+
+QUANTIZER = AdaRoundWeightOnlyQuantizer(weight_bits=3, group_size=16)
+OPTIONS: dict[str, Any] = {"method": LayerWise(**RECIPE), "progress": False}
+
+
+def by_block(model: nn.Module, data: list[dict[str, Tensor]], **options: Any) -> nn.Module:
+    return adaround_blocks(model, data, "model.layers", QUANTIZER, **{**OPTIONS, **options})
+
+
+def error(model: nn.Module, exact: nn.Module, data: list[dict[str, Tensor]]) -> float:
+    """Of the logits, over the variance of the float model's."""
+    with torch.no_grad():
+        pairs = [(model(**batch).logits.float(), exact(**batch).logits.float()) for batch in data]
+    square, variance = (
+        sum(float(values) for values in each)
+        for each in zip(*(((one - other).square().mean(), other.var()) for one, other in pairs), strict=True)
+    )
+    return square / variance
+
+
+def test_blocks_are_learned_one_by_one() -> None:
+    """Of several lengths, with a cache; what is outside of the blocks stays, and the report has all layers."""
+    exact = llama(use_cache=True, blocks=2)
+    data = [{"input_ids": ids(4, 12, seed=seed)} for seed in range(3)] + [{"input_ids": ids(4, 9)}]
+    learned = by_block(copy.deepcopy(exact), data)
+    nearest = by_block(copy.deepcopy(exact), data, method="nearest")
+    assert error(learned, exact, data) < 0.8 * error(nearest, exact, data)
+    report = get_report(learned)
+    names = [layer.name for layer in report.layers]
+    assert len(names) == 14
+    assert {"model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"} < set(names)
+    assert torch.equal(learned.lm_head.weight, exact.lm_head.weight)
+    assert learned.generate(data[0]["input_ids"][:1], max_new_tokens=2, do_sample=False).shape == (1, 14)
+
+
+def test_each_stream_of_a_pair_takes_its_own_hidden_states() -> None:
+    block = nn.Linear(4, 4).eval()
+    call = ((), {"input": torch.ones(2, 3, 4)})
+    leaves, structure = tree_flatten(call)
+    paired = PairedBlock(block, structure, [None] * len(leaves), 0)
+    batch = {"hidden": torch.ones(2, 3, 4), "other": torch.full((2, 3, 4), 2.0), "tensors": {}}
+    prepared = prepare_pt2e(exported(paired, [((), batch)]), AdaRoundWeightOnlyQuantizer(weight_bits=8))
+    with torch.no_grad():
+        prepared(**batch)
+        prepared.meta[PAIR] = "hidden", "other"
+        streams = open_streams(open_host(prepared))
+        exact, quantized = (stream.outputs([batch["hidden"], batch["other"]], ends_of(stream))[0] for stream in streams)
+        torch.testing.assert_close(exact, block(batch["hidden"]))
+        torch.testing.assert_close(quantized, block(batch["other"]), atol=0.02, rtol=0)
+        assert float((exact - quantized).abs().max()) > 0.1
+
+
+def test_a_block_makes_up_for_the_errors_of_those_before_it() -> None:
+    """The quantized stream's hidden states are those of the learned blocks, the targets the float stream's."""
+    exact = llama(blocks=2)
+    data = [{"input_ids": ids(4, 12, seed=seed)} for seed in range(3)]
+    apart = by_block(copy.deepcopy(exact), data, method=LayerWise(**{**RECIPE, "propagate_error": False}))
+    made = by_block(copy.deepcopy(exact), data)
+    assert error(made, exact, data) < error(apart, exact, data)
+
+
+def test_a_model_in_bfloat16_stays_so() -> None:
+    model = llama(blocks=2).bfloat16()
+    exact = copy.deepcopy(model)
+    data = [{"input_ids": ids(4, 12, seed=seed)} for seed in range(3)]
+    quantizer = AdaRoundWeightOnlyQuantizer(weight_bits=4, group_size=16, scale_dtype=torch.bfloat16)
+    learned: Any = adaround_blocks(model, data, "model.layers", quantizer, **OPTIONS)
+    assert learned is model
+    block = learned.model.layers[1]
+    assert block.input_layernorm.weight.dtype == torch.bfloat16
+    weight = block.mlp.up_proj.weight
+    assert weight.dtype == weight.scale.dtype == torch.bfloat16
+    assert int(weight.qdata.min()) >= -8
+    assert error(learned, exact, data) < 0.1
+
+
+def test_padding_changes_nothing_block_by_block() -> None:
+    batches = [ids(2, 12), ids(2, 12, seed=1)]
+    one, other = (by_block(llama(), padded(batches, 5, token), token_mask="attention_mask") for token in (0, 7))
+    state = other.state_dict()
+    for name, value in one.state_dict().items():
+        dense = [value.dequantize(), state[name].dequantize()] if hasattr(value, "qdata") else [value, state[name]]
+        assert torch.equal(*dense)
+
+
+class Uneven(nn.Module):
+    """Blocks that are told their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            x = self.told(block, x, number)
+        return x
+
+    @staticmethod
+    def told(block: nn.Module, x: Tensor, number: int) -> Tensor:
+        return block(x) if number == 0 else block(input=x)
+
+
+def test_what_cannot_be_learned_block_by_block_is_refused() -> None:
+    data = [{"input_ids": ids(2, 6)}]
+    with pytest.raises(InvalidModelError, match=r"'layers' is no list of blocks; there are \['model.layers'\]"):
+        adaround_blocks(llama(), data, "layers", QUANTIZER)
+    with pytest.raises(InvalidModelError, match="train mode"):
+        by_block(llama().train(), data)
+    with pytest.raises(InvalidModelError, match=r"block 1.*other arguments"):
+        adaround_blocks(Uneven().eval(), [torch.ones(2, 3, 4)], "blocks", QUANTIZER)
+    with pytest.raises(InvalidBatchError, match="no batches"):
+        by_block(llama(), [])
+    with pytest.raises(InvalidBatchError, match=r"batch 0.*'mask'"):
+        by_block(llama(), data, token_mask="mask")
+    with pytest.raises(InvalidOptionError, match="quantizer"):
+        adaround_blocks(llama(), data, "model.layers", "w4")  # type: ignore[arg-type]
+
+
+def test_a_model_is_changed_when_all_blocks_are_done() -> None:
+    model = llama(blocks=2)
+    last: Any = model.model.layers[1]
+    last.mlp.up_proj.weight.data[0, 0] = torch.nan
+    before = list(model.model.layers)
+    with pytest.raises(NonFiniteError):
+        by_block(model, [{"input_ids": ids(2, 6)}])
+    assert list(model.model.layers) == before
+    assert not [name for name, value in model.state_dict().items() if hasattr(value, "qdata")]

@@ -41,7 +41,11 @@ from adaround_plugin.hosts.pt2e.observers import frozen_observer
 from adaround_plugin.rounding.grid import Grid
 from adaround_plugin.rounding.result import LayerRounding
 
-__all__ = ["PreparedPT2E"]
+__all__ = ["PAIR", "PreparedPT2E"]
+
+# where a prepared program's meta names two inputs next to each other: the float stream takes the first, the quantized
+# one the second, as what comes before the program made of either
+PAIR = "adaround_pair"
 
 # position of the argument by which an operator behaves as in training: a flag, or a probability of dropping
 _TRAINING = {"dropout": 2, "feature_dropout": 2, "alpha_dropout": 2, "batch_norm": 5, "scaled_dot_product_attention": 4}
@@ -81,6 +85,8 @@ class PreparedPT2E:
         ranges = seen_ranges(graph, self.quantized_graph, is_torchao_observer)
         self.float_graph = functionalize(_without_observers(graph))
         self.observed = observed_activations(self.float_graph, ranges, self.caller)
+        if PAIR in prepared.meta:
+            _exchange(self.quantized_graph.graph, *prepared.meta[PAIR])
 
     def flatten(self, arguments: inspect.BoundArguments) -> list[Any]:
         """Arguments as leaves, checked against the shapes that the program was exported for."""
@@ -141,6 +147,12 @@ class PreparedPT2E:
                 _write(model, calls, roundings[node.name])
         write_scales(model, scales)
         model.recompile()
+
+
+def _exchange(graph: fx.Graph, first: str, second: str) -> None:
+    """Let two inputs, one behind the other, take the values of each other."""
+    by_name = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
+    by_name[first].prepend(by_name[second])
 
 
 def _names_of(kind: type[nn.Module]) -> set[str]:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Job", "Weights", "layers", "read", "serve", "weights_of", "write"]
+__all__ = ["Job", "Weights", "layers", "memory", "read", "serve", "weights_of", "write"]
 
 Weights = dict[str, tuple[Tensor, Tensor | None]]
 
@@ -94,7 +94,7 @@ def _cpu_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def _memory(field: str) -> float:
+def memory(field: str) -> float:
     """MB that are in memory (`VmRSS`), or the most that ever were (`VmHWM`)."""
     # getrusage's peak is that of the process that started this one where that is larger
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -120,7 +120,7 @@ def serve(quantize: Callable[[Job, nn.Module, list[Any]], Weights], distribution
     samples: list[Any] = torch.load(folder / "samples.pt", weights_only=True)
     torch.set_num_threads(1)
     torch.manual_seed(job.seed)
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     start = _cpu_seconds()
     made = quantize(job, network.eval(), samples)
     seconds = _cpu_seconds() - start
@@ -129,7 +129,7 @@ def serve(quantize: Callable[[Job, nn.Module, list[Any]], Weights], distribution
         "version": version(distribution),
         "torch": torch.__version__,
         "seconds": seconds,
-        "memory": _memory("VmHWM"),
+        "memory": memory("VmHWM"),
         "memory_before": before,
     }
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")

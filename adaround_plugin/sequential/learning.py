@@ -1,0 +1,146 @@
+"""Learn one block after the other, carrying the hidden states of both streams along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+from torchao.quantization.pt2e.quantizer import Quantizer
+
+from adaround_plugin.api import adaround
+from adaround_plugin.errors import InvalidModelError
+from adaround_plugin.graph.reparametrized import deep_copy
+from adaround_plugin.hosts.pt2e.host import PAIR
+from adaround_plugin.report import Report, get_report
+from adaround_plugin.sequential.inputs import BlockCall, first_calls
+from adaround_plugin.sequential.programs import PairedBlock, exported
+
+__all__ = ["INSIDE", "LearnedBlock", "find_blocks", "learned_blocks", "together"]
+
+# what the names of a block's layers begin with
+INSIDE = "block."
+_MASK = "mask"
+
+
+@dataclass(frozen=True)
+class LearnedBlock:
+    """A block that is decided.
+
+    Attributes:
+        name: qualified name in the model.
+        paired: the float block in float32, as it was exported.
+        program: what `adaround` returned for it.
+    """
+
+    name: str
+    paired: PairedBlock
+    program: fx.GraphModule
+
+    @property
+    def report(self) -> Report:
+        """The report, with the layers' names in the model."""
+        report = get_report(self.program)
+        return replace(
+            report,
+            layers=[replace(layer, name=self.outside(layer.name)) for layer in report.layers],
+            skipped=[(self.outside(name), kind, reason) for name, kind, reason in report.skipped],
+            weights={self.outside(name): digest for name, digest in report.weights.items()},
+        )
+
+    def outside(self, name: str) -> str:
+        """The name of a layer in the model."""
+        return f"{self.name}.{name.removeprefix(INSIDE)}"
+
+
+def find_blocks(model: nn.Module, blocks: str) -> dict[str, nn.Module]:
+    """The blocks of a model by name, in order.
+
+    Raises:
+        InvalidModelError: there is no `nn.ModuleList` of that name, or the model is in train mode.
+    """
+    if model.training:
+        raise InvalidModelError("model", "is in train mode", "Call .eval() first.")
+    modules = dict(model.named_modules())
+    found = modules.get(blocks)
+    if not isinstance(found, nn.ModuleList) or not len(found):
+        lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+        raise InvalidModelError("blocks", f"{blocks!r} is no list of blocks; there are {lists}", "Name one of these.")
+    return {f"{blocks}.{number}": block for number, block in enumerate(found)}
+
+
+def learned_blocks(
+    model: nn.Module,
+    batches: Iterable[Any],
+    blocks: str,
+    quantizer_of: Callable[[str, fx.GraphModule], Quantizer],
+    *,
+    token_mask: str | None = None,
+    **options: Any,
+) -> Iterator[LearnedBlock]:
+    """The blocks one by one as they are decided; the model is not changed.
+
+    Each imitates what the float block makes of the float stream's hidden states, from those of the quantized stream,
+    which has gone through the learned blocks before it.
+
+    Args:
+        model: a language model whose blocks are called one after the other.
+        batches: mappings (keyword arguments), tuples or tensors.
+        blocks: name of the `nn.ModuleList`.
+        quantizer_of: from the name of a block and its program to what prepares it.
+        token_mask: as of `adaround`, in batches that are mappings.
+        **options: of `adaround`.
+
+    Raises:
+        InvalidModelError: as of `find_blocks` and `first_calls`, or a block cannot be exported.
+        InvalidBatchError: as of `first_calls`.
+    """
+    found = find_blocks(model, blocks)
+    calls = first_calls(model, list(found.values()), batches, token_mask)
+    pairs = [(call.leaves[call.hidden], call.leaves[call.hidden]) for call in calls]
+    for name, block in found.items():
+        paired = _paired(block, calls[0])
+        data = [_data(call, *pair) for call, pair in zip(calls, pairs, strict=True)]
+        program = exported(paired, [((), batch) for batch in _one_of_each_shape(data)], name)
+        prepared = prepare_pt2e(program, quantizer_of(name, program))
+        assert isinstance(prepared, fx.GraphModule)
+        with torch.no_grad():
+            prepared(**data[0])  # weight observers see their weights
+        prepared.meta[PAIR] = "hidden", "other"
+        mask = None if token_mask is None else _MASK
+        learned = adaround(prepared, data, token_mask=mask, **options)
+        with torch.no_grad():
+            # a learned program has its weights on the grid, so that it computes what the converted one does
+            pairs = [(paired(**batch), learned(**{**batch, "hidden": batch["other"]})) for batch in data]
+        yield LearnedBlock(name, paired, learned)
+
+
+def together(reports: list[Report]) -> Report:
+    """What was done to all blocks, in one report: the error is that of the last one's output, of both streams."""
+    return replace(
+        reports[-1],
+        layers=[layer for report in reports for layer in report.layers],
+        skipped=[entry for report in reports for entry in report.skipped],
+        weights={name: digest for report in reports for name, digest in report.weights.items()},
+        seconds={phase: sum(report.seconds.get(phase, 0.0) for report in reports) for phase in reports[-1].seconds},
+    )
+
+
+def _paired(block: nn.Module, call: BlockCall) -> PairedBlock:
+    """A copy of a block in float32, where the hidden states are."""
+    device = call.leaves[call.hidden].device
+    work = deep_copy(block).to(device=device, dtype=torch.float32)
+    return PairedBlock(work, call.structure, call.constants, call.hidden).eval()
+
+
+def _data(call: BlockCall, exact: Tensor, quantized: Tensor) -> dict[str, Any]:
+    """A batch for a paired block."""
+    batch: dict[str, Any] = {"hidden": exact, "other": quantized, "tensors": call.tensors}
+    return batch if call.mask is None else {**batch, _MASK: call.mask}
+
+
+def _one_of_each_shape(data: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({batch["hidden"].shape: batch for batch in data}.values())
