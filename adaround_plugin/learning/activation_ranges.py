@@ -76,8 +76,9 @@ class RangeTally:
 
     @staticmethod
     def _of(observed: ObservedActivation, value: Tensor) -> _Seen:
-        # an odd step falls on every channel of an even number of them
-        entries = value.detach().flatten()[:: max(1, value.numel() // _ENTRIES) | 1]
+        # in the order of the memory, so that nothing is copied; an odd step falls on every channel of an even number
+        ordered = value.detach().permute(sorted(range(value.dim()), key=value.stride, reverse=True))
+        entries = ordered.flatten()[:: max(1, value.numel() // _ENTRIES) | 1]
         least, greatest = torch.aminmax(entries)
         beyond = _BEYOND * (observed.high - observed.low)
         outside = ((entries < observed.low - beyond) | (entries > observed.high + beyond)).sum()

@@ -110,7 +110,7 @@ def _draw_outputs(figure: Figure) -> None:
     errors = {(a, b): torch.tensor([a, b], dtype=torch.float64) for a in (-0.35, 0.65) for b in (-0.4, 0.6)}
     for place, matrix, title in (
         (1, torch.eye(2, dtype=torch.float64), "rows apart: outputs count alike"),
-        (2, derivatives, "the output side: what they do to the network's output"),
+        (2, derivatives, "as the network's own output takes them"),
     ):
         costs = {at: float(error @ matrix @ error) for at, error in errors.items()}
         best, nearest = min(costs, key=costs.__getitem__), (-0.35, -0.4)
