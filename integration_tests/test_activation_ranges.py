@@ -14,6 +14,7 @@ from adaround_plugin import AdaRoundObserver, Finetune, adaround, get_report
 from adaround_plugin.hosts.base import ObservedActivation
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.activation_ranges import RangeTally
+from adaround_plugin.processes import Processes
 from adaround_plugin.report import Report
 from integration_tests.models import QUICK
 from integration_tests.region_models import ZeroPadded, prepared_by, samples, seeded
@@ -85,3 +86,19 @@ def test_a_tally_takes_a_share_of_large_values_and_skips_what_has_none() -> None
     assert (found.name, found.least, found.greatest) == ("x", 0.0, 2.0)
     assert found.share == pytest.approx(1 / 8, abs=0.005)
     assert tally.due([x]) == []
+
+
+class Two(Processes):
+    """Beside a process whose values all lie outside."""
+
+    def gathered(self, at: str, value: Any) -> list[Any]:
+        return [value, {0: (-9.0, 1.5, 30, 30)}]
+
+
+def test_the_batches_of_all_processes_count() -> None:
+    node = fx.Graph().placeholder("x")
+    tally = RangeTally([ObservedActivation("x", node, -1.0, 1.0)], [node])
+    tally.look(tally.due([]), {node: torch.linspace(-1, 1, 90)})
+    assert tally.clipped() == []
+    (found,) = tally.clipped(Two())
+    assert (found.least, found.greatest, found.share) == (-9.0, 1.5, 0.25)

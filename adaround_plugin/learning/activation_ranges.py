@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from adaround_plugin.hosts.base import ObservedActivation
+from adaround_plugin.processes import ALONE, Processes
 from adaround_plugin.report import ClippedActivation
 
 __all__ = ["RangeTally"]
@@ -84,13 +85,20 @@ class RangeTally:
         outside = ((entries < observed.low - beyond) | (entries > observed.high + beyond)).sum()
         return _Seen(least, greatest, outside, entries.numel())
 
-    def clipped(self) -> list[ClippedActivation]:
-        """The activations of which too much lies outside, in the order of the graph."""
+    def clipped(self, processes: Processes = ALONE) -> list[ClippedActivation]:
+        """The activations of which too much lies outside in the batches of all processes, in the order of the graph."""
+        mine = {
+            number: (float(seen.least), float(seen.greatest), int(seen.outside), seen.entries)
+            for number, node in enumerate(self._observed)
+            if (seen := self._seen.get(node)) is not None
+        }
+        everyones = processes.gathered("what lies outside of what observers saw", mine)
         found = []
-        for node, one in self._observed.items():
-            seen = self._seen.get(node)
-            if seen is not None and (share := float(seen.outside) / seen.entries) > _SHARE:
-                found.append(
-                    ClippedActivation(one.name, one.low, one.high, float(seen.least), float(seen.greatest), share)
-                )
+        for number, one in enumerate(self._observed.values()):
+            parts = [of_process[number] for of_process in everyones if number in of_process]
+            if not parts:
+                continue
+            least, greatest, outside, entries = zip(*parts, strict=True)
+            if (share := sum(outside) / sum(entries)) > _SHARE:
+                found.append(ClippedActivation(one.name, one.low, one.high, min(least), max(greatest), share))
         return found

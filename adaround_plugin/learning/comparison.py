@@ -135,7 +135,7 @@ class Comparison:
     def _decide(self, run: Pass) -> _Decided:
         """Find what does harm, when the pass has come to its end."""
         variances = run.finish().variances
-        clipped = run.ranges.clipped()
+        clipped = run.ranges.clipped(self._processes)
         run.forget_values()
         nearest = found = self.error({}, {}, variances)
         changed = [node.name for node in run.nodes if not run.roundings[node.name].stores(node.nearest)]
