@@ -84,6 +84,10 @@ ON_SAMPLES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "paper": ("fx", {"method": Paper(iterations=40, holdout=0.25)}, (2, 4)),
 }
 
+# a sample for each process, of which one is held out
+SAMPLES = batches(4, 6, 6, sizes=(1, 1))
+FEW = {"method": BlockWise(layers=replace(QUICK, column_weighting="fisher"), iterations=3)}
+
 
 def learned(toolkit: str, call: dict[str, Any], data: list[Tensor], **options: Any) -> dict[str, Any]:
     return look(adaround(prepared(toolkit), data, progress=False, **call, **options))
@@ -101,6 +105,7 @@ def learn_all(rank: int, size: int, folder: Path) -> dict[str, Any]:
     for name in ("best", "recalled"):
         place = folder / str(rank)
         found[name] = learned(toolkit, call, shard(DATA, sizes, rank), process_group=group, checkpoint=place)
+    found["few"] = learned("fx", FEW, SAMPLES[rank : rank + 1], process_group=group, memory_budget=0)
     return found
 
 
@@ -135,6 +140,7 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     for name, (toolkit, call, _) in ON_SAMPLES.items():
         # other minibatches, and as good
         assert first[name]["errors"][0] < 1.2 * learned(toolkit, call, DATA)["errors"][0], name
+    check_like_one(first["few"], learned("fx", FEW, SAMPLES))
     check_same(first["recalled"], first["best"])
     assert first["best"]["recalled"] == 0
     assert first["recalled"]["recalled"] == second["recalled"]["recalled"] > 3
