@@ -413,7 +413,7 @@ FAULTS: Final = (
     Fault(
         "minibatches do not follow the seed",
         "regions/reconstruction.py",
-        "generator = torch.Generator().manual_seed(seed)",
+        "generator = torch.Generator().manual_seed(seed + processes.rank)",
         "generator = torch.Generator().manual_seed(0)",
         (f"{_WHOLE}test_paper_method.py::test_the_same_seed_gives_the_same_integers_and_another_seed_others",),
     ),
@@ -614,8 +614,8 @@ FAULTS: Final = (
     Fault(
         "a file is written in place",
         "files.py",
-        "unfinished.write_bytes(content)\n        unfinished.replace(path)",
-        "path.write_bytes(content)",
+        "        unfinished.replace(path)\n",
+        "        path.write_bytes(content)\n        unfinished.unlink()\n",
         (f"{_UNIT}test_files.py",),
     ),
     Fault(
@@ -643,7 +643,7 @@ FAULTS: Final = (
     Fault(
         "losses of bits are in no unit",
         "regions/derivatives.py",
-        "sqrt(len(samples) / (one.numel() * variance * counted))",
+        "sqrt(len(samples) / (entries * variance * known))",
         "1.0",
         (f"{_WHOLE}test_guidance.py",),
     ),
@@ -679,7 +679,7 @@ FAULTS: Final = (
     Fault(
         "a run goes on in the folder of another",
         "learning/checkpoint.py",
-        "            if others := _others(before, identity):",
+        "            if others := differences(before, identity):",
         '            if others := "":',
         (f"{_WHOLE}test_checkpoint.py",),
     ),
@@ -689,6 +689,64 @@ FAULTS: Final = (
         "        run.keep_rounding(node, decided.rounding)\n",
         "",
         (f"{_WHOLE}test_checkpoint.py",),
+    ),
+    # --- a memory budget
+    Fault(
+        "a part of a tensor comes back from its beginning",
+        "graph/value_files.py",
+        "offset = leaf.storage_offset() - one.start // leaf.element_size()",
+        "offset = 0",
+        (f"{_UNIT}test_memory.py",),
+    ),
+    Fault(
+        "what is in files counts as in memory",
+        "graph/memory.py",
+        "return self.budget is None or not size or self._used + size <= self.budget",
+        "return True",
+        (f"{_WHOLE}test_memory_budget.py",),
+    ),
+    Fault(
+        "files stay when what is in them is let go",
+        "graph/memory.py",
+        "            path.unlink()\n",
+        "            pass\n",
+        (f"{_UNIT}test_memory.py",),
+    ),
+    Fault(
+        "a batch that is another one is taken",
+        "regions/batches.py",
+        "if batch_digest(arguments) != self._digests[number]:",
+        "if False:",
+        (f"{_WHOLE}test_memory_budget.py",),
+    ),
+    # --- several processes, tokens, blocks
+    Fault(
+        "each process learns from its own moments",
+        "learning/columns.py",
+        "            self.learning.pool(lambda *sums: processes.add(at, *sums))\n",
+        "",
+        (f"{_WHOLE}test_distributed.py::test_two_processes_learn_what_one_learns",),
+    ),
+    Fault(
+        "all processes solve the same rows",
+        "learning/division.py",
+        "(_ALL, processes.part(rows))",
+        "(_ALL, slice(0, rows // processes.size))",
+        (f"{_WHOLE}test_distributed.py::test_two_processes_learn_what_one_learns",),
+    ),
+    Fault(
+        "padding is learned from",
+        "regions/calibration.py",
+        "        return index[kept], position[kept]\n",
+        "        return index, position\n",
+        (f"{_WHOLE}test_token_mask.py",),
+    ),
+    Fault(
+        "a block is learned from the hidden states of the float stream alone",
+        "hosts/pt2e/host.py",
+        "            _exchange(self.quantized_graph.graph, *prepared.meta[PAIR])\n",
+        "            pass\n",
+        (f"{_WHOLE}test_decoders.py",),
     ),
 )
 
