@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from adaround_plugin.processes import Processes
 from adaround_plugin.rounding.problem import RoundingProblem
 
-__all__ = ["own_part", "solve_divided"]
+__all__ = ["is_divided", "own_part", "solve_divided"]
 
 _ALL = slice(None)
+# weights that take less time to solve than processes take to tell each other what came of them
+_FEW = 2**14
+
+
+def is_divided(processes: Processes, shape: torch.Size) -> bool:
+    """Whether the rows of a problem of shape `(G, R, D)` are divided; else every process solves all of them."""
+    return processes.size > 1 and shape.numel() > _FEW
 
 
 def own_part(processes: Processes, groups: int, rows: int) -> tuple[slice, slice]:
@@ -25,7 +33,7 @@ def solve_divided(
     solve: Callable[[RoundingProblem, Tensor | None], Tensor],
     present: Tensor | None = None,
 ) -> Tensor:
-    """The integers of a problem of which each process solves some rows: `(G, R, D)` int64, the same in all of them.
+    """The integers of a problem: `(G, R, D)` int64. Where it is worth it, each process solves some of the rows.
 
     Args:
         processes: that have the same problem.
@@ -33,7 +41,7 @@ def solve_divided(
         solve: from some of its rows, and what these are at present, to their integers.
         present: `(G, R, D)` integers to start from, where there are any.
     """
-    if processes.size == 1:
+    if not is_divided(processes, problem.target.shape):
         return solve(problem, present)
     groups, rows = own_part(processes, *problem.target.shape[:2])
     found = problem.lower[groups, rows]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaround_plugin.learning.division import own_part
+from adaround_plugin.learning.division import is_divided, own_part
 from adaround_plugin.processes import ALONE, Processes
 from adaround_plugin.rounding.grid import Grid
 from adaround_plugin.rounding.hessian import Hessian
@@ -64,8 +64,8 @@ class SearchedRows:
         return SearchedRows(split(self.target), self.hessian.blocks(size), channel, weight)
 
     def divided(self, processes: Processes) -> SearchedRows:
-        """Those of these rows, which all processes have, that this process works on."""
-        if processes.size == 1:
+        """Those of these rows, which all processes have, that this process works on; all where they are few."""
+        if not is_divided(processes, self.target.shape):
             return self
         groups, rows = own_part(processes, *self.target.shape[:2])
         weight = None if self.weight is None else self.weight[groups, rows]
