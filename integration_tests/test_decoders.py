@@ -14,11 +14,13 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaround_plugin import (
+    BlockWise,
     InvalidBatchError,
     InvalidModelError,
     InvalidOptionError,
     LayerWise,
     NonFiniteError,
+    adaround,
     get_report,
 )
 from adaround_plugin.graph.compat import tree_flatten
@@ -30,10 +32,13 @@ from adaround_plugin.hosts.pt2e.host import PAIR
 from adaround_plugin.inc import AdaRoundConfig
 from adaround_plugin.sequential.blocks import adaround_blocks
 from adaround_plugin.sequential.programs import PairedBlock, exported
-from integration_tests.models import RECIPE
+from integration_tests.benchmarks import decoder
+from integration_tests.models import QUICK, RECIPE
 
 # what transformers keeps in a global while it runs a model; the exported program does without
 pytestmark = pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
+
+QUANTIZER = AdaRoundWeightOnlyQuantizer(weight_bits=3, group_size=16)
 
 
 def llama(use_cache: bool = False, blocks: int = 1) -> LlamaForCausalLM:
@@ -123,7 +128,17 @@ def test_padding_behind_a_decoders_tokens_changes_nothing() -> None:
         assert torch.equal(value, state[name])
 
 
-QUANTIZER = AdaRoundWeightOnlyQuantizer(weight_bits=3, group_size=16)
+def test_blocks_are_learned_on_batches_of_one_sequence() -> None:
+    """Values that only depend on the number of sequences are the same in all batches, but not in minibatches."""
+    data = [{"input_ids": ids(1, 12, seed=seed)} for seed in range(4)]
+    prepared = prepare_pt2e(decoder.export(decoder.Logits(llama()), data[0]), QUANTIZER)
+    with torch.no_grad():
+        prepared(**data[0])
+    learned = adaround(prepared, data, BlockWise(layers=QUICK, iterations=3), progress=False)
+    blocks = get_report(learned).blocks
+    assert any(block.iterations for block in blocks)
+
+
 OPTIONS: dict[str, Any] = {"method": LayerWise(**RECIPE), "progress": False}
 
 
@@ -249,3 +264,28 @@ def test_a_model_is_changed_when_all_blocks_are_done() -> None:
         by_block(model, [{"input_ids": ids(2, 6)}])
     assert list(model.model.layers) == before
     assert not [name for name, value in model.state_dict().items() if hasattr(value, "qdata")]
+
+
+def test_neural_compressor_packs_what_was_learned_block_by_block() -> None:
+    exact = llama(use_cache=True, blocks=2)
+    batches = [*(ids(4, 12, seed=seed) for seed in range(3)), ids(4, 9)]
+    options: dict[str, Any] = {"bits": 3, "act_dtype": "fp32", "group_size": 16, "blocks": "model.layers"}
+    packed = quantize(copy.deepcopy(exact), AdaRoundConfig(**options, **RECIPE), run_fn=running(batches))
+    report = get_report(packed)
+    assert len(report.layers) == 14
+    assert ("lm_head", "Linear", "outside of model.layers: left in float") in report.skipped
+    assert type(packed.lm_head) is nn.Linear
+    assert type(packed.model.layers[1].mlp.up_proj).__name__ == "INCWeightOnlyLinear"
+    nearest = quantize(copy.deepcopy(exact), AdaRoundConfig(**options, method="nearest"), run_fn=running(batches))
+    data = [{"input_ids": batch} for batch in batches]
+    assert error(packed, exact, data) < 0.8 * error(nearest, exact, data)
+
+
+def test_blocks_are_those_of_an_eager_model_with_float_activations() -> None:
+    with pytest.raises(InvalidOptionError, match="blocks"):
+        quantize(llama(), AdaRoundConfig(blocks="model.layers"), run_fn=running([ids(2, 6)]))
+
+
+def test_neural_compressor_takes_no_model_in_bfloat16() -> None:
+    with pytest.raises(InvalidModelError, match=r"bfloat16.*float32"):
+        quantize(llama().bfloat16(), AdaRoundConfig(act_dtype="fp32"), run_fn=running([ids(2, 6)]))

@@ -29,6 +29,7 @@ from adaround_plugin.paper.task_loss import expand_task_loss
 from adaround_plugin.paper.weights import best_of_draws, round_weights, write_integers
 from adaround_plugin.report import Report
 from adaround_plugin.rounding.qubo import Qubo
+from adaround_plugin.sequential.blocks import adaround_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -42,6 +43,7 @@ _BY_MODULE = (
     get_onnx_translations,
     pack_onnx_weights,
     to_torchao,
+    adaround_blocks,
     best_of_draws,
     round_weights,
     write_integers,

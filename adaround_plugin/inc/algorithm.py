@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.hosts.open import is_exported
 from adaround_plugin.inc.compat import Mode, Quantizer
 from adaround_plugin.inc.exported import ExportedQuantizer
 from adaround_plugin.inc.native import NativeQuantizer
-from adaround_plugin.inc.parts import Parts, float_activations
+from adaround_plugin.inc.parts import Parts, blocks_of, float_activations
 from adaround_plugin.inc.weight_only import WeightOnlyQuantizer
 
 __all__ = ["adaround_entry"]
@@ -31,5 +32,7 @@ def adaround_entry(model: nn.Module, configs_mapping: Parts, *args: Any, mode: M
 def _quantizer(model: nn.Module, parts: Parts) -> type[Quantizer]:
     """The kind of result: the model decides, and whether activations stay in float."""
     if is_exported(model):
+        if blocks_of(parts) is not None:
+            raise InvalidOptionError("blocks", "are those of an eager model", "Pass the model itself, or None.")
         return ExportedQuantizer
     return WeightOnlyQuantizer if float_activations(parts) else NativeQuantizer

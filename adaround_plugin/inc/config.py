@@ -51,6 +51,9 @@ class AdaRoundConfig(SoleConfig):
         solver, search_scale, propagate_error, correct_bias, column_weighting, damping, output_hessian, levels,
             holdout, max_columns: as in `adaround_plugin.LayerWise`; None is what the method has.
         finetune: finetune the whole network in the end; None is what the method's name stands for.
+        blocks: name of the `nn.ModuleList` of a language model, such as `"model.layers"`, to learn it block by block;
+            None learns it as a whole. Needs an eager model and `act_dtype="fp32"`; layers outside of the blocks stay
+            in float.
         token_mask, seed: as in `adaround_plugin.adaround`.
         checkpoint: as in `adaround_plugin.adaround`, a text: the folder that keeps decisions, so that an interrupted
             call goes on. Of listed values each combination has a folder of its own in it, `0`, `1` and so on. What

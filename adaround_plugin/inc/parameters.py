@@ -69,6 +69,7 @@ PASS_PARAMETERS = [
     *_options(),
     Parameter("finetune", None, _tunable(bool, None)),
     Parameter("token_mask", None, _tunable(str, None)),
+    Parameter("blocks", None, _tunable(str, None)),
     Parameter("seed", 0, _tunable(int)),
     Parameter("checkpoint", None, str | None),
 ]

@@ -15,6 +15,7 @@ __all__ = [
     "META",
     "ROOT",
     "Parts",
+    "blocks_of",
     "float_activations",
     "pass_options",
     "resolve",
@@ -68,6 +69,8 @@ def _completed(part: TorchBaseConfig, whole: TorchBaseConfig) -> TorchBaseConfig
             raise InvalidOptionError(name, f"is the list {value}", "Pass one value; lists are for autotune.")
     if completed.group_size != -1 and completed.act_dtype != "fp32":
         raise InvalidOptionError("group_size", "integer kernels know no groups", "Pass act_dtype='fp32', or -1.")
+    if completed.blocks is not None and completed.act_dtype != "fp32":
+        raise InvalidOptionError("blocks", "are learned with activations in float", "Pass act_dtype='fp32', or None.")
     return completed
 
 
@@ -82,6 +85,13 @@ def pass_options(parts: Parts) -> dict[str, Any]:
         "seed": first.seed,
         "checkpoint": first.checkpoint,
     }
+
+
+def blocks_of(parts: Parts) -> str | None:
+    """The name of the blocks that are learned one by one; None where all is learned together."""
+    first: Any = next(iter(parts.values()))
+    name: str | None = first.blocks
+    return name
 
 
 def float_activations(parts: Parts) -> bool:

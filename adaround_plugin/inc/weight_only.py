@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+from torchao.quantization.pt2e.quantizer import Quantizer as ProgramQuantizer
 
 from adaround_plugin.api import adaround
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError
 from adaround_plugin.inc.compat import Quantizer
 from adaround_plugin.inc.layers import weighted_layers
-from adaround_plugin.inc.packing import pack
-from adaround_plugin.inc.parts import ROOT, pass_options
+from adaround_plugin.inc.packing import IntegerLinear, pack
+from adaround_plugin.inc.parts import ROOT, Parts, blocks_of, pass_options
 from adaround_plugin.inc.programs import integer_linears, weight_only_quantizer
 from adaround_plugin.inc.recording import Batch, Recording
-from adaround_plugin.report import KEY, get_report
+from adaround_plugin.report import KEY, Report, get_report
+from adaround_plugin.sequential.learning import INSIDE, learned_blocks, together
 from adaround_plugin.sequential.programs import Call, exported
 
 __all__ = ["WeightOnlyQuantizer"]
@@ -33,13 +36,18 @@ class WeightOnlyQuantizer(Quantizer):
         """`model` itself, recording its inputs.
 
         Raises:
-            InvalidModelError: it is in train mode.
+            InvalidModelError: it is in train mode, or in another dtype than float32, the only one of packed layers.
             InvalidOptionError: affine weights of 8 bits, which INC's packed layers get wrong.
         """
         if any(part.bits == 8 and not part.use_sym and part.dtype != "fp32" for part in self.quant_config.values()):
             raise InvalidOptionError("use_sym", "INC's packed layers overflow at 8 bits", "Pass use_sym=True.")
         if model.training:
             raise InvalidModelError("model", "is in train mode", "Call .eval() first.")
+        dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        if others := dtypes - {torch.float32}:
+            raise InvalidModelError(
+                "model", f"is in {others.pop()}, and INC's packed layers give float32", "Call .float() first."
+            )
         Recording(weighted_layers(model, linear_only=True)).start(model)
         return model
 
@@ -53,15 +61,59 @@ class WeightOnlyQuantizer(Quantizer):
         batches = Recording.taken(model)
         # functional calls cannot be packed
         parts = {layer: part for layer, part in self.quant_config.items() if layer != ROOT}
-        program = exported(model, [_call(batch) for batch in batches])
-        prepared = prepare_pt2e(program, weight_only_quantizer(program, parts))
-        with torch.no_grad():
-            args, kwargs = _call(batches[0])
-            prepared(*args, **kwargs)  # weight observers see their weights
-        learned = adaround(prepared, batches, **pass_options(self.quant_config))
-        packed = pack(model, integer_linears(learned, parts))
-        vars(packed)[KEY] = get_report(learned)
+        blocks, options = blocks_of(self.quant_config), pass_options(self.quant_config)
+        if blocks is None:
+            linears, report = _as_a_whole(model, batches, parts, options)
+        else:
+            linears, report = _by_blocks(model, batches, parts, blocks, options)
+        packed = pack(model, linears)
+        vars(packed)[KEY] = report
         return packed
+
+
+def _as_a_whole(
+    model: nn.Module, batches: list[Batch], parts: Parts, options: dict[str, Any]
+) -> tuple[dict[str, IntegerLinear], Report]:
+    """What is learned of the whole model, by layer name."""
+    program = exported(model, [_call(batch) for batch in batches])
+    prepared = prepare_pt2e(program, weight_only_quantizer(program, parts))
+    with torch.no_grad():
+        args, kwargs = _call(batches[0])
+        prepared(*args, **kwargs)  # weight observers see their weights
+    learned = adaround(prepared, batches, **options)
+    return integer_linears(learned, parts), get_report(learned)
+
+
+def _by_blocks(
+    model: nn.Module, batches: list[Batch], parts: Parts, blocks: str, options: dict[str, Any]
+) -> tuple[dict[str, IntegerLinear], Report]:
+    """What is learned of its blocks, one after the other; integers are kept in a byte each."""
+    linears: dict[str, IntegerLinear] = {}
+    reports: list[Report] = []
+
+    def inside(block: str) -> Parts:
+        """The parts of a block's layers, by their names in its program."""
+        start = f"{block}."
+        return {
+            (INSIDE + name.removeprefix(start), kind): part
+            for (name, kind), part in parts.items()
+            if name.startswith(start)
+        }
+
+    def quantizer(block: str, program: fx.GraphModule) -> ProgramQuantizer:
+        return weight_only_quantizer(program, inside(block))
+
+    for one in learned_blocks(model, batches, blocks, quantizer, **options):
+        for name, linear in integer_linears(one.program, inside(one.name)).items():
+            linears[one.outside(name)] = replace(linear, integers=linear.integers.to(torch.int8))
+        reports.append(one.report)
+    report = together(reports)
+    outside = [
+        (name, kind, f"outside of {blocks}: left in float")
+        for (name, kind), part in parts.items()
+        if part.dtype != "fp32" and not name.startswith(f"{blocks}.")
+    ]
+    return linears, replace(report, skipped=[*report.skipped, *outside])
 
 
 def _call(batch: Batch) -> Call:

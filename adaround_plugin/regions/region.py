@@ -228,9 +228,11 @@ class Region:
         """Whether samples give the same however they are put together: tried on the float weights."""
         weights, none = [node.weight for node in self.nodes], [None] * len(self.nodes)
         some = [parts[batch] for batch in range(min(len(parts), 1 if self._batch_size else 2))]
-        count = sum(self._sampling.size[: len(some)])
-        # in another order, and one less where the graphs take any number
-        index = torch.arange(count, device="cpu").flip(0)[: count if self._batch_size else max(1, count - 1)]
+        sizes = self._sampling.size[: len(some)]
+        count = sum(sizes)
+        # in another order, and one less where the graphs take any number, unless they have just seen that one
+        less = self._batch_size is None and count - 1 not in (0, *sizes)
+        index = torch.arange(count, device="cpu").flip(0)[: count - less]
         try:
             with torch.no_grad():
                 apart = [self._forward(part.entries, weights, none) for part in some]

@@ -28,8 +28,8 @@ def quantize(job: Job, network: nn.Module, samples: list[Any]) -> Weights:
         bits=job.bits,
         group_size=group,
         act_dtype="fp32",
-        method=job.options["method"],
         white_list=names,
+        **job.options,
     )
     with quiet():
         prepared = prepare(network, config)

@@ -54,10 +54,10 @@ PEERS: dict[str, Peer] = {
     "ours_inc": Peer(
         "adaround_plugin in Neural Compressor",
         (),
-        {"default": {"method": "default"}},
+        {"default": {}, "default, block by block": {"blocks": "model.layers"}},
         "packed integers",
         "docs/tutorials/neural-compressor.md",
-        _TRANSFORMERS,
+        _DECODERS,
     ),
     "aimet": Peer(
         "AIMET",
