@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -289,3 +290,12 @@ def test_blocks_are_those_of_an_eager_model_with_float_activations() -> None:
 def test_neural_compressor_takes_no_model_in_bfloat16() -> None:
     with pytest.raises(InvalidModelError, match=r"bfloat16.*float32"):
         quantize(llama().bfloat16(), AdaRoundConfig(act_dtype="fp32"), run_fn=running([ids(2, 6)]))
+
+
+def test_blocks_are_recalled_from_a_checkpoint(tmp_path: Path) -> None:
+    data = [{"input_ids": ids(4, 8, seed=seed)} for seed in range(2)]
+    one, other = (by_block(llama(blocks=2), data, checkpoint=tmp_path / "kept") for _ in range(2))
+    assert get_report(one).recalled == 0
+    assert get_report(other).recalled > 0
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"model.layers.0", "model.layers.1"}
+    assert error(one, llama(blocks=2), data) == error(other, llama(blocks=2), data)

@@ -40,7 +40,8 @@ def adaround_blocks(
         quantizer: bits, groups and so on; names in its `layers` are those inside a block, with `"block."` before them.
         inputs: maps a batch to the model's inputs.
         token_mask: name of the input that says which tokens count, such as `"attention_mask"`.
-        **options: of `adaround`: `method`, `finetune`, `seed`, `progress`, `memory_budget`.
+        **options: of `adaround`: `method`, `finetune`, `seed`, `progress`, `memory_budget`, and `checkpoint`, a folder
+            in which each block has its own.
 
     Returns:
         `model`, whose linear layers in the blocks hold torchao's tensors (`to_torchao`), in the dtype and where the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 
 from adaround_plugin.api import adaround
 from adaround_plugin.errors import InvalidModelError
+from adaround_plugin.files import check_folder
 from adaround_plugin.graph.reparametrized import deep_copy
 from adaround_plugin.hosts.pt2e.host import PAIR
 from adaround_plugin.report import Report, get_report
@@ -79,6 +81,7 @@ def learned_blocks(
     quantizer_of: Callable[[str, fx.GraphModule], Quantizer],
     *,
     token_mask: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Iterator[LearnedBlock]:
     """The blocks one by one as they are decided; the model is not changed.
@@ -92,12 +95,15 @@ def learned_blocks(
         blocks: name of the `nn.ModuleList`.
         quantizer_of: from the name of a block and its program to what prepares it.
         token_mask: as of `adaround`, in batches that are mappings.
+        checkpoint: as of `adaround`: each block has a folder of its own in it.
         **options: of `adaround`.
 
     Raises:
+        InvalidOptionError: an option is out of range.
         InvalidModelError: as of `find_blocks` and `first_calls`, or a block cannot be exported.
         InvalidBatchError: as of `first_calls`.
     """
+    folder = None if checkpoint is None else check_folder("checkpoint", checkpoint)
     found = find_blocks(model, blocks)
     calls = first_calls(model, list(found.values()), batches, token_mask)
     pairs = [(call.leaves[call.hidden], call.leaves[call.hidden]) for call in calls]
@@ -111,7 +117,8 @@ def learned_blocks(
             prepared(**data[0])  # weight observers see their weights
         prepared.meta[PAIR] = "hidden", "other"
         mask = None if token_mask is None else _MASK
-        learned = adaround(prepared, data, token_mask=mask, **options)
+        kept = None if folder is None else folder / name
+        learned = adaround(prepared, data, token_mask=mask, checkpoint=kept, **options)
         with torch.no_grad():
             # a learned program has its weights on the grid, so that it computes what the converted one does
             pairs = [(paired(**batch), learned(**{**batch, "hidden": batch["other"]})) for batch in data]
@@ -125,6 +132,7 @@ def together(reports: list[Report]) -> Report:
         layers=[layer for report in reports for layer in report.layers],
         skipped=[entry for report in reports for entry in report.skipped],
         weights={name: digest for report in reports for name, digest in report.weights.items()},
+        recalled=sum(report.recalled for report in reports),
         seconds={phase: sum(report.seconds.get(phase, 0.0) for report in reports) for phase in reports[-1].seconds},
     )
 

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "equalization": "regions graph rounding",
     "paper": "regions hosts graph rounding names report",
     "api": "learning regions hosts graph solvers names report files digests processes _version",
-    "sequential": "api deployment hosts graph report",
+    "sequential": "api deployment hosts graph report files",
     "inc": "sequential api learning hosts graph solvers rounding files names report",
     "demo": "api hosts report",
     "cli": "demo api guidance learning hosts rounding report files _version",
