@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adaround_plugin import get_report
+from adaround_plugin import LayerWise, get_report
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
 from adaround_plugin.sequential.blocks import adaround_blocks
 from integration_tests.benchmarks.peers.exchange import memory
 
 BLOCKS, VOCABULARY = 28, 32_000
+ONE = LayerWise(propagate_error=True, correct_bias=True, column_weighting="none", damping=0.1, output_hessian=False)
 
 
 def build(blocks: int) -> tuple[LlamaForCausalLM, int]:
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=32)
-    parser.add_argument("--method", default="default")
+    parser.add_argument("--no-trials", action="store_true", help="take one recipe, without derivatives")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -71,9 +72,11 @@ def main() -> None:
     quantizer = AdaRoundWeightOnlyQuantizer(
         weight_bits=options.bits, group_size=options.group, scale_dtype=torch.bfloat16
     )
+    # what the default would choose from, all of it tried with so few sequences
+    method = ONE if options.no_trials else "default"
     before, start, clock = memory("VmRSS"), time.process_time(), time.perf_counter()
     data = [{"input_ids": batch} for batch in torch.split(ids, options.batch)]
-    made = adaround_blocks(model, data, "model.layers", quantizer, method=options.method, progress=False)
+    made = adaround_blocks(model, data, "model.layers", quantizer, method=method, progress=False)
     seconds, wall = time.process_time() - start, time.perf_counter() - clock
     report = get_report(made)
     print(
