@@ -13,6 +13,7 @@ from integration_tests.benchmarks.quiet import quiet
 # isort: split
 import argparse
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=32)
     parser.add_argument("--no-trials", action="store_true", help="take one recipe, without derivatives")
+    parser.add_argument("--solver", default="annealing", help="of each layer, without trials")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -73,7 +75,7 @@ def main() -> None:
         weight_bits=options.bits, group_size=options.group, scale_dtype=torch.bfloat16
     )
     # what the default would choose from, all of it tried with so few sequences
-    method = ONE if options.no_trials else "default"
+    method = replace(ONE, solver=options.solver) if options.no_trials else "default"
     before, start, clock = memory("VmRSS"), time.process_time(), time.perf_counter()
     data = [{"input_ids": batch} for batch in torch.split(ids, options.batch)]
     made = adaround_blocks(model, data, "model.layers", quantizer, method=method, progress=False)
