@@ -159,7 +159,7 @@ def test_a_save_that_is_interrupted_leaves_the_folder_as_it_was(tmp_path, error,
     folder = tmp_path / "model"
     for before in ([], ["adaround_model.pt"]):
         with monkeypatch.context() as patch:
-            interrupted(patch, Path, "write_bytes", error, after=0)
+            interrupted(patch, os, "fsync", error, after=0)
             with pytest.raises(type(error)):
                 save(quantized(4), folder)
         assert os.listdir(folder) == before
