@@ -35,8 +35,12 @@ T = TypeVar("T")
 
 # of what is free, the part that values may take where nobody said how much
 _SHARE = 0.5
-# the limit and the use of a container, where there is one
+# where the limit and the use of a container stand, and what of it are pages of files, in both versions of cgroups
 _CGROUP = Path("/sys/fs/cgroup")
+_CGROUPS = (
+    (_CGROUP / "memory.max", _CGROUP / "memory.current", "inactive_file"),
+    (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 @dataclass(frozen=True)
@@ -207,12 +211,11 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)
-    try:
-        limit = int((_CGROUP / "memory.max").read_text())
-        # pages of files are given up when memory is short
-        facts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        used = int((_CGROUP / "memory.current").read_text()) - int(facts.get("inactive_file", 0))
-    except (OSError, ValueError):
+    for limit, used, pages in _CGROUPS:
         # no container, or one without a limit
-        return free
-    return max(0, min(free, limit - used))
+        with suppress(OSError, ValueError):
+            facts = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+            # pages of files are given up when memory is short
+            taken = int(used.read_text()) - int(facts.get(pages, 0))
+            free = min(free, int(limit.read_text()) - taken)
+    return max(0, free)

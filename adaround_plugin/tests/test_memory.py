@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from adaround_plugin.errors import InvalidOptionError
+from adaround_plugin.graph import memory
 from adaround_plugin.graph.kept_values import BatchValues, KeptValues
 from adaround_plugin.graph.memory import Memory, free_bytes
 from adaround_plugin.graph.value_files import Kept
@@ -170,6 +171,24 @@ def test_auto_is_half_of_what_is_free() -> None:
     assert budget is not None
     # other processes take and give
     assert 0.3 < budget / free_bytes(torch.device("cpu")) < 0.7
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("1000000", 1_000_000 - 600_000 + 100_000), ("500000", 0), ("max", None), (None, None)]
+)
+def test_a_container_has_less(
+    limit: str | None, expected: int | None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the files of a container, as Linux shows them
+    facts = {"memory.max": limit, "memory.current": "600000", "memory.stat": "anon 1\ninactive_file 100000\n"}
+    for name, text in facts.items():
+        if text is not None:
+            (folder / name).write_text(text)
+    monkeypatch.setattr(memory, "_CGROUPS", [(folder / "memory.max", folder / "memory.current", "inactive_file")])
+    found = free_bytes(torch.device("cpu"))
+    assert found == expected if expected is not None else found > 2**24
+    for path in folder.iterdir():
+        path.unlink()
 
 
 class Restless(Kept):
