@@ -1,4 +1,5 @@
 """Graphs of torch.fx, whoever made them: walking them piece by piece, rewriting copies, calling their operators.
 
-Imports `rounding`, `digests` and `errors`; every private name of torch that the package needs stands in `compat`.
+Imports `rounding`, `digests`, `options` and `errors`; every private name of torch that the package needs stands in
+`compat`.
 """

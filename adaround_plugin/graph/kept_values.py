@@ -10,7 +10,7 @@ from torch import fx
 from adaround_plugin.graph.memory import Memory
 from adaround_plugin.graph.value_files import Kept
 
-__all__ = ["BatchValues", "KeptValues", "put_away"]
+__all__ = ["BatchValues", "KeptValues"]
 
 
 class KeptValues(MutableMapping[fx.Node, Any]):
@@ -80,7 +80,7 @@ class KeptValues(MutableMapping[fx.Node, Any]):
                 self.kept[node].read_ahead()
 
 
-def put_away(memory: Memory, *streams: KeptValues) -> None:
+def _put_away(memory: Memory, *streams: KeptValues) -> None:
     """Put away what the streams know of one batch, all that is new of it together."""
     new = [(values, node) for values in streams for node in values.restless()]
     kept = memory.keep([values[node] for values, node in new])
@@ -109,8 +109,6 @@ class BatchValues(Sequence[tuple[KeptValues, KeptValues]]):
 
     def __getitem__(self, batch: Any) -> Any:
         """Values to read: what is looked up lives as long as they do."""
-        if isinstance(batch, slice):
-            return [self[number] for number in range(*batch.indices(len(self)))]
         exact, quantized = self.pairs[batch]
         return exact.copy(), quantized.copy()
 
@@ -124,7 +122,7 @@ class BatchValues(Sequence[tuple[KeptValues, KeptValues]]):
             for following in self.pairs[number + 1 : number + 2]:
                 self._read_ahead(following, reads)
             yield number, pair
-            put_away(self._memory, *pair)
+            _put_away(self._memory, *pair)
 
     def read_ahead(self, *reads: Iterable[fx.Node]) -> None:
         """Let the system read what is looked up first."""

@@ -55,8 +55,6 @@ class Batches(Sequence[list[Any]]):
         return len(self._kept)
 
     def __getitem__(self, batch: Any) -> Any:
-        if isinstance(batch, slice):
-            return [self[number] for number in range(*batch.indices(len(self)))]
         return [one.value for one in self._kept[batch]]
 
     def kept(self, batch: int) -> list[Kept]:

@@ -17,26 +17,30 @@ from torch import nn
 
 from integration_tests.benchmarks.peers.exchange import Job, Weights, layers, serve
 
-__all__ = ["of_packed", "quantize"]
+__all__ = ["by_config", "quantize"]
 
 
-def of_packed(packed: nn.Module, names: list[str]) -> Weights:
+def _of_packed(packed: nn.Module, names: list[str]) -> Weights:
     """The weights that packed layers compute with, and their biases."""
     modules: list[Any] = [packed.get_submodule(name) for name in names]
     return {name: (module.recover(), module.bias) for name, module in zip(names, modules, strict=True)}
 
 
-def quantize(job: Job, network: nn.Module, samples: list[Any]) -> Weights:
-    """Symmetric, everything else as by default."""
+def by_config(network: nn.Module, config: Any, samples: list[Any]) -> Weights:
+    """What a configuration of Neural Compressor makes of a network."""
     names = [name for name, _ in layers(network)]
-    group = -1 if job.group is None else job.group
-    kinds = {"RTN": RTNConfig, "GPTQ": GPTQConfig}
-    config = kinds[job.options["algorithm"]](bits=job.bits, use_sym=True, group_size=group)
     prepared = prepare(network, config)
     with torch.no_grad():
         for sample in samples:
             prepared(**sample)
-    return of_packed(convert(prepared), names)
+    return _of_packed(convert(prepared), names)
+
+
+def quantize(job: Job, network: nn.Module, samples: list[Any]) -> Weights:
+    """Symmetric, everything else as by default."""
+    group = -1 if job.group is None else job.group
+    kinds = {"RTN": RTNConfig, "GPTQ": GPTQConfig}
+    return by_config(network, kinds[job.options["algorithm"]](bits=job.bits, use_sym=True, group_size=group), samples)
 
 
 if __name__ == "__main__":

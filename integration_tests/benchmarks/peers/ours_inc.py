@@ -8,13 +8,11 @@ from integration_tests.benchmarks import torchvision_cpu  # noqa: F401
 # isort: split
 from typing import Any
 
-import torch
-from neural_compressor.torch.quantization import convert, prepare
 from torch import nn
 
 from adaround_plugin.inc import AdaRoundConfig
 from integration_tests.benchmarks.peers.exchange import Job, Weights, layers, serve
-from integration_tests.benchmarks.peers.inc import of_packed
+from integration_tests.benchmarks.peers.inc import by_config
 from integration_tests.benchmarks.quiet import quiet
 
 __all__ = ["quantize"]
@@ -24,19 +22,9 @@ def quantize(job: Job, network: nn.Module, samples: list[Any]) -> Weights:
     """Symmetric, as Neural Compressor's own are here."""
     names = [name for name, _ in layers(network)]
     group = -1 if job.group is None else job.group
-    config = AdaRoundConfig(
-        bits=job.bits,
-        group_size=group,
-        act_dtype="fp32",
-        white_list=names,
-        **job.options,
-    )
+    config = AdaRoundConfig(bits=job.bits, group_size=group, act_dtype="fp32", white_list=names, **job.options)
     with quiet():
-        prepared = prepare(network, config)
-        with torch.no_grad():
-            for sample in samples:
-                prepared(**sample)
-        return of_packed(convert(prepared), names)
+        return by_config(network, config, samples)
 
 
 if __name__ == "__main__":
