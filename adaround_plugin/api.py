@@ -31,7 +31,8 @@ from adaround_plugin.learning.trials import choose_recipe
 from adaround_plugin.names import select
 from adaround_plugin.options import check_bool, check_seed
 from adaround_plugin.processes import open_processes
-from adaround_plugin.regions.calibration import Sampling, bind_batches
+from adaround_plugin.regions.binding import bind_batches
+from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.masks import mask_number
 from adaround_plugin.report import KEY
 from adaround_plugin.solvers import get_solver

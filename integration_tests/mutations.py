@@ -221,7 +221,7 @@ FAULTS: Final = (
     # --- calibration
     Fault(
         "a batch with NaN is accepted",
-        "regions/calibration.py",
+        "regions/binding.py",
         "            if not torch.isfinite(tensor).all():\n",
         "            if False:\n",
         (f"{_UNIT}test_calibration.py",),

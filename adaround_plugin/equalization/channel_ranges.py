@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adaround_plugin.equalization.layer_pairs import LayerPair
 from adaround_plugin.errors import InvalidBatchError, NonFiniteError, is_out_of_memory
-from adaround_plugin.regions.calibration import bind_batches
+from adaround_plugin.regions.binding import bind_batches
 
 __all__ = ["activation_ranges"]
 

@@ -23,7 +23,8 @@ from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.layerwise import LayerWise
 from adaround_plugin.learning.report_builder import Progress
 from adaround_plugin.options import check_bool, check_choice, check_seed
-from adaround_plugin.regions.calibration import Sampling, bind_batches
+from adaround_plugin.regions.binding import bind_batches
+from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.masks import mask_number
 from adaround_plugin.rounding.grid import check_bits
 from adaround_plugin.rounding.result import LayerRounding

@@ -21,7 +21,8 @@ from adaround_plugin.hosts.open import open_host
 from adaround_plugin.options import check_number
 from adaround_plugin.paper.task_loss import Loss, TaskLoss, expand_task_loss
 from adaround_plugin.paper.weights import named_node
-from adaround_plugin.regions.calibration import Sampling, bind_batches
+from adaround_plugin.regions.binding import bind_batches
+from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.rounding.hessian import Hessian
 from adaround_plugin.rounding.moments import Moments
 from adaround_plugin.rounding.problem import Rounding, RoundingProblem

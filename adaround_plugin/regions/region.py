@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, fx
 
 from adaround_plugin.errors import is_out_of_memory
-from adaround_plugin.graph.memory import KeptRows, Memory
+from adaround_plugin.graph.memory import KeptRows
 from adaround_plugin.graph.streams import unpacks
 from adaround_plugin.graph.value_files import Kept
 from adaround_plugin.hosts.base import ActivationQuantizer, WeightedNode
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.forward import Exit, Forward, Place, Targets
 from adaround_plugin.regions.importance import importance, tempered
-from adaround_plugin.regions.masks import without_padding
 from adaround_plugin.regions.minibatches import Minibatch
-from adaround_plugin.regions.samples import Rows, gathered, stack
+from adaround_plugin.regions.parts import KeptParts, Part, stacked_parts
+from adaround_plugin.regions.samples import Rows, gathered
 
 __all__ = ["Drawing", "Region"]
 
@@ -52,64 +52,6 @@ class Drawing:
     drop: float = 0.0
     weighs_outputs: bool = False
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Some samples, or one of the caller's batches: values for each exit and for each entry.
-
-    Attributes:
-        targets: float values at the exits.
-        entries: at the entries.
-        exact: float values at the entries that are quantized there, None elsewhere; empty if nothing is dropped.
-        importance: of the entries of `targets`; empty if all weigh alike.
-    """
-
-    targets: list[Any]
-    entries: list[Any]
-    exact: list[Any]
-    importance: list[Any]
-
-    def gathered(self, index: Tensor) -> _Part:
-        """The values of some samples, if these are all of them stacked."""
-        return _Part(*(gathered(values, index) for values in self.lists))
-
-    @property
-    def lists(self) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
-        """Targets, entries, exact values and importance."""
-        return self.targets, self.entries, self.exact, self.importance
-
-
-class _KeptParts(Sequence[_Part]):
-    """The caller's batches, of which nobody may know the importance."""
-
-    def __init__(self, memory: Memory) -> None:
-        self._memory = memory
-        self._kept = list[list[Kept]]()
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __getitem__(self, batch: Any) -> Any:
-        return _Part(*(one.value for one in self._kept[batch]))
-
-    def append(self, part: _Part) -> None:
-        """Keep one more."""
-        self._kept.append(self._memory.keep(part.lists))
-
-    def weigh(self, factors: Sequence[list[Tensor]] | None) -> None:
-        """Multiply the importance by factors, of each batch at every exit; None forgets it."""
-        for batch, part in enumerate(self):
-            weights = []
-            if factors is not None:
-                weights = [one * factor for one, factor in zip(part.importance, factors[batch], strict=True)]
-            self._kept[batch][-1:] = self._memory.keep([weights])
-
-    def cover(self, masks: Sequence[Tensor]) -> None:
-        """Let the entries of tokens that do not count weigh nothing; `masks` are of each batch `(samples, tokens)`."""
-        for batch, (part, mask) in enumerate(zip(self, masks, strict=True)):
-            weights = part.importance or map(torch.ones_like, part.targets)
-            self._kept[batch][-1:] = self._memory.keep([[without_padding(one, mask) for one in weights]])
 
 
 class Region:
@@ -166,7 +108,7 @@ class Region:
         counterparts = self._forward.float_counterparts(self._place.streams, values[0][0])
         pairs = zip(self._forward.entries, counterparts, strict=True)
         self.without_counterpart = [node.name for node, counterpart in pairs if counterpart is None]
-        parts = _KeptParts(self._place.memory)
+        parts = KeptParts(self._place.memory)
         for batch in range(len(values)):
             part = self._part(batch, counterparts, propagate_error)
             self.has_samples &= all(sampling.has_samples(batch, target.shape[0]) for target in part.targets)
@@ -179,11 +121,11 @@ class Region:
             parts.weigh(_tempering([part.importance for part in parts], sampling))
         if sampling.masks:
             parts.cover(sampling.masks)
-        stacked = _stacked(parts, sampling.size, self._place.memory)
+        stacked = stacked_parts(parts, sampling.size, self._place.memory)
         self.resampled = self._agree(stacked is not None and self._separable(stacked.entries, parts))
         self.has_samples = self._agree(self.has_samples)
         held = [sampling.held_out(batch, size) & self.has_samples for batch, size in enumerate(sampling.size)]
-        self._parts: Sequence[_Part] = parts
+        self._parts: Sequence[Part] = parts
         self._held = held
         if stacked is not None and self.resampled:
             self._parts, self._held = [stacked], [torch.cat(held)]
@@ -197,7 +139,7 @@ class Region:
         """Whether it is so for the samples of all processes."""
         return self.processes.agree("the samples of a region", value)
 
-    def _part(self, batch: int, counterparts: list[fx.Node | None], propagate_error: bool) -> _Part:
+    def _part(self, batch: int, counterparts: list[fx.Node | None], propagate_error: bool) -> Part:
         """One of the caller's batches."""
         exact, quantized = self._place.streams
         values = self._place.values[batch]
@@ -210,7 +152,7 @@ class Region:
         dropping = zip(self._forward.entries, floats, strict=True) if self._drawing.drop else ()
         mixed = [value if unpacks(node) else None for node, value in dropping]
         targets = self._targets(values[0])
-        return _Part(targets, entries if propagate_error else floats, mixed, self._importance(batch, targets))
+        return Part(targets, entries if propagate_error else floats, mixed, self._importance(batch, targets))
 
     def _importance(self, batch: int, targets: list[Tensor]) -> list[Tensor]:
         """Of the entries of one batch's targets; what is not known is left out."""
@@ -224,7 +166,7 @@ class Region:
         self.is_unweighed |= len(known) < len(found)
         return known
 
-    def _separable(self, stacked: list[Any], parts: Sequence[_Part]) -> bool:
+    def _separable(self, stacked: list[Any], parts: Sequence[Part]) -> bool:
         """Whether samples give the same however they are put together: tried on the float weights."""
         weights, none = [node.weight for node in self.nodes], [None] * len(self.nodes)
         some = [parts[batch] for batch in range(min(len(parts), 1 if self._batch_size else 2))]
@@ -286,7 +228,7 @@ class Region:
         index = torch.cat([index, (index[:1] if len(index) else index.new_zeros(1)).expand(missing)])
         return self._minibatch(self._parts[0].gathered(index), kept, generator)
 
-    def _minibatch(self, part: _Part, kept: Tensor, generator: torch.Generator | None) -> Minibatch:
+    def _minibatch(self, part: Part, kept: Tensor, generator: torch.Generator | None) -> Minibatch:
         pairs = zip(part.entries, part.exact or [None] * len(part.entries), strict=True)
         entries = [self._forward.dropped(entry, exact, generator) for entry, exact in pairs]
 
@@ -355,17 +297,6 @@ def _shares(wanted: int, counts: Sequence[int]) -> list[int]:
 def _sums(values: Tensor) -> Tensor:
     """Over all axes but the leading one."""
     return values.sum(tuple(range(1, values.dim()))) if values.dim() > 1 else values
-
-
-def _stacked(parts: Sequence[_Part], sizes: Sequence[int], memory: Memory) -> _Part | None:
-    """The values of all samples; None if these cannot be told apart."""
-
-    # of targets, entries and so on, what each batch has
-    kinds = zip(*(part.lists for part in parts), strict=True)
-    try:
-        return _Part(*([stack(values, sizes, memory) for values in zip(*kind, strict=True)] for kind in kinds))
-    except ValueError:
-        return None
 
 
 def _is_learnable(target: Any) -> bool:

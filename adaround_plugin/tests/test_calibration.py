@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from adaround_plugin.errors import InvalidBatchError
 from adaround_plugin.hosts.fx.host import placeholder_signature
-from adaround_plugin.regions.calibration import Sampling, bind_batches
+from adaround_plugin.regions.binding import bind_batches
+from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.spread import spread
 from adaround_plugin.rounding.linear_op import LinearOp, Patches
 

@@ -29,7 +29,8 @@ from adaround_plugin.hosts.base import Host, WeightedNode, open_streams
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.layerwise import LayerWise
 from adaround_plugin.learning.output_error import OutputTally
-from adaround_plugin.regions.calibration import Sampling, bind_batches
+from adaround_plugin.regions.binding import bind_batches
+from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.derivatives import differentiate
 from adaround_plugin.rounding.moments import Moments
 from adaround_plugin.rounding.result import LayerRounding
