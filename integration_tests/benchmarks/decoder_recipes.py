@@ -31,7 +31,7 @@ from integration_tests.benchmarks.quiet import quiet
 
 __all__ = ["RECIPES", "measure"]
 
-_FISHER: Final = {"propagate_error": True, "correct_bias": True, "column_weighting": "fisher"}
+_FISHER: Final[Mapping[str, Any]] = {"propagate_error": True, "correct_bias": True, "column_weighting": "fisher"}
 RECIPES: Final[Mapping[str, Any]] = {
     "default": "default",
     "fisher, damping 0.1": LayerWise(**_FISHER, output_hessian=False, damping=0.1),
