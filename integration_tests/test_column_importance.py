@@ -26,7 +26,7 @@ from adaround_plugin.hosts.base import open_streams
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
 from adaround_plugin.regions.calibration import Sampling
-from adaround_plugin.regions.importance import Sensitivity, sensitivities
+from adaround_plugin.regions.importance import OutputMoment, Sensitivity, sensitivities
 from adaround_plugin.solvers import Annealing
 from integration_tests.models import RECIPE
 from integration_tests.region_models import Opaque
@@ -235,7 +235,7 @@ def test_products_of_derivatives_count_every_sample_alike():
     host = open_host(prepared_fx(net, batches), None)
     stream, _ = open_streams(host)
     sampling = Sampling.of([[batch] for batch in batches], 0.0, 10**6, 0)
-    found: dict[fx.Node, Tensor] = {}
+    found: dict[fx.Node, OutputMoment] = {}
     for batch, x in enumerate(batches):
         sensitivities(stream, host.nodes, sampling, batch, stream.bind([x]), found)
     (node,) = (node for node in host.nodes if node.kind != "linear" and node.op.groups == 2)
@@ -244,7 +244,7 @@ def test_products_of_derivatives_count_every_sample_alike():
     by_output = by_output.unflatten(1, (2, 3))  # (samples, groups, rows, positions)
     products = torch.einsum("ngrp,ngsp->ngrs", by_output, by_output)
     products /= by_output.square().sum((2, 3))[..., None, None]
-    torch.testing.assert_close(found[node.sites[0].float_node], products.sum(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[node.sites[0].float_node].sum, products.sum(0), rtol=1e-4, atol=1e-5)
 
 
 class Differences(nn.Module):
@@ -266,7 +266,7 @@ def test_rows_make_up_for_each_other(make, solver):
     error = {True: 0.0, False: 0.0}
     for seed in range(8):
         torch.manual_seed(seed)
-        batches = [batch @ mix for batch in data(256, 12)]
+        batches = [batch @ mix for batch in data(512, 12)]
         prepared = make(Differences(), batches)
         for coupled in error:
             layers = replace(FISHER, solver=solver, output_hessian=coupled)
@@ -274,7 +274,7 @@ def test_rows_make_up_for_each_other(make, solver):
             assert report.output_error is not None
             error[coupled] += report.output_error
             assert ("output hessian" in report.recipe) == coupled
-    # measured: 0.61 to 0.89
+    # measured: 0.70 to 0.86
     assert error[True] < 0.9 * error[False]
 
 

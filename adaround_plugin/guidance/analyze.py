@@ -150,11 +150,10 @@ class _Passes:
         """
         start = time.perf_counter()
         stream, _ = open_streams(self.host)
-        damping = LayerWise().recipes(self.sampling.total)[0].damping
         moments = InputMoments(stream, self.arguments, self.sampling)
         found: dict[str, list[Candidate]] = {}
         self.bar.say("second moments")
-        for node, of_node in moments.of(self.nodes):
+        for node, of_node, damping in moments.of(self.nodes):
             if of_node.count:
                 found[node.name] = candidates(node, of_node, widths, symmetric, damping)
             self.bar.passed(node.name)

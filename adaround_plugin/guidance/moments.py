@@ -16,6 +16,7 @@ from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.learning.output_error import OutputTally
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.rounding.moments import Moments
+from adaround_plugin.rounding.spread import SampleSpread
 
 __all__ = ["InputMoments"]
 
@@ -39,8 +40,10 @@ class InputMoments:
         self._stream, self._arguments, self._sampling = stream, arguments, sampling
         self.variances: Sequence[float] = ()
 
-    def of(self, nodes: Sequence[WeightedNode]) -> Iterator[tuple[WeightedNode, Moments]]:
+    def of(self, nodes: Sequence[WeightedNode]) -> Iterator[tuple[WeightedNode, Moments, float]]:
         """The layers with the moments of their inputs, in order; each may be changed and forgotten by the caller.
+
+        With each comes the damping that its samples ask for (`SampleSpread.damping`).
 
         The moments are of `x^ = x`: what they know of deviations is one row of zeros, which stands for all.
 
@@ -51,16 +54,17 @@ class InputMoments:
         for group in _groups(nodes):
             found = self._gather(group)
             for node in group:
-                moments = found.pop(node.name).finish()
+                moments, spread = found.pop(node.name)
+                moments.finish()
                 if not bool(torch.isfinite(moments.mean).all()):
                     raise NonFiniteError(
                         f"layer {node.name!r}", "its input holds NaN or infinity", "Check the model and the data."
                     )
-                yield node, moments
+                yield node, moments, spread.damping(moments)
 
-    def _gather(self, nodes: Sequence[WeightedNode]) -> dict[str, Moments]:
+    def _gather(self, nodes: Sequence[WeightedNode]) -> dict[str, tuple[Moments, SampleSpread]]:
         """One forward pass."""
-        found = {node.name: Moments(*_shape(node), node.weight.device) for node in nodes}
+        found = {node.name: self._empty(node) for node in nodes}
         sites = {site.float_node: node for node in nodes for site in node.sites}
         stream, tally = self._stream, OutputTally(self._sampling)
         for batch, arguments in enumerate(self._arguments):
@@ -69,8 +73,13 @@ class InputMoments:
         self.variances = tally.finish().variances
         return found
 
+    def _empty(self, node: WeightedNode) -> tuple[Moments, SampleSpread]:
+        groups, _, columns = shape = _shape(node)
+        device = node.weight.device
+        return Moments(*shape, device), SampleSpread(groups, columns, sum(self._sampling.size), device)
+
     def _visitor(
-        self, batch: int, sites: dict[fx.Node, WeightedNode], into: dict[str, Moments]
+        self, batch: int, sites: dict[fx.Node, WeightedNode], into: dict[str, tuple[Moments, SampleSpread]]
     ) -> Callable[[fx.Node, Values], None]:
         def visit(site: fx.Node, values: Values) -> None:
             if site not in sites:
@@ -78,8 +87,11 @@ class InputMoments:
             node, x = sites[site], self._stream.value(input_of(site), values)
             node.check_input(x, batch)
             patches = node.op.patches(x.float(), node.weight.shape)
-            columns = patches.columns(*self._sampling.columns(batch, patches, len(node.sites)))
-            into[node.name].add(columns, _no_deviation(columns))
+            index, position = self._sampling.columns(batch, patches, len(node.sites))
+            columns = patches.columns(index, position)
+            moments, spread = into[node.name]
+            spread.add(columns, self._sampling.own_numbers(batch, patches.samples, index.device)[index])
+            moments.add(columns, _no_deviation(columns))
 
         return visit
 

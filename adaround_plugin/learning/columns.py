@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -16,10 +17,11 @@ from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.processes import ALONE, Processes
 from adaround_plugin.regions.calibration import Sampling
-from adaround_plugin.regions.importance import Sensitivity, sensitivities, tempered
+from adaround_plugin.regions.importance import OutputMoment, Sensitivity, sensitivities, tempered
 from adaround_plugin.regions.pieces import piece, piece_size
 from adaround_plugin.rounding.linear_op import Patches
 from adaround_plugin.rounding.moments import HeldOut, Moments, joined
+from adaround_plugin.rounding.spread import SampleSpread
 
 __all__ = ["Columns", "LayerMoments"]
 
@@ -37,12 +39,14 @@ class _Chosen:
     Attributes:
         index, position: `(n,)`, as of `Sampling.columns`, those to learn from first.
         order: `(n,)`, their numbers there.
+        sample: `(n,)`, the numbers of their samples among this process's.
         learning: how many are to learn from.
     """
 
     index: Tensor
     position: Tensor
     order: Tensor
+    sample: Tensor
     learning: int
 
 
@@ -73,16 +77,20 @@ class LayerMoments:
     Args:
         node: the layer.
         weighting: as `column_weighting` of `LayerWise`.
+        samples: how many this process has, where `damping` is wanted.
 
     Attributes:
         learning, holdout: of the columns taken in so far.
+        damping: what the samples ask for (`SampleSpread.damping`), when finished.
     """
 
-    def __init__(self, node: WeightedNode, weighting: str) -> None:
+    def __init__(self, node: WeightedNode, weighting: str, samples: int | None = None) -> None:
         self._rows, self._weighting = node.op.rows(node.weight), weighting
         groups, rows, columns = self._rows.shape
         self.learning = Moments(groups, rows, columns, node.weight.device)
         self.holdout = HeldOut()
+        self._spread = None if samples is None else SampleSpread(groups, columns, samples, node.weight.device)
+        self.damping = 0.0
         most = _PENDING_NUMBERS // (groups * (columns + rows))
         self._together = max(_LEAST_PENDING, columns // 2, min(_PENDING_TIMES * columns, most))
         self._pending: list[_Gathered] = []
@@ -127,6 +135,9 @@ class LayerMoments:
         count = sum(one.chosen.learning for one in parts)
         for moments, run in ((self.learning, slice(count)), (self.holdout, slice(count, None))):
             moments.add(quantized[:, run], deviation[:, run], None if weight is None else weight[:, run])
+        if self._spread is not None:
+            sample = in_order([one.chosen.sample.unsqueeze(0) for one in parts])[0, :count]
+            self._spread.add(quantized[:, :count], sample, None if weight is None else weight[:, :count])
 
     def finish(self, node: WeightedNode, processes: Processes = ALONE) -> None:
         """Be ready to learn from, with the columns of all processes.
@@ -142,6 +153,8 @@ class LayerMoments:
             self.learning.pool(lambda *sums: processes.add(at, *sums))
             self.holdout.pool(lambda part: processes.joined(at, part, 1), self._rows.new_empty(0))
         seen = [self.learning.mean, self.learning.deviation, *self.holdout.sums()]
+        if self._spread is not None:
+            self.damping = self._spread.damping(self.learning, partial(processes.add, "what the samples differ by"))
         if not all(bool(torch.isfinite(one).all()) for one in seen):
             raise NonFiniteError(
                 f"layer {node.name!r}", "its input holds NaN or infinity", "Check the model and the calibration data."
@@ -181,7 +194,7 @@ class Columns:
     def _differentiate(self, weighs: bool, with_outputs: bool) -> None:
         """Find how much each column matters, and how the outputs of each layer do together."""
         run, nodes = self._run, self._run.host.nodes
-        outputs: dict[fx.Node, Tensor] | None = {} if with_outputs else None
+        outputs: dict[fx.Node, OutputMoment] | None = {} if with_outputs else None
         largest = run.sampling.largest
         size = run.sampling.size[largest]
         if run.host.batch_size is None:
@@ -206,11 +219,12 @@ class Columns:
             if weighs and self.is_paired(node):
                 self._importance |= _relative([{site: one.pop(site) for site in sites} for one in found], run.sampling)
             if outputs is not None:
-                moment = torch.stack([outputs.pop(site) for site in sites]).sum(0)
-                processes.add(f"the outputs of {node.name!r}", moment)
-                mean = moment.diagonal(dim1=1, dim2=2).mean(1)
-                if bool(torch.isfinite(moment).all()) and bool((mean > 0).all()):
-                    self.outputs[node.name] = moment / mean[:, None, None]
+                moment = outputs.pop(sites[0])
+                for site in sites[1:]:
+                    moment.merge(outputs.pop(site))
+                sides = moment.pooled(partial(processes.add, f"the outputs of {node.name!r}"))
+                if sides is not None:
+                    self.outputs[node.name] = sides
 
     def is_paired(self, node: WeightedNode) -> bool:
         """Whether the columns of both streams belong together: not where the network chooses the rows of its input."""
@@ -249,7 +263,9 @@ class Columns:
             # those to learn from first, so that either are a run; trials judge nothing
             learning = (~held).nonzero().squeeze(1)
             order = learning if self._run.is_trial else torch.cat([learning, held.nonzero().squeeze(1)])
-            self._known[key] = _Chosen(index[order], position[order], order, len(learning))
+            index, position = index[order], position[order]
+            sample = sampling.own_numbers(batch, patches.samples, index.device)[index]
+            self._known[key] = _Chosen(index, position, order, sample, len(learning))
         return self._known[key]
 
     def _float_columns(

@@ -27,8 +27,6 @@ from adaround_plugin.solvers.gptq import round_in_order
 
 __all__ = ["Layer", "Recipe"]
 
-# ridge on the moment of derivatives, relative to its mean diagonal
-_OUTPUT_RIDGE = 0.2
 # a row whose scale is below this share of the largest is left alone by the others
 _NO_SCALE = 1e-4
 # of coupled rows that have integers already: what these are is not forgotten
@@ -47,7 +45,8 @@ class Recipe:
         column_weighting: `"none"`; `"inverse_norm"` to weigh each column by `1 / |x|^2`, so that a few columns with
             massive activations do not decide for all; or `"fisher"` to weigh it by the squared derivative of the
             network's output by the layer's output there.
-        damping: ridge on the hessian, relative to the mean of its diagonal.
+        damping: ridge on the hessian, relative to the mean of its diagonal; `"auto"` for what the samples ask for,
+            which is to be known when a layer is learned.
         output_hessian: let the rows of a layer make up for each other, as the derivatives of the network's output by
             the layer's outputs say.
     """
@@ -55,14 +54,15 @@ class Recipe:
     propagate_error: bool = True
     correct_bias: bool = True
     column_weighting: Literal["none", "inverse_norm", "fisher"] = "none"
-    damping: float = 0.01
+    damping: float | Literal["auto"] = 0.01
     output_hessian: bool = False
 
     def __str__(self) -> str:
+        damping = self.damping if self.damping == "auto" else f"{self.damping:g}"
         return (
             f"errors {'propagated' if self.propagate_error else 'not propagated'}, "
             f"bias {'corrected' if self.correct_bias else 'kept'}, "
-            f"column weighting {self.column_weighting}, damping {self.damping:g}"
+            f"column weighting {self.column_weighting}, damping {damping}"
             f"{', output hessian' if self.output_hessian else ''}"
         )
 
@@ -77,8 +77,8 @@ class Layer:
         grid: the grid to start from.
         moments: of the learning samples, finished.
         holdout: the columns of the held-out samples, finished; its count may be 0.
-        outputs: `(G, R, R)`, the second moment of the derivatives of the network's output by the layer's, of mean
-            diagonal 1, where it is known.
+        outputs: `(G, R, R)`, the second moment of the derivatives of the network's output by the layer's, over its mean
+            diagonal and damped, where it is known.
         processes: that learn the same layer from the same moments; each solves some of its rows.
     """
 
@@ -175,8 +175,7 @@ class Layer:
         def solve_block(block: RoundingProblem, present: Tensor | None) -> Tensor:
             return solve_divided(self.processes, block, solve, present)
 
-        sides = self.outputs.clone()
-        sides.diagonal(dim1=1, dim2=2).add_(_OUTPUT_RIDGE)
+        sides = self.outputs
         if self._scale_follows_rows:
             # the problem's errors are in grid steps
             scale = self.op.rows(grid.expand(grid.scale, self.weight.shape))[..., 0].double()
@@ -206,11 +205,12 @@ class Layer:
 
         Completing the square of `E (d + (w - w^) x^)^2` gives the target `t = w + E[d x^^T] (H + delta I)^-1`.
         """
-        moments = self.moments
+        moments, damping = self.moments, recipe.damping
+        assert damping != "auto"
         second, cross, _ = (
             (moments.hessian, moments.cross, moments.power) if recipe.correct_bias else moments.uncentred()
         )
-        hessian = Hessian.damped(second, recipe.damping, self._power(moments))
+        hessian = Hessian.damped(second, damping, self._power(moments))
         target = self.op.rows(self.weight).double()
         if recipe.propagate_error:
             target = target + hessian.solve(cross)

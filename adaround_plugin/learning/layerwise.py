@@ -21,10 +21,8 @@ __all__ = ["LayerWise", "PendingLayers"]
 
 # the moments of layers that are ready together are gathered together, as many as fit in this many bytes
 _MOMENT_BYTES = 2 * 2**30
-# from this many samples on, little damping does; below this many, even biases may overfit
-_MANY_SAMPLES, _FEW_SAMPLES = 512, 128
-# and from so many on, how outputs do together is known well enough
-_COUPLED_SAMPLES = 256
+# below this many samples, even biases may overfit
+_FEW_SAMPLES = 128
 
 Auto = Literal["auto"]
 
@@ -48,10 +46,11 @@ class LayerWise:
         column_weighting: what each column of a layer's input counts: `"none"`, all alike; `"inverse_norm"`, for
             networks with massive activations; `"fisher"`, by how much the network's output changes with the layer's
             there, which takes one more forward and one backward pass.
-        damping: ridge on the hessian relative to its mean diagonal.
+        damping: ridge on the hessian relative to its mean diagonal. `"auto"` is 0.01, and more in a layer where the
+            samples differ much (Ledoit and Wolf 2004, `SampleSpread`).
         output_hessian: let the rows of a layer make up for each other, by the second moment of the derivatives of the
-            network's output by the layer's outputs, which takes the same passes as `"fisher"`. `"auto"` does so from
-            256 samples on, where the network has derivatives; recipes are tried without it.
+            network's output by the layer's outputs, which takes the same passes as `"fisher"`. `"auto"` does so where
+            the network has derivatives; recipes are tried without it.
         levels: the integers that a weight may take: `"all"` of its grid, or `"up_or_down"`, floor and ceil alone, as in
             the paper.
         holdout: share of the samples kept out of learning; a layer that is worse there than nearest keeps nearest.
@@ -108,17 +107,15 @@ class LayerWise:
 
         The first is the best measured on most networks, the second needs no derivatives, the third is for networks with
         massive activations; propagated errors and corrected biases may overfit what few samples show: the last two do
-        without (docs/explanation/method.md). Fewer samples want more damping.
+        without (docs/explanation/method.md).
         """
-        many, few = samples >= _MANY_SAMPLES, samples < _FEW_SAMPLES
-        damping, coupled = 0.01 if many else 0.1, samples >= _COUPLED_SAMPLES
-        candidates = [Recipe(False, False, "none", damping)]
+        candidates = [Recipe(False, False, "none", "auto", not is_baseline)]
         if not is_baseline:
             candidates = [
-                Recipe(True, True, "fisher", damping, coupled),
-                Recipe(True, True, "none", damping, coupled),
-                Recipe(True, True, "inverse_norm", damping, coupled),
-                *([Recipe(False, True, "inverse_norm", damping, coupled), *candidates] if few else []),
+                Recipe(True, True, "fisher", "auto", True),
+                Recipe(True, True, "none", "auto", True),
+                Recipe(True, True, "inverse_norm", "auto", True),
+                *([Recipe(False, True, "inverse_norm", "auto", True), *candidates] if samples < _FEW_SAMPLES else []),
             ]
         given = {name: getattr(self, name) for name in asdict(candidates[0]) if getattr(self, name) != "auto"}
         return list(dict.fromkeys(replace(candidate, **given) for candidate in candidates))
@@ -137,9 +134,9 @@ class LayerWise:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe, where none of it is open."""
+        """The recipe, where none of it is open but the damping, which each layer chooses."""
         values = {name: getattr(self, name) for name in asdict(Recipe())}
-        assert "auto" not in values.values()
+        assert all(value != "auto" for name, value in values.items() if name != "damping")
         return Recipe(**values)
 
     def searches_scale(self, node: WeightedNode) -> bool:
@@ -183,7 +180,7 @@ class PendingLayers:
 
     Args:
         run: the pass.
-        settings: how they are decided; nothing of the recipe is `"auto"` any more.
+        settings: how they are decided; nothing of the recipe is `"auto"` any more but the damping.
         after: called with each layer right after it is decided, to learn its rounding on.
 
     Attributes:
@@ -224,7 +221,8 @@ class PendingLayers:
         named = [node for node in candidates if node.name in names] or candidates
         ready = _fitting(named) if reached else named[:1]
         open_ = [node for node in ready if not run.checkpoint.has(_DECISION, node.name)]
-        moments = {node.name: LayerMoments(node, self.recipe.column_weighting) for node in open_}
+        samples = sum(run.sampling.size) if self.recipe.damping == "auto" else None
+        moments = {node.name: LayerMoments(node, self.recipe.column_weighting, samples) for node in open_}
 
         def gather(batch: int, values: BothValues) -> None:
             for node in open_:
@@ -274,7 +272,11 @@ class PendingLayers:
         grid = known.get(node.name, node.grid)
         processes = run.sampling.processes
         layer = Layer(node.op, node.weight, grid, moments.learning, moments.holdout, outputs, processes)
-        recipe = replace(self.recipe, correct_bias=self.recipe.correct_bias and node.bias != "fixed")
+        recipe = replace(
+            self.recipe,
+            correct_bias=self.recipe.correct_bias and node.bias != "fixed",
+            damping=moments.damping if self.recipe.damping == "auto" else self.recipe.damping,
+        )
         search = settings.searches_scale(node) and node.name not in known
         with run.clock("solve", node):
             rounding = (

@@ -132,6 +132,10 @@ class Sampling:
         """For each of `length` entries of a leading axis the number of its sample in this batch: int64."""
         return torch.arange(length, device=device) * self.size[batch] // max(1, length)
 
+    def own_numbers(self, batch: int, length: int, device: torch.device | str = "cpu") -> Tensor:
+        """For each of `length` entries of a leading axis the number of its sample among this process's: int64."""
+        return self.first[batch] - self.first[0] + self.samples(batch, length, device)
+
     def held_out(self, batch: int, length: int, device: torch.device | str = "cpu") -> Tensor:
         """For each of `length` entries of a leading axis in this batch, whether its sample is held out: bool."""
         if not self.every:

@@ -19,12 +19,15 @@ from adaround_plugin.graph.streams import Stream, Values
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.derivatives import differentiate, projections, run_differentiably, taking
+from adaround_plugin.rounding.spread import SampleSpread
 
-__all__ = ["Sensitivity", "importance", "sensitivities", "tempered"]
+__all__ = ["OutputMoment", "Sensitivity", "importance", "sensitivities", "tempered"]
 
 # random projections of the network's output for each entry of a region's exits; of columns there are so many that two
 # bring no more than the noise
 _PROJECTIONS = 8
+# ridge on the moment of derivatives, relative to its mean diagonal: at least, and for odds of 1 that it is noise
+_OUTPUT_RIDGE, _RIDGE_PER_ODDS = 0.2, 10.0
 # samples that count, at least this share of all, by their weights
 _EFFECTIVE_SHARE = 0.5
 
@@ -83,13 +86,62 @@ class Sensitivity:
     samples: Tensor
 
 
+class OutputMoment:
+    """The second moment of the derivatives of the network's output by a layer's outputs, of all samples seen.
+
+    Args:
+        groups: of the layer.
+        rows: number `R` of outputs of a group.
+        samples: number of samples.
+        device: of the derivatives.
+
+    Attributes:
+        sum: `(G, R, R)` float32, of products of the derivatives by the outputs of a column; of every sample's share the
+            trace is 1.
+        spread: of the samples.
+    """
+
+    def __init__(self, groups: int, rows: int, samples: int, device: torch.device) -> None:
+        self.sum = torch.zeros(groups, rows, rows, device=device)
+        self.spread = SampleSpread(groups, rows, samples, device)
+
+    def add(self, by_output: Tensor, sample: Tensor) -> None:
+        """Take in `(G, n, R)` derivatives at columns, of samples `(n,)`."""
+        self.sum.baddbmm_(by_output.transpose(1, 2), by_output)
+        self.spread.add(by_output, sample)
+
+    def merge(self, other: OutputMoment) -> None:
+        """Take in another call site's."""
+        self.sum += other.sum
+        self.spread.merge(other.spread)
+
+    def pooled(self, add: Callable[..., None]) -> Tensor | None:
+        """`(G, R, R)` over its mean diagonal, and a ridge; None where no output has a derivative that is a number.
+
+        What the samples say about two outputs together counts less where it differs from sample to sample.
+
+        Args:
+            add: puts the sums over all processes into the tensors that it is given, in place.
+        """
+        add(self.sum)
+        diagonal = self.sum.diagonal(dim1=1, dim2=2)
+        shrinkage = self.spread.shrinkage(diagonal.sum(1, dtype=torch.float64), add=add)
+        mean = diagonal.mean(1)
+        if not (bool(torch.isfinite(self.sum).all()) and bool((mean > 0).all())):
+            return None
+        sides = self.sum / mean[:, None, None]
+        ridge = max(_OUTPUT_RIDGE, _RIDGE_PER_ODDS * shrinkage / max(1 - shrinkage, 1e-3))
+        sides.diagonal(dim1=1, dim2=2).add_(ridge)
+        return sides
+
+
 def sensitivities(
     stream: Stream,
     nodes: Sequence[WeightedNode],
     sampling: Sampling,
     batch: int,
     values: Values,
-    outputs: dict[fx.Node, Tensor] | None = None,
+    outputs: dict[fx.Node, OutputMoment] | None = None,
 ) -> dict[fx.Node, Sensitivity]:
     """Derivatives of a random projection of the network's output by what weighted operators give.
 
@@ -99,8 +151,7 @@ def sensitivities(
         sampling: which columns are asked for.
         batch: number of the batch.
         values: of the graph's inputs in it.
-        outputs: by call site `(G, R, R)`, to which the products of the derivatives by the outputs of a column are
-            added, summed over columns; of every sample's share the trace is 1. None where they are not asked for.
+        outputs: by call site, to which the derivatives are added. None where they are not asked for.
 
     Returns:
         By call site, its node in the float graph, the sensitivity at the columns of `sampling.columns`. A site is left
@@ -113,6 +164,7 @@ def sensitivities(
     total: dict[fx.Node, Sensitivity] = {}
     # layers of one geometry have their columns in common
     known: dict[tuple[int, tuple[int | str, ...]], tuple[Tensor, Tensor, Tensor]] = {}
+    first = sampling.first[batch] - sampling.first[0]
 
     def watch(site: fx.Node, node: WeightedNode, x: Tensor) -> Callable[[Tensor], None]:
         node.check_input(x, batch)
@@ -121,7 +173,10 @@ def sensitivities(
         if key not in known:
             index, position = sampling.columns(batch, patches, len(node.sites))
             known[key] = index, position, sampling.samples(batch, patches.samples, index.device)[index]
-        return _adder(site, node, known[key], total, outputs)
+        if outputs is not None and site not in outputs:
+            groups, rows, _ = node.op.rows(node.weight).shape
+            outputs[site] = OutputMoment(groups, rows, sum(sampling.size), x.device)
+        return _adder(site, node, known[key], total, None if outputs is None else outputs[site], first)
 
     differentiate(stream, nodes, values, sampling.numbers(batch), watch, mask=sampling.mask_of(batch))
     return total
@@ -156,11 +211,13 @@ def _adder(
     weighted: WeightedNode,
     columns: tuple[Tensor, Tensor, Tensor],
     total: dict[fx.Node, Sensitivity],
-    outputs: dict[fx.Node, Tensor] | None,
+    moment: OutputMoment | None,
+    first: int,
 ) -> Callable[[Tensor], None]:
-    """What puts the sensitivity to an output into `total`, if there is a derivative by it.
+    """What puts the sensitivity to an output into `total`, if there is a derivative by it, and into its moment.
 
-    `columns` are their indices along the leading axis, their positions and the numbers of their samples.
+    `columns` are their indices along the leading axis, their positions and the numbers of their samples in the batch,
+    whose first one is number `first`.
     """
     index, position, samples = columns
 
@@ -168,12 +225,8 @@ def _adder(
         by_output = weighted.op.outputs_at(gradient, weighted.weight.shape, index, position)
         square = by_output.square().sum(-1)
         total[site] = Sensitivity(square, samples)
-        if outputs is not None:
-            weighed = _of_one_sum(by_output, square, samples)
-            if site not in outputs:
-                groups, _, rows = weighed.shape
-                outputs[site] = weighed.new_zeros(groups, rows, rows)
-            outputs[site].baddbmm_(weighed.transpose(1, 2), weighed)
+        if moment is not None:
+            moment.add(_of_one_sum(by_output, square, samples), first + samples)
 
     return add
 

@@ -121,15 +121,14 @@ def known(host: Host, data: Sequence[Any]) -> dict[str, Known]:
     stream, _ = open_streams(host)
     arguments = bind_batches(host.prepared, host.signature, host.flatten, data, None)
     sampling = Sampling.of(arguments, 0, LayerWise().max_columns, 0)
-    damping = LayerWise().recipes(sampling.total)[0].damping
 
-    def of_layer(node: WeightedNode, moments: Moments) -> Known:
+    def of_layer(node: WeightedNode, moments: Moments, damping: float) -> Known:
         found = candidates(node, moments, BITS, "observed", damping)
         return Known({one.bits: (one.nearest, one.learned) for one in found}, moments)
 
     with torch.no_grad():
         moments = InputMoments(stream, arguments, sampling)
-        return {node.name: of_layer(node, of_node) for node, of_node in moments.of(host.nodes)}
+        return {node.name: of_layer(node, of_node, damping) for node, of_node, damping in moments.of(host.nodes)}
 
 
 def derivatives(host: Host, data: Sequence[Any]) -> dict[str, Tensor]:
