@@ -12,7 +12,6 @@ import torch
 from neural_compressor.torch.quantization import quantize
 from torch import Tensor, nn
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaround_plugin import (
     BlockWise,
@@ -34,31 +33,13 @@ from adaround_plugin.inc import AdaRoundConfig
 from adaround_plugin.sequential.blocks import adaround_blocks
 from adaround_plugin.sequential.programs import PairedBlock, exported
 from integration_tests.benchmarks import decoder
+from integration_tests.benchmarks.llama import llama
 from integration_tests.models import QUICK, RECIPE
 
 # what transformers keeps in a global while it runs a model; the exported program does without
 pytestmark = pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
 
 QUANTIZER = AdaRoundWeightOnlyQuantizer(weight_bits=3, group_size=16)
-
-
-def llama(use_cache: bool = False, blocks: int = 1) -> LlamaForCausalLM:
-    """Blocks that are 32 wide."""
-    config = LlamaConfig(
-        vocab_size=60,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=blocks,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.2,
-        use_cache=use_cache,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
 
 
 def ids(*shape: int, seed: int = 0) -> Tensor:

@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, fx, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from integration_tests.benchmarks.llama import llama
 from integration_tests.benchmarks.networks import CHECKPOINTS
 
 FOLDER: Final = CHECKPOINTS / "decoder"
@@ -150,22 +151,19 @@ def _trained_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _untrained() -> LlamaForCausalLM:
-    config = LlamaConfig(
+    return llama(
+        4,
         vocab_size=VOCABULARY,
         hidden_size=192,
         intermediate_size=512,
-        num_hidden_layers=4,
         num_attention_heads=6,
         num_key_value_heads=3,
         max_position_embeddings=2 * TOKENS,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
-        use_cache=False,
+        initializer_range=0.02,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config)
 
 
 def train() -> Any:
