@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
 from adaround_plugin.report import KEY, Report
 from adaround_plugin.sequential.learning import find_blocks, learned_blocks, together
+from adaround_plugin.sequential.weights import StoredWeights, stored_weights
 
 __all__ = ["adaround_blocks"]
 
@@ -23,6 +25,7 @@ def adaround_blocks(
     blocks: str,
     quantizer: AdaRoundWeightOnlyQuantizer,
     *,
+    weights: str | os.PathLike[str] | None = None,
     inputs: Callable[[Any], Any] | None = None,
     token_mask: str | None = None,
     **options: Any,
@@ -33,11 +36,18 @@ def adaround_blocks(
     the batches are: for each batch two tensors of `(samples, tokens, width)` float32. What the network's own output
     needs is not known: each block is judged by its own output.
 
+    Weights may stay in files, too: what the model has on the device `meta` is read from `weights` when it is its turn.
+    The embedding and the head are there while the blocks' inputs are found, and in the end; one block's float weights
+    while it is learned.
+
     Args:
         model: in eval mode; what is outside of the blocks stays as it is. It is changed as a whole when all is done.
         data: unlabelled batches: dicts (keyword arguments), tuples or tensors. Lengths may vary.
         blocks: name of the `nn.ModuleList`, such as `"model.layers"`.
         quantizer: bits, groups and so on; names in its `layers` are those inside a block, with `"block."` before them.
+        weights: the files of what is on the device `meta`, in the safetensors format and by the model's names: one
+            file, or a folder with `model.safetensors` or `model.safetensors.index.json`. Tensors have the dtype that
+            they are stored in, and go where the model's first tensor is that is not on `meta`, else to the CPU.
         inputs: maps a batch to the model's inputs.
         token_mask: name of the input that says which tokens count, such as `"attention_mask"`.
         **options: of `adaround`: `method`, `finetune`, `seed`, `progress`, `memory_budget`, and `checkpoint`, a folder
@@ -48,9 +58,10 @@ def adaround_blocks(
         block was; `get_report` reads the report of all of them.
 
     Raises:
-        InvalidOptionError: an option is out of range.
+        InvalidOptionError: an option is out of range, or a file of `weights` cannot be read.
         InvalidModelError: no such blocks, train mode, a block that is called with other arguments than the first, or
-            that torch.export fails on.
+            that torch.export fails on; tensors on `meta` that the files lack or hold in another shape, or tensors in
+            the files that the model has not. All but the export is known before work starts.
         InvalidBatchError: no batches, or one without the token mask.
     """
     if not isinstance(quantizer, AdaRoundWeightOnlyQuantizer):
@@ -61,18 +72,25 @@ def adaround_blocks(
     made: dict[str, nn.Module] = {}
     reports: list[Report] = []
     originals = find_blocks(model, blocks)
-    for one in learned_blocks(model, batches, blocks, lambda *_: quantizer, token_mask=token_mask, **options):
+    stored = stored_weights(model, weights)
+    options = {"weights": stored, "token_mask": token_mask, **options}
+    for one in learned_blocks(model, batches, blocks, lambda *_: quantizer, **options):
         quantized: Any = to_torchao(one.paired, one.program, inplace=True)
-        kind, device = _kind(originals[one.name])
+        kind, device = _kind(one.name, originals[one.name], stored)
         made[one.name] = quantized.block.to(device=device, dtype=kind)
         reports.append(one.report)
+    if stored is not None:
+        stored.fill(model, without=blocks)
     for name, block in made.items():
         model.set_submodule(name, block)
     vars(model)[KEY] = together(reports)
     return model
 
 
-def _kind(block: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """Where a block is, and in what dtype: that of its first parameter."""
-    first = next(block.parameters())
+def _kind(name: str, block: nn.Module, stored: StoredWeights | None) -> tuple[torch.dtype, torch.device]:
+    """Where a block is, or is to be, and in what dtype: that of its first parameter."""
+    inside, first = next(block.named_parameters())
+    if first.is_meta:
+        assert stored is not None
+        return stored.dtype(f"{name}.{inside}"), stored.device
     return first.dtype, first.device

@@ -90,7 +90,7 @@ def _first_call(model: nn.Module, block: nn.Module, batch: Any, mask: Tensor | N
         seen.append((args, kwargs))
         raise _ReachedError
 
-    handle = block.register_forward_pre_hook(take, with_kwargs=True)
+    handle = block.register_forward_pre_hook(take, prepend=True, with_kwargs=True)
     try:
         with suppress(_ReachedError):
             _run(model, batch)

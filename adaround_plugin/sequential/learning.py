@@ -20,6 +20,7 @@ from adaround_plugin.hosts.pt2e.host import PAIR
 from adaround_plugin.report import Report, get_report
 from adaround_plugin.sequential.inputs import BlockCall, first_calls
 from adaround_plugin.sequential.programs import PairedBlock, exported
+from adaround_plugin.sequential.weights import StoredWeights
 
 __all__ = ["INSIDE", "LearnedBlock", "find_blocks", "learned_blocks", "together"]
 
@@ -80,6 +81,7 @@ def learned_blocks(
     blocks: str,
     quantizer_of: Callable[[str, fx.GraphModule], Quantizer],
     *,
+    weights: StoredWeights | None = None,
     token_mask: str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     **options: Any,
@@ -94,6 +96,7 @@ def learned_blocks(
         batches: mappings (keyword arguments), tuples or tensors.
         blocks: name of the `nn.ModuleList`.
         quantizer_of: from the name of a block and its program to what prepares it.
+        weights: where the tensors are that the model has on the device `meta`.
         token_mask: as of `adaround`, in batches that are mappings.
         checkpoint: as of `adaround`: each block has a folder of its own in it.
         **options: of `adaround`.
@@ -105,10 +108,15 @@ def learned_blocks(
     """
     folder = None if checkpoint is None else check_folder("checkpoint", checkpoint)
     found = find_blocks(model, blocks)
-    calls = first_calls(model, list(found.values()), batches, token_mask)
+    handles = [] if weights is None else weights.lend(model, blocks, found)
+    try:
+        calls = first_calls(model, list(found.values()), batches, token_mask)
+    finally:
+        for handle in handles:
+            handle.remove()
     pairs = [(call.leaves[call.hidden], call.leaves[call.hidden]) for call in calls]
     for name, block in found.items():
-        paired = _paired(block, calls[0])
+        paired = _paired(name, block, calls[0], weights)
         data = [_data(call, *pair) for call, pair in zip(calls, pairs, strict=True)]
         program = exported(paired, [((), batch) for batch in _one_of_each_shape(data)], name)
         prepared = prepare_pt2e(program, quantizer_of(name, program))
@@ -137,10 +145,13 @@ def together(reports: list[Report]) -> Report:
     )
 
 
-def _paired(block: nn.Module, call: BlockCall) -> PairedBlock:
+def _paired(name: str, block: nn.Module, call: BlockCall, weights: StoredWeights | None) -> PairedBlock:
     """A copy of a block in float32, where the hidden states are."""
     device = call.leaves[call.hidden].device
-    work = deep_copy(block).to(device=device, dtype=torch.float32)
+    work = deep_copy(block)
+    if weights is not None:
+        weights.fill(work, name, dtype=torch.float32)
+    work = work.to(device=device, dtype=torch.float32)
     return PairedBlock(work, call.structure, call.constants, call.hidden).eval()
 
 

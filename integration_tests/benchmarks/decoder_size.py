@@ -1,9 +1,10 @@
 """A Llama of half a billion random weights in bfloat16, block by block: time and memory.
 
 Weights are random: errors say nothing of a trained model. The blocks are alike, so that the first few tell the time of
-all; with `--blocks` the others are left out of the model.
+all. The model has all of them, in memory or in a file.
 
-    python -m integration_tests.benchmarks.decoder_size --blocks 2
+    python -m integration_tests.benchmarks.decoder_size --blocks 1 --no-trials
+    python -m integration_tests.benchmarks.decoder_size --blocks 1 --no-trials --on-disk
 """
 
 # transformers imports torchvision where it finds one
@@ -12,52 +13,93 @@ from integration_tests.benchmarks.quiet import quiet
 
 # isort: split
 import argparse
+import multiprocessing
+import tempfile
 import time
 from dataclasses import replace
-from typing import Any
+from itertools import islice
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from adaround_plugin import LayerWise, get_report
+from adaround_plugin import LayerWise
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
-from adaround_plugin.sequential.blocks import adaround_blocks
+from adaround_plugin.sequential.learning import learned_blocks, together
+from adaround_plugin.sequential.weights import empty_weights, stored_weights
+from integration_tests.benchmarks.llama import llama
 from integration_tests.benchmarks.peers.exchange import memory
 
 BLOCKS, VOCABULARY = 28, 32_000
 ONE = LayerWise(propagate_error=True, correct_bias=True, column_weighting="none", damping=0.1, output_hessian=False)
 
 
-def build(blocks: int) -> tuple[LlamaForCausalLM, int]:
-    """The first blocks of the model, and the number of weights that it has with all of them."""
-    config = LlamaConfig(
+def build() -> LlamaForCausalLM:
+    """The model."""
+    return llama(
+        BLOCKS,
+        torch.bfloat16,
         vocab_size=VOCABULARY,
         hidden_size=1024,
         intermediate_size=4096,
-        num_hidden_layers=blocks,
         num_attention_heads=16,
         num_key_value_heads=8,
-        bos_token_id=0,
-        eos_token_id=1,
+        initializer_range=0.02,
+        use_cache=True,
     )
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            made: Any = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(default)
-    model: LlamaForCausalLM = made.eval()
-    of_block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
-    return model, sum(parameter.numel() for parameter in model.parameters()) + (BLOCKS - blocks) * of_block
+
+
+def write(folder: str) -> None:
+    """Save the model there."""
+    build().save_pretrained(folder)
+
+
+def build_on_disk(folder: str) -> LlamaForCausalLM:
+    """The model without its weights, which another process writes, so that this one's memory tells nothing of it."""
+    process = multiprocessing.get_context("spawn").Process(target=write, args=(folder,))
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise SystemExit(f"the model was not written: exit code {process.exitcode}")
+    with empty_weights():
+        return build()
+
+
+def run(options: argparse.Namespace, model: LlamaForCausalLM, folder: str | None) -> str:
+    """Learn the first blocks, and say what it took."""
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(VOCABULARY, (options.sequences, options.tokens), generator=generator)
+    quantizer = AdaRoundWeightOnlyQuantizer(
+        weight_bits=options.bits, group_size=options.group, scale_dtype=torch.bfloat16
+    )
+    # what the default would choose from, all of it tried with so few sequences
+    method = replace(ONE, solver=options.solver) if options.no_trials else "default"
+    before, start, clock = memory("VmRSS"), time.process_time(), time.perf_counter()
+    blocks = learned_blocks(
+        model,
+        [{"input_ids": batch} for batch in torch.split(ids, options.batch)],
+        "model.layers",
+        lambda *_: quantizer,
+        weights=stored_weights(model, folder),
+        method=method,
+        progress=False,
+    )
+    report = together([block.report for block in islice(blocks, options.blocks)])
+    seconds, wall = time.process_time() - start, time.perf_counter() - clock
+    return (
+        f"{weights / 1e9:.2f} B weights {'in memory' if folder is None else 'on disk'}, {options.blocks} of {BLOCKS} "
+        f"blocks: {seconds:.0f} CPU s, {wall:.0f} s, {seconds / options.blocks:.0f} CPU s a block; {before:.0f} MB "
+        f"before, {memory('VmHWM'):.0f} MB at most; output error {report.output_error:.4f}, {len(report.layers)} "
+        f"layers; {', '.join(f'{phase} {value:.0f}' for phase, value in report.seconds.items())}"
+    )
 
 
 @quiet()
 def main() -> None:
     """Run, and print a line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=BLOCKS)
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help="stop behind so many")
+    parser.add_argument("--on-disk", action="store_true", help="leave the weights in a file until their turn")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
@@ -68,25 +110,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, weights = build(options.blocks)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(VOCABULARY, (options.sequences, options.tokens), generator=generator)
-    quantizer = AdaRoundWeightOnlyQuantizer(
-        weight_bits=options.bits, group_size=options.group, scale_dtype=torch.bfloat16
-    )
-    # what the default would choose from, all of it tried with so few sequences
-    method = replace(ONE, solver=options.solver) if options.no_trials else "default"
-    before, start, clock = memory("VmRSS"), time.process_time(), time.perf_counter()
-    data = [{"input_ids": batch} for batch in torch.split(ids, options.batch)]
-    made = adaround_blocks(model, data, "model.layers", quantizer, method=method, progress=False)
-    seconds, wall = time.process_time() - start, time.perf_counter() - clock
-    report = get_report(made)
-    print(
-        f"{weights / 1e9:.2f} B weights, {options.blocks} of {BLOCKS} blocks: {seconds:.0f} CPU s, {wall:.0f} s, "
-        f"{seconds / options.blocks:.0f} CPU s a block; {before:.0f} MB before, {memory('VmHWM'):.0f} MB at most; "
-        f"output error {report.output_error:.4f}, {len(report.layers)} layers; "
-        f"{', '.join(f'{phase} {value:.0f}' for phase, value in report.seconds.items())}"
-    )
+    if not options.on_disk:
+        print(run(options, build(), None))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        print(run(options, build_on_disk(folder), folder))
 
 
 if __name__ == "__main__":
