@@ -748,6 +748,34 @@ FAULTS: Final = (
         "            pass\n",
         (f"{_WHOLE}test_decoders.py",),
     ),
+    Fault(
+        "a head that is tied to the embedding needs a tensor of its own",
+        "sequential/stored.py",
+        "for other in tied[id(tensor)] if other in found",
+        "for other in [name] if other in found",
+        (f"{_WHOLE}test_stored_weights.py::test_the_result_is_that_of_weights_in_memory",),
+    ),
+    Fault(
+        "a finished model stays mapped to the files of the float weights",
+        "sequential/weights.py",
+        "value.to(self.device, kind, copy=own)",
+        "value.to(self.device, kind)",
+        (f"{_WHOLE}test_stored_weights.py::test_the_result_is_that_of_weights_in_memory",),
+    ),
+    Fault(
+        "blocks are not emptied behind their run",
+        "sequential/weights.py",
+        "        _put(module, self.former)\n",
+        "",
+        (f"{_WHOLE}test_stored_weights.py::test_one_block_is_there_at_a_time",),
+    ),
+    Fault(
+        "the head of a language model is quantized where the configuration says not to",
+        "inc/parts.py",
+        "        if not part.quant_lm_head and any(",
+        "        if part.quant_lm_head is None and any(",
+        (f"{_WHOLE}test_stored_weights.py::test_the_head_is_left_in_float_where_that_is_asked",),
+    ),
 )
 
 

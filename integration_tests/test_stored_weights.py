@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from neural_compressor.torch.quantization import load, quantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torchao.quantization import IntxUnpackedToInt8Tensor, IntxWeightOnlyConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers.quantizers import AutoHfQuantizer
 
 from adaround_plugin import InvalidModelError, InvalidOptionError, LayerWise, NonFiniteError, get_report
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
+from adaround_plugin.inc import AdaRoundConfig
 from adaround_plugin.sequential.blocks import adaround_blocks
 from adaround_plugin.sequential.learning import learned_blocks
 from adaround_plugin.sequential.weights import empty_weights, is_empty, stored_weights
@@ -39,9 +44,8 @@ def empty(**options: Any) -> nn.Module:
 
 
 def by_block(network: nn.Module, **options: Any) -> nn.Module:
-    return adaround_blocks(
-        network, DATA, "model.layers", QUANTIZER, method=LayerWise(**RECIPE), progress=False, **options
-    )
+    options = {"method": LayerWise(**RECIPE), "progress": False, **options}
+    return adaround_blocks(network, DATA, "model.layers", QUANTIZER, **options)
 
 
 def plain(network: nn.Module) -> dict[str, Tensor]:
@@ -87,7 +91,8 @@ def test_the_result_is_that_of_weights_in_memory(tmp_path: Path, options: Any, s
         assert torch.equal(learned(**DATA[0]).logits, whole(**DATA[0]).logits)
     # nothing is mapped to the files any more
     for file in tmp_path.glob("*.safetensors"):
-        file.write_bytes(bytes(file.stat().st_size))
+        with file.open("r+b") as written:
+            written.write(bytes(file.stat().st_size))
     with torch.no_grad():
         assert torch.equal(learned(**DATA[0]).logits, whole(**DATA[0]).logits)
 
@@ -155,6 +160,84 @@ def test_a_model_is_changed_when_all_blocks_are_done(tmp_path: Path) -> None:
         by_block(network, weights=tmp_path)
     assert all(value is before[name] for name, value in network.named_parameters(remove_duplicate=False))
     assert [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in network.modules()] == hooks
+
+
+# --- files again
+
+
+@pytest.mark.parametrize("corrected", [False, True], ids=["as it was", "biases"])
+def test_transformers_saves_and_loads(tmp_path: Path, corrected: bool) -> None:
+    """With biases where each linear layer has one and the configuration says so."""
+    model(tie_word_embeddings=True).save_pretrained(tmp_path / "float")
+    method = LayerWise(**{**RECIPE, "correct_bias": corrected})
+    learned: Any = by_block(empty(tie_word_embeddings=True), weights=tmp_path / "float", method=method)
+    if corrected:
+        linears = [module for module in learned.model.layers.modules() if isinstance(module, nn.Linear)]
+        assert any(linear.bias is not None for linear in linears)
+        for linear in linears:
+            if linear.bias is None:
+                linear.bias = nn.Parameter(torch.zeros(linear.out_features, dtype=linear.weight.dtype))
+        learned.config.attention_bias = learned.config.mlp_bias = True
+    learned.config.quantization_config = TorchAoConfig(IntxWeightOnlyConfig(torch.int4))
+    learned.hf_quantizer = AutoHfQuantizer.from_config(learned.config.quantization_config, pre_quantized=True)
+    learned.save_pretrained(tmp_path / "quantized")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    assert_same(learned, loaded)
+    assert type(loaded.model.layers[1].mlp.up_proj.weight) is IntxUnpackedToInt8Tensor
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    with torch.no_grad():
+        assert torch.equal(loaded(**DATA[0]).logits, learned(**DATA[0]).logits)
+
+
+# --- Neural Compressor
+
+
+def calibrate(network: nn.Module) -> None:
+    with torch.no_grad():
+        for batch in DATA:
+            network(**batch)
+
+
+def configuration(**options: Any) -> AdaRoundConfig:
+    return AdaRoundConfig(**{"act_dtype": "fp32", "blocks": "model.layers", **RECIPE, **options})
+
+
+def test_neural_compressor_reads_weights_block_by_block(tmp_path: Path) -> None:
+    """In whatever dtype they are stored, as float32; its own load() fills an empty model."""
+    whole = model(tie_word_embeddings=True)
+    whole.save_pretrained(tmp_path / "float")
+    expected = quantize(whole.float(), configuration(), run_fn=calibrate)
+    config = configuration(model_path=str(tmp_path / "float"))
+    packed = quantize(empty(tie_word_embeddings=True), config, run_fn=calibrate, inplace=False)
+    assert_same(packed, expected)
+    assert len(get_report(packed).layers) == 14
+    packed.save(tmp_path / "packed")
+    loaded = load(tmp_path / "packed", original_model=empty(tie_word_embeddings=True))
+    with torch.no_grad():
+        logits = packed(**DATA[0]).logits
+        assert torch.equal(logits, expected(**DATA[0]).logits)
+        assert torch.equal(logits, loaded(**DATA[0]).logits)
+
+
+def test_neural_compressor_needs_blocks_and_files_of_empty_weights(tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path)
+    path = str(tmp_path)
+    for network, options, match in (
+        (empty(), {}, "model: has tensors on the device meta. Pass model_path="),
+        (empty(), {"blocks": None}, "model: has tensors on the device meta"),
+        (empty(blocks=1), {"model_path": path}, "model_path: the files hold what the model has not"),
+        (empty(), {"model_path": path, "blocks": None}, "model_path: is read block by block"),
+        (model(dtype=torch.float32), {"model_path": path}, "model_path: is given, but"),
+    ):
+        with pytest.raises((InvalidModelError, InvalidOptionError), match=match):
+            quantize(network, configuration(**options), run_fn=calibrate)
+
+
+def test_the_head_is_left_in_float_where_that_is_asked() -> None:
+    network = model(blocks=1, dtype=torch.float32)
+    packed: Any = quantize(network, configuration(blocks=None, quant_lm_head=False), run_fn=calibrate)
+    assert type(packed.lm_head) is nn.Linear
+    assert len(get_report(packed).layers) == 7
 
 
 # --- bad input

@@ -19,6 +19,7 @@ try:
     from neural_compressor.torch.algorithms.weight_only.save_load import save as save_weight_only
     from neural_compressor.torch.quantization.config import FRAMEWORK_NAME, OperatorConfig, RTNConfig, TorchBaseConfig
     from neural_compressor.torch.utils import register_algo
+    from neural_compressor.torch.utils.constants import LM_HEAD_NAMES
 except ImportError as error:
     raise MissingDependencyError.of("neural-compressor", "inc", error) from error
 
@@ -27,6 +28,7 @@ __all__ = [
     "FRAMEWORK_NAME",
     "GLOBAL",
     "INTERNAL",
+    "LM_HEAD_NAMES",
     "LOCAL",
     "STATIC_QUANT",
     "INCWeightOnlyLinear",

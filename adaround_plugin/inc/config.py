@@ -35,7 +35,8 @@ _PRIORITY = 95
 class AdaRoundConfig(SoleConfig):
     """Learned rounding, as a configuration of Intel Neural Compressor.
 
-    Every parameter but `checkpoint` and `white_list` also takes a list of values, which `autotune` tries one by one.
+    Every parameter but `checkpoint`, `model_path` and `white_list` also takes a list of values, which `autotune` tries
+    one by one.
 
     Args:
         dtype: `"int"`, or `"fp32"` to leave layers in float.
@@ -54,6 +55,10 @@ class AdaRoundConfig(SoleConfig):
         blocks: name of the `nn.ModuleList` of a language model, such as `"model.layers"`, to learn it block by block;
             None learns it as a whole. Needs an eager model and `act_dtype="fp32"`; layers outside of the blocks stay
             in float.
+        model_path: file or folder of the weights that the model has on the device `meta`, as `weights` of
+            `adaround_blocks`; they are read as float32. Needs `blocks`.
+        quant_lm_head: False leaves layers that INC takes for the head of a language model (`lm_head`, `output_layer`,
+            `embed_out`) in float, as its own weight-only configurations do unless told otherwise.
         token_mask, seed: as in `adaround_plugin.adaround`.
         checkpoint: as in `adaround_plugin.adaround`, a text: the folder that keeps decisions, so that an interrupted
             call goes on. Of listed values each combination has a folder of its own in it, `0`, `1` and so on. What

@@ -70,6 +70,8 @@ PASS_PARAMETERS = [
     Parameter("finetune", None, _tunable(bool, None)),
     Parameter("token_mask", None, _tunable(str, None)),
     Parameter("blocks", None, _tunable(str, None)),
+    Parameter("model_path", None, str | None),
+    Parameter("quant_lm_head", True, _tunable(bool)),
     Parameter("seed", 0, _tunable(int)),
     Parameter("checkpoint", None, str | None),
 ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.inc.compat import TorchBaseConfig
+from adaround_plugin.inc.compat import LM_HEAD_NAMES, TorchBaseConfig
 from adaround_plugin.inc.layers import Layer, is_type, selected
 from adaround_plugin.inc.parameters import PASS_PARAMETERS, method_of
 
@@ -17,6 +18,7 @@ __all__ = [
     "Parts",
     "blocks_of",
     "float_activations",
+    "model_path_of",
     "pass_options",
     "resolve",
 ]
@@ -52,7 +54,11 @@ def resolve(configs: Sequence[TorchBaseConfig], layers: Sequence[Layer]) -> Orde
                     chosen.update(dict.fromkeys(selected(key, layers), part))
     if not chosen:
         raise InvalidOptionError("white_list", "selects no layer, and no local part does", "Name some layers.")
-    return OrderedDict((layer, _completed(part, configs[0])) for layer, part in chosen.items())
+    completed = OrderedDict((layer, _completed(part, configs[0])) for layer, part in chosen.items())
+    for (name, kind), part in completed.items():
+        if not part.quant_lm_head and any(re.match(pattern, name) for pattern in LM_HEAD_NAMES):
+            completed[name, kind] = type(part)(**{**part.get_params_dict(), "dtype": "fp32"}, white_list=None)
+    return completed
 
 
 def _completed(part: TorchBaseConfig, whole: TorchBaseConfig) -> TorchBaseConfig:
@@ -71,6 +77,8 @@ def _completed(part: TorchBaseConfig, whole: TorchBaseConfig) -> TorchBaseConfig
         raise InvalidOptionError("group_size", "integer kernels know no groups", "Pass act_dtype='fp32', or -1.")
     if completed.blocks is not None and completed.act_dtype != "fp32":
         raise InvalidOptionError("blocks", "are learned with activations in float", "Pass act_dtype='fp32', or None.")
+    if completed.model_path is not None and completed.blocks is None:
+        raise InvalidOptionError("model_path", "is read block by block", "Pass blocks=, or leave it out.")
     return completed
 
 
@@ -92,6 +100,13 @@ def blocks_of(parts: Parts) -> str | None:
     first: Any = next(iter(parts.values()))
     name: str | None = first.blocks
     return name
+
+
+def model_path_of(parts: Parts) -> str | None:
+    """Where the weights are that the model has on the device `meta`; None where it has none."""
+    first: Any = next(iter(parts.values()))
+    path: str | None = first.model_path
+    return path
 
 
 def float_activations(parts: Parts) -> bool:

@@ -30,12 +30,12 @@ class Recording:
     Attributes:
         layers: name and type of each layer of the float model. A prepared graph has other names.
         batches: the inputs of each call so far.
-        handle: removes the hook.
+        handles: remove the hook, and what else the model has for as long as it records.
     """
 
     layers: list[Layer]
     batches: list[Batch] = field(default_factory=list)
-    handle: RemovableHandle | None = None
+    handles: list[RemovableHandle] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: nn.Module) -> Self | None:
@@ -45,7 +45,7 @@ class Recording:
     def start(self, model: nn.Module) -> None:
         """Record the inputs of `model` from now on."""
         _place(model)[_KEY] = self
-        self.handle = model.register_forward_pre_hook(self, with_kwargs=True)
+        self.handles.append(model.register_forward_pre_hook(self, with_kwargs=True))
 
     @classmethod
     def taken(cls, model: nn.Module) -> list[Batch]:
@@ -63,8 +63,8 @@ class Recording:
                 "run_fn", "ran no data through the prepared model", "Call the model it is given, once per batch."
             )
         del _place(model)[_KEY]
-        assert recording.handle is not None
-        recording.handle.remove()
+        for handle in recording.handles:
+            handle.remove()
         return recording.batches
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -15,12 +15,13 @@ from adaround_plugin.errors import InvalidModelError, InvalidOptionError
 from adaround_plugin.inc.compat import Quantizer
 from adaround_plugin.inc.layers import weighted_layers
 from adaround_plugin.inc.packing import IntegerLinear, pack
-from adaround_plugin.inc.parts import ROOT, Parts, blocks_of, pass_options
+from adaround_plugin.inc.parts import ROOT, Parts, blocks_of, model_path_of, pass_options
 from adaround_plugin.inc.programs import integer_linears, weight_only_quantizer
 from adaround_plugin.inc.recording import Batch, Recording
 from adaround_plugin.report import KEY, Report, get_report
-from adaround_plugin.sequential.learning import INSIDE, learned_blocks, together
+from adaround_plugin.sequential.learning import INSIDE, find_blocks, learned_blocks, together
 from adaround_plugin.sequential.programs import Call, exported
+from adaround_plugin.sequential.weights import StoredWeights, stored_weights
 
 __all__ = ["WeightOnlyQuantizer"]
 
@@ -33,22 +34,25 @@ class WeightOnlyQuantizer(Quantizer):
     """
 
     def prepare(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        """`model` itself, recording its inputs.
+        """`model` itself, recording its inputs; what it has on the device `meta` is there while it runs.
 
         Raises:
             InvalidModelError: it is in train mode, or in another dtype than float32, the only one of packed layers.
-            InvalidOptionError: affine weights of 8 bits, which INC's packed layers get wrong.
+            InvalidOptionError: affine weights of 8 bits, which INC's packed layers get wrong, or as `stored_weights`.
         """
         if any(part.bits == 8 and not part.use_sym and part.dtype != "fp32" for part in self.quant_config.values()):
             raise InvalidOptionError("use_sym", "INC's packed layers overflow at 8 bits", "Pass use_sym=True.")
         if model.training:
             raise InvalidModelError("model", "is in train mode", "Call .eval() first.")
-        dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        real = (parameter for parameter in model.parameters() if not parameter.is_meta)
+        dtypes = {parameter.dtype for parameter in real if parameter.is_floating_point()}
         if others := dtypes - {torch.float32}:
             raise InvalidModelError(
                 "model", f"is in {others.pop()}, and INC's packed layers give float32", "Call .float() first."
             )
-        Recording(weighted_layers(model, linear_only=True)).start(model)
+        blocks, stored = blocks_of(self.quant_config), _stored(model, self.quant_config)
+        handles = [] if stored is None or blocks is None else stored.lend(model, blocks, find_blocks(model, blocks))
+        Recording(weighted_layers(model, linear_only=True), handles=handles).start(model)
         return model
 
     def convert(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
@@ -62,13 +66,21 @@ class WeightOnlyQuantizer(Quantizer):
         # functional calls cannot be packed
         parts = {layer: part for layer, part in self.quant_config.items() if layer != ROOT}
         blocks, options = blocks_of(self.quant_config), pass_options(self.quant_config)
+        stored = _stored(model, self.quant_config)
         if blocks is None:
             linears, report = _as_a_whole(model, batches, parts, options)
         else:
-            linears, report = _by_blocks(model, batches, parts, blocks, options)
+            linears, report = _by_blocks(model, batches, parts, blocks, {"weights": stored, **options})
         packed = pack(model, linears)
+        if stored is not None:
+            stored.fill(packed)
         vars(packed)[KEY] = report
         return packed
+
+
+def _stored(model: nn.Module, parts: Parts) -> StoredWeights | None:
+    """The weights that the model has on the device `meta`, in the dtype that packed layers need."""
+    return stored_weights(model, model_path_of(parts), "model_path", torch.float32)
 
 
 def _as_a_whole(

@@ -92,5 +92,5 @@ def _kind(name: str, block: nn.Module, stored: StoredWeights | None) -> tuple[to
     inside, first = next(block.named_parameters())
     if first.is_meta:
         assert stored is not None
-        return stored.dtype(f"{name}.{inside}"), stored.device
+        return stored.dtype_of(f"{name}.{inside}"), stored.device
     return first.dtype, first.device

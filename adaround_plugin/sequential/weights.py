@@ -50,14 +50,16 @@ class StoredWeights:
     Attributes:
         entries: by the name in the model of each tensor on `meta`; where it is.
         device: where tensors go that are read.
+        dtype: of floating-point ones; None as they are stored.
     """
 
     entries: Mapping[str, Entry]
     device: torch.device
+    dtype: torch.dtype | None = None
 
-    def dtype(self, name: str) -> torch.dtype:
-        """In what dtype a floating-point tensor is stored."""
-        return FLOATS[self.entries[name].dtype]
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a floating-point tensor is read as."""
+        return self.dtype or FLOATS[self.entries[name].dtype]
 
     def fill(
         self,
@@ -74,7 +76,7 @@ class StoredWeights:
             root: the model, or a module of it, or a copy.
             name: of `root` in the model.
             without: leave out what stands in this module of the model.
-            dtype: of floating-point tensors; None as they are stored.
+            dtype: of floating-point tensors; None as the object says.
             own: in memory of their own; False may leave them mapped to the file, for as long as that stays as it is.
 
         Returns:
@@ -95,26 +97,23 @@ class StoredWeights:
                 for inside in names:
                     if id(former[inside]) not in made:
                         value = handle.get_tensor(self.entries[start + inside].name)
-                        kind = dtype if value.is_floating_point() else None
+                        kind = (dtype or self.dtype) if value.is_floating_point() else None
                         made[id(former[inside])] = _like(former[inside], value.to(self.device, kind, copy=own))
         _put(root, {inside: made[id(tensor)] for inside, tensor in former.items()})
         return former
 
-    def lend(
-        self, model: nn.Module, blocks: str, names: Iterable[str], dtype: torch.dtype | None = None
-    ) -> list[RemovableHandle]:
+    def lend(self, model: nn.Module, blocks: str, names: Iterable[str]) -> list[RemovableHandle]:
         """Let a model run: what is outside of the blocks is there while it runs, each block's weights while that runs.
 
         Args:
             model: with tensors on `meta`.
             blocks: name of the list of blocks.
             names: of the blocks.
-            dtype: as of `fill`.
 
         Returns:
             Handles that end it.
         """
-        loans = [_Loan(self, "", blocks, dtype), *(_Loan(self, name, None, dtype) for name in names)]
+        loans = [_Loan(self, "", blocks), *(_Loan(self, name) for name in names)]
         handles = []
         for loan in loans:
             module = model.get_submodule(loan.name)
@@ -131,12 +130,11 @@ class _Loan:
 
     weights: StoredWeights
     name: str
-    without: str | None
-    dtype: torch.dtype | None
+    without: str | None = None
     former: dict[str, Tensor] = field(default_factory=dict)
 
     def before(self, module: nn.Module, _: Any) -> None:
-        self.former = self.weights.fill(module, self.name, without=self.without, dtype=self.dtype, own=False)
+        self.former = self.weights.fill(module, self.name, without=self.without, own=False)
 
     def behind(self, module: nn.Module, _: Any, __: Any) -> None:
         _put(module, self.former)
@@ -149,7 +147,10 @@ def is_empty(module: nn.Module) -> bool:
 
 
 def stored_weights(
-    model: nn.Module, path: str | os.PathLike[str] | None, option: str = "weights"
+    model: nn.Module,
+    path: str | os.PathLike[str] | None,
+    option: str = "weights",
+    dtype: torch.dtype | None = None,
 ) -> StoredWeights | None:
     """The weights of a model that are on the device `meta`, found in files by their headers alone.
 
@@ -158,6 +159,7 @@ def stored_weights(
         path: a file of the safetensors format, an index of several (`.json`), or a folder with `model.safetensors` or
             `model.safetensors.index.json`; None where nothing is on `meta`.
         option: what the caller's argument is called.
+        dtype: what floating-point tensors are read as; None as they are stored.
 
     Raises:
         InvalidOptionError: as `located` does, or a path is given and nothing is on `meta`.
@@ -172,7 +174,7 @@ def stored_weights(
     if not is_empty(model):
         raise InvalidOptionError(option, "is given, but the model has nothing on the device meta", "Leave it out.")
     real = (tensor.device for _, tensor in named_tensors(model) if not tensor.is_meta)
-    return StoredWeights(located(model, path, option), next(real, torch.device("cpu")))
+    return StoredWeights(located(model, path, option), next(real, torch.device("cpu")), dtype)
 
 
 def _like(former: Tensor, value: Tensor) -> Tensor:
