@@ -266,7 +266,8 @@ def test_what_holds_for_the_pass_cannot_be_local() -> None:
     for one in PARAMETERS:
         if one not in LAYER_PARAMETERS:
             others = {"act_dtype": "fp32", "method": "blocks", "finetune": True, "token_mask": "mask", "seed": 1}
-            other = {**OPTIONS, **others, "checkpoint": "folder", "blocks": "layers"}[one.name]
+            others |= {"checkpoint": "folder", "blocks": "layers", "model_path": "folder", "quant_lm_head": False}
+            other = {**OPTIONS, **others}[one.name]
             with pytest.raises(InvalidOptionError, match=f"{one.name}: holds for the whole pass"):
                 bits(AdaRoundConfig().set_local("5", AdaRoundConfig(**{one.name: other})))
 
