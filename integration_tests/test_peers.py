@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import venv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -106,3 +109,25 @@ def test_what_fails_is_a_row_with_the_reason(monkeypatch: pytest.MonkeyPatch) ->
     row = run.measure(job, Path())
     assert "wrong" in row["failed"]
     assert "score" not in row
+
+
+def test_an_environment_whose_installation_was_cut_off_is_completed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wheel = tmp_path / "tiny_peer-1.5-py3-none-any.whl"
+    with ZipFile(wheel, "w") as file:
+        file.writestr("tiny_peer.py", "")
+        file.writestr("tiny_peer-1.5.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-peer\nVersion: 1.5\n")
+        file.writestr("tiny_peer-1.5.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr("tiny_peer-1.5.dist-info/RECORD", "")
+    monkeypatch.setitem(PEERS, "tiny", replace(PEERS["mct"], requirements=(f"tiny-peer @ {wheel.as_uri()}",)))
+    # as far as it got
+    venv.create(tmp_path / "environments" / "tiny", with_pip=True)
+    assert run.install(tmp_path / "environments", "tiny") == "tiny-peer 1.5"
+
+
+def test_a_search_for_bits_that_fails_says_why() -> None:
+    job = Job("ours", "bits", "resnet20", 8, 8, options={"widths": [2, 8], "bytes": 1000.0})
+    # this package has no script for it: it is called as a library
+    with pytest.raises(RuntimeError, match=r"adaround_plugin fails: .*ours_bits"):
+        run.allocate(job, Path())

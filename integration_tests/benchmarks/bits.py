@@ -1,18 +1,23 @@
 """Mixed bits against uniform bits at equal size, both learned with `adaround`: divergence and top-1 on test images.
 
-Four ways to share out the same number of bits among the weights (scales, one for each channel, are the same):
+Ways to share out the same number of bits among the weights (scales, one for each channel, are the same):
 
 - `suggested`: `suggest_bits` of `analyze`, by the losses of learned roundings;
 - `suggested, nearest`: the same by its losses of nearest;
 - `alone`: without derivatives: each layer is rounded to nearest alone, and the error of the network's output is
   measured; the same knapsack takes these errors;
 - `uniform`: as many bits everywhere. Of a half bit more, the layers with the fewest weights have one more, as many as
-  fit.
+  fit;
+- `MCT`: by the search of Sony's Model Compression Toolkit for mixed precision, with its defaults, in the bytes that the
+  other ways have; where its environment is named (`peers.run install --peers mct`). Only its bits are taken.
+
+All are learned by the same `adaround`. `expected` is the sum of the losses of learned roundings that `analyze` gives,
+`found` the `output_error` of the report: on held-out images, with all layers learned.
 
 `ends` is the budget of 2 bits everywhere but in the first and the last layer, which have 8, as in the papers on BRECQ
 and QDrop; that is its `uniform`.
 
-    python -m integration_tests.benchmarks.bits resnet20 mobilenet vit
+    python -m integration_tests.benchmarks.bits resnet20 mobilenet vit --environments peers-environments
 """
 
 from __future__ import annotations
@@ -21,17 +26,20 @@ import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from statistics import mean
 
 import torch
 from torch import Tensor
 
-from adaround_plugin import Analysis, adaround, analyze, suggest_bits
+from adaround_plugin import Analysis, adaround, analyze, get_report, suggest_bits
 from adaround_plugin.guidance.record import LayerAnalysis, Width
 from adaround_plugin.hosts.open import open_host
 from integration_tests.benchmarks import glyphs, networks
 from integration_tests.benchmarks.accuracy import TEST_IMAGES, TEST_SEED, Case, accuracy, divergence
 from integration_tests.benchmarks.bits_prediction import BITS, Measured, known
+from integration_tests.benchmarks.peers.exchange import Job
+from integration_tests.benchmarks.peers.run import allocate
 
 IMAGES = 1024
 # images that layers are measured on alone
@@ -82,11 +90,8 @@ def mean_of(weights: list[int], values: list[int]) -> float:
     return sum(one * value for one, value in zip(weights, values, strict=True)) / sum(weights)
 
 
-def shares(analysis: Analysis, alone: Analysis, budget: str) -> dict[str, dict[str, int]]:
-    """By name of the way, the bits of each layer within a budget: an average of bits, or `"ends"`."""
-    plain = ends(analysis) if budget == "ends" else uniform(analysis, float(budget))
-    # the same number of bits for all
-    average = average_of(analysis, plain)
+def shares(analysis: Analysis, alone: Analysis, average: float, plain: dict[str, int]) -> dict[str, dict[str, int]]:
+    """By name of the way, the bits of each layer, with at most an average; `plain` is the uniform way."""
     return {
         "suggested": dict(suggest_bits(analysis, average_bits=average).bits),
         "suggested, nearest": dict(suggest_bits(analysis, average_bits=average, rounding="nearest").bits),
@@ -95,24 +100,32 @@ def shares(analysis: Analysis, alone: Analysis, budget: str) -> dict[str, dict[s
     }
 
 
+def searched(network: str, analysis: Analysis, average: float, environments: Path) -> tuple[dict[str, int], float]:
+    """MCT's bits for the same bytes, in the order of the layers, and its CPU seconds."""
+    total = sum(layer.weights for layer in analysis.layers)
+    options = {"widths": BITS, "bytes": average * total / 8}
+    bits, seconds = allocate(Job("mct", "bits", network, max(BITS), IMAGES, options=options), environments)
+    return {layer.name: bits[layer.name] for layer in analysis.layers}, seconds
+
+
 def rows(
-    case: Case, analysis: Analysis, alone: Analysis, budgets: list[str], batches: list[Tensor], tests: list[Tensor]
+    case: Case, analysis: Analysis, ways: dict[str, dict[str, int]], batches: list[Tensor], tests: list[Tensor]
 ) -> Iterator[list[str]]:
-    """Table rows: budget, way, bits a weight, output error, divergence, top-1, bits by layer.
+    """Table rows: way, bits a weight, expected and found output error, divergence, top-1, bits by layer.
 
     Args:
         tests: images and labels in turn.
     """
     pairs = list(zip(tests[::2], tests[1::2], strict=True))
-    for budget in budgets:
-        for way, bits in shares(analysis, alone, budget).items():
-            mixed = replace(case, layers=bits)
-            learned = adaround(mixed.prepare(batches), batches, progress=False)
-            converted = mixed.convert(learned)
-            score = mean(accuracy(converted, *test) for test in pairs)
-            apart = mean(divergence(case.network, converted, images) for images, _ in pairs)
-            figures = [f"{average_of(analysis, bits):.3f}", f"{apart:.4f}", f"{score:.2f}"]
-            yield [budget, way, *figures, "".join(map(str, bits.values()))]
+    for way, bits in ways.items():
+        mixed = replace(case, layers=bits)
+        learned = adaround(mixed.prepare(batches), batches, progress=False)
+        converted = mixed.convert(learned)
+        score = mean(accuracy(converted, *test) for test in pairs)
+        apart = mean(divergence(case.network, converted, images) for images, _ in pairs)
+        expected = sum(layer.at(bits[layer.name]).learned_loss for layer in analysis.layers)
+        figures = [f"{average_of(analysis, bits):.3f}", f"{expected:.3g}", f"{get_report(learned).output_error:.3g}"]
+        yield [way, *figures, f"{apart:.4f}", f"{score:.2f}", "".join(map(str, bits.values()))]
 
 
 def main() -> None:
@@ -121,6 +134,7 @@ def main() -> None:
     parser.add_argument("networks", nargs="+", choices=["resnet20", "mobilenet", "vit"])
     parser.add_argument("--budgets", nargs="+", default=["ends", "2.5", "3", "4"], help="average bits, or ends")
     parser.add_argument("--test-seeds", type=int, nargs="+", default=[TEST_SEED], help="10,000 images of each")
+    parser.add_argument("--environments", type=Path, help="of the peers, for MCT's way")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -135,10 +149,21 @@ def main() -> None:
         alone = measured_alone(analysis, case, batches)
         end = time.process_time()
         print(f"\n{name}: {middle - start:.1f} s of CPU time to analyze, {end - middle:.1f} to measure layers alone\n")
-        head = ["budget", "way", "bits a weight", "divergence", "top-1 %", "bits by layer"]
+        head = ["budget", "way", "bits a weight", "expected", "found", "divergence", "top-1 %", "bits by layer"]
         print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
-        for row in rows(case, analysis, alone, options.budgets, batches, tests):
-            print(f"| {' | '.join(row)} |", flush=True)
+        searches = []
+        for budget in options.budgets:
+            plain = ends(analysis) if budget == "ends" else uniform(analysis, float(budget))
+            # the same number of bits for all
+            average = average_of(analysis, plain)
+            ways = shares(analysis, alone, average, plain)
+            if options.environments is not None:
+                ways["MCT"], seconds = searched(name, analysis, average, options.environments)
+                searches.append(f"{seconds:.1f}")
+            for row in rows(case, analysis, ways, batches, tests):
+                print(f"| {' | '.join([budget, *row])} |", flush=True)
+        if searches:
+            print(f"\nCPU seconds of MCT's searches: {', '.join(searches)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ the networks. A folder holds
 - `network.pt`: the float network, batch norms folded into the layers before them,
 - `samples.pt`: a list of batches to calibrate with,
 - `weights.pt`, made by the peer: of each layer its weight as floats on the grid, and its bias,
+- `bits.json`, made by a peer that is asked for bits for each layer instead: these by name,
 - `result.json`, made by the peer: version, CPU seconds, memory.
 """
 
@@ -19,12 +20,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Job", "Weights", "layers", "memory", "read", "serve", "weights_of", "write"]
+__all__ = ["Job", "Weights", "layers", "memory", "read", "read_bits", "serve", "serve_bits", "weights_of", "write"]
+
+T = TypeVar("T")
 
 Weights = dict[str, tuple[Tensor, Tensor | None]]
 
@@ -88,6 +91,13 @@ def read(folder: Path) -> tuple[Weights, dict[str, Any]]:
     return made, result
 
 
+def read_bits(folder: Path) -> tuple[dict[str, int], float]:
+    """Bits by name of the layer that the peer's process left, and its CPU seconds."""
+    bits: dict[str, int] = json.loads((folder / "bits.json").read_text(encoding="utf-8"))
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return bits, float(result["seconds"])
+
+
 def _cpu_seconds() -> float:
     """CPU seconds of this process and of those that it has waited for."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -115,6 +125,19 @@ def serve(quantize: Callable[[Job, nn.Module, list[Any]], Weights], distribution
         distribution: the package whose version is written down.
     """
     folder = Path(sys.argv[1])
+    made = _timed(folder, quantize, distribution)
+    torch.save({name: (_plain(weight), _plain(bias)) for name, (weight, bias) in made.items()}, folder / "weights.pt")
+
+
+def serve_bits(allocate: Callable[[Job, nn.Module, list[Any]], dict[str, int]], distribution: str) -> None:
+    """The same for a choice of bits for each layer, which `allocate` returns."""
+    folder = Path(sys.argv[1])
+    bits = _timed(folder, allocate, distribution)
+    (folder / "bits.json").write_text(json.dumps(bits), encoding="utf-8")
+
+
+def _timed(folder: Path, work: Callable[[Job, nn.Module, list[Any]], T], distribution: str) -> T:
+    """What the work of the job in a folder gives; what it took is written into the folder."""
     job = Job(**json.loads((folder / "job.json").read_text(encoding="utf-8")))
     network: nn.Module = torch.load(folder / "network.pt", weights_only=False)
     samples: list[Any] = torch.load(folder / "samples.pt", weights_only=True)
@@ -122,9 +145,8 @@ def serve(quantize: Callable[[Job, nn.Module, list[Any]], Weights], distribution
     torch.manual_seed(job.seed)
     before = memory("VmRSS")
     start = _cpu_seconds()
-    made = quantize(job, network.eval(), samples)
+    made = work(job, network.eval(), samples)
     seconds = _cpu_seconds() - start
-    torch.save({name: (_plain(weight), _plain(bias)) for name, (weight, bias) in made.items()}, folder / "weights.pt")
     result = {
         "version": version(distribution),
         "torch": torch.__version__,
@@ -133,3 +155,4 @@ def serve(quantize: Callable[[Job, nn.Module, list[Any]], Weights], distribution
         "memory_before": before,
     }
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    return made

@@ -20,14 +20,17 @@ from torch import nn
 
 from integration_tests.benchmarks.peers.exchange import Job, Weights, layers, serve, weights_of
 
-__all__ = ["quantize"]
+__all__ = ["platform", "quantize", "wrapped"]
 
 # epochs of the tutorial example_pytorch_mobilenet_gptq
 _EPOCHS = 50
 
 
-def _platform(bits: int) -> schema.TargetPlatformCapabilities:
-    """Symmetric weights per channel, activations in float; otherwise as the toolkit's own platforms are described."""
+def platform(*widths: int) -> schema.TargetPlatformCapabilities:
+    """Symmetric weights per channel of one of some widths, activations in float.
+
+    Otherwise as the toolkit's own platforms are described.
+    """
 
     def weights(quantized: bool, width: int) -> schema.AttributeQuantizationConfig:
         return schema.AttributeQuantizationConfig(
@@ -38,8 +41,8 @@ def _platform(bits: int) -> schema.TargetPlatformCapabilities:
             lut_values_bitwidth=None,
         )
 
-    def operator(attributes: dict[str, Any]) -> schema.QuantizationConfigOptions:
-        config = schema.OpQuantizationConfig(
+    def operator(attributes: dict[str, Any]) -> schema.OpQuantizationConfig:
+        return schema.OpQuantizationConfig(
             default_weight_attr_config=weights(False, 8),
             attr_weights_configs_mapping=attributes,
             activation_quantization_method=QuantizationMethod.POWER_OF_TWO,
@@ -52,12 +55,15 @@ def _platform(bits: int) -> schema.TargetPlatformCapabilities:
             simd_size=32,
             signedness=schema.Signedness.AUTO,
         )
-        return schema.QuantizationConfigOptions(quantization_configurations=(config,))
 
-    learned = operator({KERNEL_ATTR: weights(True, bits), BIAS_ATTR: weights(False, 32)})
+    def options(*configs: schema.OpQuantizationConfig) -> schema.QuantizationConfigOptions:
+        return schema.QuantizationConfigOptions(quantization_configurations=configs, base_config=configs[-1])
+
+    bias = weights(False, 32)
+    learned = options(*(operator({KERNEL_ATTR: weights(True, one), BIAS_ATTR: bias}) for one in sorted(widths)))
     names = (schema.OperatorSetNames.CONV, schema.OperatorSetNames.FULLY_CONNECTED)
     return schema.TargetPlatformCapabilities(
-        default_qco=operator({}),
+        default_qco=options(operator({})),
         tpc_minor_version=1,
         tpc_patch_version=0,
         tpc_platform_type="weights",
@@ -81,19 +87,29 @@ def quantize(job: Job, network: nn.Module, samples: list[Any]) -> Weights:
         use_hessian_sample_attention=hessian,
     )
     model, _ = mct.gptq.pytorch_gradient_post_training_quantization(
-        network, batches, gptq_config=config, target_platform_capabilities=_platform(job.bits)
+        network, batches, gptq_config=config, target_platform_capabilities=platform(job.bits)
     )
     made = weights_of(network)
+    for name, module in wrapped(network, model):
+        bias = module.layer.bias
+        weight = module.get_quantized_weights()["weight"]
+        made[name] = weight.detach(), None if bias is None else bias.detach()
+    return made
+
+
+def wrapped(network: nn.Module, model: nn.Module) -> Iterator[tuple[str, PytorchQuantizationWrapper]]:
+    """The quantized layers of what the toolkit made of a network, by the network's names of them.
+
+    Raises:
+        RuntimeError: after the last, if there are layers that it did not quantize.
+    """
     # the toolkit's names have underscores for dots
     names = {name.replace(".", "_"): name for name, _ in layers(network)}
     for name, module in model.named_modules():
         if isinstance(module, PytorchQuantizationWrapper):
-            bias = module.layer.bias
-            weight = module.get_quantized_weights()["weight"]
-            made[names.pop(name)] = weight.detach(), None if bias is None else bias.detach()
+            yield names.pop(name), module
     if names:
         raise RuntimeError(f"not quantized: {sorted(names.values())}")
-    return made
 
 
 if __name__ == "__main__":

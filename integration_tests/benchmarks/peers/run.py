@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,14 +26,21 @@ from typing import Any
 
 import torch
 
-from integration_tests.benchmarks.peers.exchange import Job, read, write
+from integration_tests.benchmarks.peers.exchange import Job, read, read_bits, write
 from integration_tests.benchmarks.peers.registry import PEERS
 from integration_tests.benchmarks.peers.table import draw, show
 from integration_tests.benchmarks.peers.tasks import TASKS, filled, levels
 
-__all__ = ["install", "measure"]
+__all__ = ["allocate", "install", "measure"]
 
 ROOT = Path(__file__).resolve().parents[3]
+
+# run in a peer's environment: the versions of the distributions that the command line names
+_VERSIONS = """
+import sys
+from importlib.metadata import version
+print(*(f"{name} {version(name)}" for name in sys.argv[1:]), sep=", ")
+"""
 
 
 def _python(environments: Path, peer: str) -> Path:
@@ -40,12 +48,16 @@ def _python(environments: Path, peer: str) -> Path:
     return (environments / peer / "bin" / "python").absolute() if PEERS[peer].requirements else Path(sys.executable)
 
 
-def install(environments: Path, peer: str) -> None:
-    """Make the environment of a peer, unless it is there."""
+def install(environments: Path, peer: str) -> str:
+    """Make the environment of a peer, or complete it; the versions that it has of what was asked for."""
     python = _python(environments, peer)
     if not python.exists():
         venv.create(environments / peer, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS[peer].requirements], check=True)
+    # one that was cut off is completed, one that is complete takes a moment
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS[peer].requirements], check=True)
+    names = [re.split(r"[=\[ ]", one)[0] for one in PEERS[peer].requirements]
+    asked = subprocess.run([python, "-c", _VERSIONS, *names], check=True, capture_output=True, text=True)
+    return asked.stdout.strip()
 
 
 def _given(row: dict[str, Any]) -> dict[str, Any]:
@@ -60,18 +72,8 @@ def measure(job: Job, environments: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder, job, task.network(), task.samples(job.samples, job.seed))
-        script = f"integration_tests.benchmarks.peers.{job.peer}"
-        done = subprocess.run(
-            [_python(environments, job.peer), "-m", script, folder],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            return {**given, "failed": done.stderr.strip().splitlines()[-1][:300]}
+        if (error := _failed(job.peer, job.peer, environments, folder)) is not None:
+            return {**given, "failed": error}
         made, result = read(folder)
     try:
         other = filled(task.network(), made)
@@ -81,6 +83,35 @@ def measure(job: Job, environments: Path) -> dict[str, Any]:
     grids = (weight if job.group is None else weight.reshape(-1, job.group) for weight, _ in made.values())
     needed = max(levels(weight, 2**job.bits) for weight in grids)
     return {**given, **found, **result, "on_grid": needed <= 2**job.bits}
+
+
+def _failed(peer: str, script: str, environments: Path, folder: Path) -> str | None:
+    """Let a script do the job of a folder in a peer's environment; the last line of its error, if there is one."""
+    done = subprocess.run(
+        [_python(environments, peer), "-m", f"integration_tests.benchmarks.peers.{script}", folder],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1][:300]
+
+
+def allocate(job: Job, environments: Path) -> tuple[dict[str, int], float]:
+    """Bits for each layer by a peer's search, whose options are `widths` and `bytes`, and its CPU seconds.
+
+    Raises:
+        RuntimeError: the peer fails.
+    """
+    task = TASKS[job.network]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write(folder, job, task.network(), task.samples(job.samples, job.seed))
+        if (error := _failed(job.peer, f"{job.peer}_bits", environments, folder)) is not None:
+            raise RuntimeError(f"{PEERS[job.peer].title} fails: {error}")
+        return read_bits(folder)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -132,7 +163,7 @@ def main() -> None:
     if options.command == "install":
         for peer in options.peers:
             if PEERS[peer].requirements:
-                install(options.environments, peer)
+                print(f"{peer}: {install(options.environments, peer)}", flush=True)
     elif options.command == "run":
         _run(options)
     else:
