@@ -111,6 +111,18 @@ def test_what_fails_is_a_row_with_the_reason(monkeypatch: pytest.MonkeyPatch) ->
     assert "score" not in row
 
 
+@pytest.mark.parametrize("peer", [name for name, peer in PEERS.items() if peer.requirements])
+def test_what_a_script_imports_is_in_its_environment(peer: str) -> None:
+    folder = Path(run.__file__).parent
+    text = "".join(
+        path.read_text(encoding="utf-8")
+        for path in (folder / f"{peer}.py", folder / f"{peer}_bits.py")
+        if path.exists()
+    )
+    asked = any(one.startswith("torchvision") for one in PEERS[peer].requirements)
+    assert asked or "torchvision" not in text
+
+
 def test_an_environment_whose_installation_was_cut_off_is_completed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

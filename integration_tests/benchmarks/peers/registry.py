@@ -125,7 +125,7 @@ PEERS: dict[str, Peer] = {
     ),
     "torchao": Peer(
         "torchao",
-        (*_COMMON, "transformers==5.24.0", "torchao==0.18.0"),
+        (*_COMMON, _TORCHVISION, "transformers==5.24.0", "torchao==0.18.0"),
         {"nearest": {}, "HQQ": {"algorithm": "hqq_scale_only"}},
         "its tensors, which hold integers",
         "https://docs.pytorch.org/ao/stable/generated/torchao.quantization.IntxWeightOnlyConfig.html",
