@@ -129,7 +129,7 @@ def searched(network: str, analysis: Analysis, average: float, environments: Pat
 @torch.no_grad()
 def log_shares(network: nn.Module, images: Tensor) -> Tensor:
     """Logarithms of the shares of classes: (n, classes)."""
-    return torch.cat([network(batch).log_softmax(1) for batch in images.split(_AT_ONCE)])
+    return torch.cat([network(batch).log_softmax(1) for batch in torch.split(images, _AT_ONCE)])
 
 
 def rows(

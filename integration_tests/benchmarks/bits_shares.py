@@ -37,7 +37,7 @@ METHODS = {
 @torch.no_grad()
 def error(network: nn.Module, other: nn.Module, images: Tensor) -> float:
     """Mean squared error of another network's outputs over the variance of the network's."""
-    exact, found = (torch.cat([one(x) for x in images.split(_AT_ONCE)]) for one in (network, other))
+    exact, found = (torch.cat([one(x) for x in torch.split(images, _AT_ONCE)]) for one in (network, other))
     return float((found - exact).square().mean() / exact.var(0, unbiased=False).mean())
 
 
