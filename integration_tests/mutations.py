@@ -207,7 +207,7 @@ FAULTS: Final = (
     Fault(
         "the recipe's damping does not reach the hessian",
         "learning/layer.py",
-        "Hessian.damped(second, recipe.damping, self._power(moments))",
+        "Hessian.damped(second, damping, self._power(moments))",
         "Hessian.damped(second, 0.01, self._power(moments))",
         (f"{_UNIT}test_layer.py",),
     ),
@@ -275,6 +275,27 @@ FAULTS: Final = (
         "return by_output * power",
         "return by_output * torch.ones_like(power)",
         (f"{_WHOLE}test_column_importance.py::test_products_of_derivatives_count_every_sample_alike",),
+    ),
+    Fault(
+        "outputs are taken to do together what a few samples do",
+        "regions/importance.py",
+        "ridge = max(_OUTPUT_RIDGE, ",
+        "ridge = min(_OUTPUT_RIDGE, ",
+        (f"{_WHOLE}test_column_importance.py::test_rows_stay_apart_as_far_as_few_samples_know_nothing_of_them",),
+    ),
+    Fault(
+        "what samples differ by is taken about zero",
+        "rounding/shrinkage.py",
+        "        if mean is not None:\n",
+        "        if mean is None:\n            mean = trace\n        if False:\n",
+        (f"{_UNIT}test_shrinkage.py",),
+    ),
+    Fault(
+        "columns are taken for those of other samples in the damping",
+        "learning/columns.py",
+        "sample = in_order([one.chosen.sample.unsqueeze(0) for one in parts])[0, :count]",
+        "sample = in_order([one.chosen.sample.unsqueeze(0) for one in parts])[0, :count].roll(1)",
+        (f"{_WHOLE}test_columns.py",),
     ),
     Fault(
         "few samples may carry all of the weight",

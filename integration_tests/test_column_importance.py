@@ -247,6 +247,30 @@ def test_products_of_derivatives_count_every_sample_alike():
     torch.testing.assert_close(found[node.sites[0].float_node].sum, products.sum(0), rtol=1e-4, atol=1e-5)
 
 
+def test_rows_stay_apart_as_far_as_few_samples_know_nothing_of_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def ridge(samples: int) -> float:
+        """Of outputs that do as others do, and each for itself."""
+        common = torch.randn(1, samples, 1, generator=generator)
+        by_output = common + torch.randn(1, samples, 8, generator=generator)
+        by_output /= by_output.norm(dim=2, keepdim=True)
+        moment = OutputMoment(1, 8, samples, torch.device("cpu"))
+        moment.add(by_output, torch.arange(samples))
+        expected = moment.sum / moment.sum.diagonal(dim1=1, dim2=2).mean()
+        found = moment.pooled(lambda *_: None)
+        assert found is not None
+        added = (found - expected)[0]
+        torch.testing.assert_close(added, added[0, 0] * torch.eye(8))
+        return float(added[0, 0])
+
+    # by definition 10 rho / (1 - rho), of the samples here
+    assert ridge(4096) == pytest.approx(0.2)
+    assert 0.3 < ridge(64) < 4
+    assert ridge(8) > 4
+    assert ridge(1) > 1000
+
+
 class Differences(nn.Module):
     """Only how far two outputs of the layer are apart is seen, but for a little."""
 
@@ -264,9 +288,9 @@ class Differences(nn.Module):
 def test_rows_make_up_for_each_other(make, solver):
     mix = torch.randn(12, 12, generator=torch.Generator().manual_seed(1))
     error = {True: 0.0, False: 0.0}
-    for seed in range(8):
+    for seed in range(20):
         torch.manual_seed(seed)
-        batches = [batch @ mix for batch in data(512, 12)]
+        batches = [batch @ mix for batch in data(256, 12)]
         prepared = make(Differences(), batches)
         for coupled in error:
             layers = replace(FISHER, solver=solver, output_hessian=coupled)
@@ -274,7 +298,7 @@ def test_rows_make_up_for_each_other(make, solver):
             assert report.output_error is not None
             error[coupled] += report.output_error
             assert ("output hessian" in report.recipe) == coupled
-    # measured: 0.70 to 0.86
+    # measured: 0.77 to 0.88
     assert error[True] < 0.9 * error[False]
 
 

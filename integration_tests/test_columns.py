@@ -15,6 +15,7 @@ from adaround_plugin.learning.report_builder import Progress, ReportBuilder
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.importance import tempered
 from adaround_plugin.rounding.moments import Moments
+from adaround_plugin.rounding.shrinkage import SampleSpread
 from integration_tests.models import batches, learn, learned, prepared_model
 
 TOKENS = 5
@@ -41,11 +42,11 @@ def streams() -> tuple[Pass, Tensor, Tensor]:
     return run, exact, quantized
 
 
-def gathered(weighting: str) -> LayerMoments:
+def gathered(weighting: str, samples: int | None = None) -> LayerMoments:
     """The moments of the second layer."""
     run, _, _ = streams()
     node = run.host.nodes[1]
-    columns, moments = Columns(run, weighting), LayerMoments(node, weighting)
+    columns, moments = Columns(run, weighting), LayerMoments(node, weighting, samples)
     with torch.no_grad():
         run.look_ahead(lambda batch, values: columns.gather(node, batch, values, moments))
     return moments
@@ -90,6 +91,34 @@ def test_moments_are_those_of_both_streams_on_their_samples(weighting: str, held
         torch.testing.assert_close(found.deviation[0], share @ deviation, rtol=1e-4, atol=1e-5)
         spread = (x - mean).T @ (share[:, None] * (x - mean))
         torch.testing.assert_close(found.hessian[0], spread, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weighting", ["none", "inverse_norm"])
+def test_damping_is_what_the_learning_samples_ask_for(weighting: str) -> None:
+    run, exact, quantized = streams()
+    sampling, samples = run.sampling, sum(run.sampling.size)
+    held = torch.cat([sampling.held_out(batch, size) for batch, size in enumerate(sampling.size)])
+    x, weight = quantized[~held].flatten(0, 1).unsqueeze(0), weights(exact, weighting)[~held].flatten().unsqueeze(0)
+    spread, moments = SampleSpread(1, x.shape[2], samples, x.device), Moments(1, 1, x.shape[2], x.device)
+    spread.add(x, torch.arange(samples)[~held].repeat_interleave(TOKENS), weight)
+    moments.add(x, x.new_zeros(1, x.shape[1], 1), weight)
+    expected = spread.damping(moments.finish())
+    found = gathered(weighting, samples)
+    found.finish(run.host.nodes[1])
+    assert found.damping == pytest.approx(expected, rel=1e-3)
+    assert found.damping > 0.02
+
+
+def test_layers_are_damped_by_what_their_samples_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net, data = nn.Sequential(nn.Linear(6, 4)), batches(6)
+    prepared = prepared_model(net, data, weight_bits=2, activation_bits=None)
+    asked = learned(learn(prepared, data, damping="auto"), "0")
+    monkeypatch.setattr(SampleSpread, "damping", lambda *_: 1e3)
+    heavy = learned(learn(prepared, data, damping="auto"), "0")
+    given = learned(learn(prepared, data, damping=1e3), "0")
+    assert torch.equal(heavy.integers, given.integers)
+    assert not torch.equal(asked.integers, given.integers)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1, 0.3])

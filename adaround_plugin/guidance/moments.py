@@ -16,7 +16,7 @@ from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.learning.output_error import OutputTally
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.rounding.moments import Moments
-from adaround_plugin.rounding.spread import SampleSpread
+from adaround_plugin.rounding.shrinkage import SampleSpread
 
 __all__ = ["InputMoments"]
 

@@ -21,7 +21,7 @@ from adaround_plugin.regions.importance import OutputMoment, Sensitivity, sensit
 from adaround_plugin.regions.pieces import piece, piece_size
 from adaround_plugin.rounding.linear_op import Patches
 from adaround_plugin.rounding.moments import HeldOut, Moments, joined
-from adaround_plugin.rounding.spread import SampleSpread
+from adaround_plugin.rounding.shrinkage import SampleSpread
 
 __all__ = ["Columns", "LayerMoments"]
 

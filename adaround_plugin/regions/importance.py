@@ -19,7 +19,7 @@ from adaround_plugin.graph.streams import Stream, Values
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.derivatives import differentiate, projections, run_differentiably, taking
-from adaround_plugin.rounding.spread import SampleSpread
+from adaround_plugin.rounding.shrinkage import SampleSpread
 
 __all__ = ["OutputMoment", "Sensitivity", "importance", "sensitivities", "tempered"]
 

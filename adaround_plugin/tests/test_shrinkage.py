@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaround_plugin.rounding import spread
+from adaround_plugin.rounding import shrinkage
 from adaround_plugin.rounding.moments import Moments
-from adaround_plugin.rounding.spread import SampleSpread
+from adaround_plugin.rounding.shrinkage import SampleSpread
 
 SAMPLES, PER_SAMPLE = 40, 6
 SAMPLE = torch.arange(SAMPLES).repeat_interleave(PER_SAMPLE)
@@ -47,8 +47,8 @@ def exact(x: Tensor, weight: Tensor, mean: Tensor | None) -> tuple[float, Tensor
 @pytest.mark.parametrize("groups", [1, 3, 50])
 @pytest.mark.parametrize("lead", [1.0, 3.0])
 def test_many_projections_find_the_shrinkage_of_ledoit_and_wolf(groups, centred, lead, monkeypatch):
-    monkeypatch.setattr(spread, "_PAIRS", 20_000)
-    monkeypatch.setattr(spread, "_MOST_GROUPS", 100)
+    monkeypatch.setattr(shrinkage, "_PAIRS", 20_000)
+    monkeypatch.setattr(shrinkage, "_MOST_GROUPS", 100)
     x, weight = drawn(groups, lead=lead)
     mean = mean_of(x, weight) if centred else None
     found = SampleSpread(groups, x.shape[2], SAMPLES, x.device)
