@@ -79,7 +79,7 @@ def trial(host: Any, arguments: list[list[Any]], shared: Shared, beside: Pass | 
 def test_passes_beside_each_other_learn_what_each_would_alone_on_the_grids_of_the_first() -> None:
     model, batches = prepared("vit", 3)
     host, arguments = open_host(model), [[batch] for batch in batches]
-    settings = [LayerWise().with_recipe(recipe) for recipe in LayerWise().recipes(64)]
+    settings = [LayerWise().with_recipe(recipe) for recipe in LayerWise().recipes()]
     with torch.no_grad():
         alone, grids = [], Shared()
         for one in settings:

@@ -432,7 +432,7 @@ def test_recipes_that_need_derivatives_are_left_out_where_there_are_none(host: s
     _, report = learn(prepared_by(host, None, seeded(Opaque), data), data)
     left_out = [trial for trial in report.trials if trial.note and trial.note != NO_MASSIVE]
     kept = [trial for trial in report.trials if trial.output_error is not None]
-    needs = [one for one in LayerWise().recipes(count) if one.column_weighting == "fisher" or one.output_hessian]
+    needs = [one for one in LayerWise().recipes() if one.column_weighting == "fisher" or one.output_hessian]
     assert needs
     assert [trial.recipe for trial in left_out] == [str(one) for one in needs]
     assert all("no derivative could be taken" in trial.note for trial in left_out)

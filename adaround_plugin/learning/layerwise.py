@@ -21,8 +21,6 @@ __all__ = ["LayerWise", "PendingLayers"]
 
 # the moments of layers that are ready together are gathered together, as many as fit in this many bytes
 _MOMENT_BYTES = 2 * 2**30
-# below this many samples, even biases may overfit
-_FEW_SAMPLES = 128
 
 Auto = Literal["auto"]
 
@@ -100,22 +98,20 @@ class LayerWise:
         """The method whose layers are decided so."""
         return layers
 
-    def recipes(self, samples: int, is_baseline: bool = False) -> list[Recipe]:
-        """The recipes that the options leave open, for learning from so many samples.
+    def recipes(self, is_baseline: bool = False) -> list[Recipe]:
+        """The recipes that the options leave open.
 
         A baseline imitates nothing: only what is asked for by name is done.
 
         The first is the best measured on most networks, the second needs no derivatives, the third is for networks with
-        massive activations; propagated errors and corrected biases may overfit what few samples show: the last two do
-        without (docs/explanation/method.md).
+        massive activations (docs/explanation/method.md).
         """
-        candidates = [Recipe(False, False, "none", "auto", not is_baseline)]
+        candidates = [Recipe(False, False, "none", "auto")]
         if not is_baseline:
             candidates = [
                 Recipe(True, True, "fisher", "auto", True),
                 Recipe(True, True, "none", "auto", True),
                 Recipe(True, True, "inverse_norm", "auto", True),
-                *([Recipe(False, True, "inverse_norm", "auto", True), *candidates] if samples < _FEW_SAMPLES else []),
             ]
         given = {name: getattr(self, name) for name in asdict(candidates[0]) if getattr(self, name) != "auto"}
         return list(dict.fromkeys(replace(candidate, **given) for candidate in candidates))

@@ -81,7 +81,7 @@ def choose_recipe(
     layers = method.layers
     if method.is_baseline and layers.search_scale == "auto":
         layers = replace(layers, search_scale=False)
-    recipes = layers.recipes(sampling.total, method.is_baseline)
+    recipes = layers.recipes(method.is_baseline)
     if len(excluded) == len(host.nodes):
         return layers.with_recipe(recipes[-1])
 

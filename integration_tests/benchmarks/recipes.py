@@ -28,7 +28,7 @@ def rows(name: str, bits: int, seeds: list[int], test: torch.Tensor) -> Iterator
         prepared = case.prepare(batches)
         trials = get_report(adaround(prepared, batches, progress=False)).trials
         first: tuple[float, float, float] | None = None
-        for recipe, trial in zip(LayerWise().recipes(len(batches) * 64), trials, strict=True):
+        for recipe, trial in zip(LayerWise().recipes(), trials, strict=True):
             assert trial.recipe == str(recipe)
             if trial.output_error is None:
                 # it was not tried
