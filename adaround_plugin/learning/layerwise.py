@@ -45,7 +45,7 @@ class LayerWise:
             networks with massive activations; `"fisher"`, by how much the network's output changes with the layer's
             there, which takes one more forward and one backward pass.
         damping: ridge on the hessian relative to its mean diagonal. `"auto"` is 0.01, and more in a layer where the
-            samples differ much (Ledoit and Wolf 2004, `SampleSpread`).
+            samples differ much (`SampleSpread.damping`).
         output_hessian: let the rows of a layer make up for each other, by the second moment of the derivatives of the
             network's output by the layer's outputs, which takes the same passes as `"fisher"`. `"auto"` does so where
             the network has derivatives; recipes are tried without it.

@@ -23,8 +23,8 @@ __all__ = ["SampleSpread"]
 _PAIRS, _MOST_GROUPS = 64, 32
 
 
-# ridge of a hessian relative to its mean diagonal, at least; and what is left of the hessian at least
-_LEAST_DAMPING, _LEAST_REST = 0.01, 0.1
+# ridge of a hessian relative to its mean diagonal: for what it has of noise, and its bounds
+_DAMPING_PER_NOISE, _LEAST_DAMPING, _MOST_DAMPING = 0.2, 0.01, 10.0
 
 
 class SampleSpread:
@@ -97,12 +97,21 @@ class SampleSpread:
         return min(1.0, float(noise / distance)) if distance > 0 else 1.0
 
     def damping(self, moments: Moments, add: Callable[..., None] | None = None) -> float:
-        """The ridge on the hessian of these moments, relative to its mean diagonal, that shrinks it by as much.
+        """The ridge on the hessian `H` of these moments, relative to its mean diagonal `h`.
+
+        It is a fifth of what `H` has of noise, `E |H - E H|^2 / (D h^2)`: `D / n` for `n` samples of one column each,
+        whose entries are independent normal numbers; and at least 0.01.
 
         Args:
             moments: of the same columns, finished, and of all machines.
             add: as of `shrinkage`.
         """
-        trace = moments.hessian.diagonal(dim1=1, dim2=2).sum(1) * moments.total
-        shrinkage = self.shrinkage(trace, moments.mean, add)
-        return max(_LEAST_DAMPING, shrinkage / max(1 - shrinkage, _LEAST_REST))
+        hessian = moments.hessian
+        level = hessian.diagonal(dim1=1, dim2=2).mean(1)
+        shrinkage = self.shrinkage(level * hessian.shape[1] * moments.total, moments.mean, add)
+        known = level > 0
+        if not known.any():
+            return _LEAST_DAMPING
+        power = torch.linalg.vector_norm(hessian, dim=(1, 2)).square() / (hessian.shape[1] * level.square())
+        noise = shrinkage * (float(power[known].mean()) - 1)
+        return min(_MOST_DAMPING, max(_LEAST_DAMPING, _DAMPING_PER_NOISE * noise))

@@ -127,18 +127,27 @@ def test_constant_data_say_nothing():
     assert found.shrinkage(torch.zeros(1, dtype=torch.float64)) == 1.0
 
 
-def test_damping_falls_with_the_samples_and_has_bounds():
-    def damping(samples: int, lead: float = 3.0) -> float:
-        x, _ = drawn(lead=lead)
-        count = samples * PER_SAMPLE
-        moments = Moments(1, 2, x.shape[2], x.device)
-        moments.add(x[:, :count], torch.zeros(1, count, 2))
-        found = SampleSpread(1, x.shape[2], SAMPLES, x.device)
-        found.add(x[:, :count], SAMPLE[:count])
-        return found.damping(moments.finish())
+def damping(x: Tensor, sample: Tensor) -> float:
+    moments = Moments(len(x), 2, x.shape[2], x.device)
+    moments.add(x, x.new_zeros(len(x), x.shape[1], 2))
+    found = SampleSpread(len(x), x.shape[2], int(sample.max()) + 1, x.device)
+    found.add(x, sample)
+    return found.damping(moments.finish())
 
-    # nearly a multiple of the identity: samples tell nothing else
-    assert damping(SAMPLES, lead=0.0) > 0.3
-    assert damping(1) == pytest.approx(10.0)
-    assert damping(5) > 2 * damping(SAMPLES) > 0.02
-    assert damping(SAMPLES, lead=1000.0) >= 0.01
+
+@pytest.mark.parametrize(("samples", "columns"), [(60, 30), (120, 30), (60, 60)])
+def test_damping_of_independent_normal_columns_is_a_fifth_of_their_length_over_their_number(samples, columns):
+    x = torch.randn(5, samples, columns, generator=torch.Generator().manual_seed(0)) + 1
+    sample = torch.arange(samples)
+    assert damping(x, sample) == pytest.approx(0.2 * columns / samples, rel=0.25)
+    # the same column again in the same sample says nothing new
+    again = damping(x.repeat_interleave(6, 1), sample.repeat_interleave(6))
+    assert again == pytest.approx(damping(x, sample), rel=1e-4)
+
+
+def test_damping_has_bounds():
+    x, _ = drawn(columns=400)
+    assert damping(x[:, SAMPLE == 0], SAMPLE[SAMPLE == 0]) == 10.0
+    many = torch.randn(1, 4000, 4, generator=torch.Generator().manual_seed(0))
+    assert damping(many, torch.arange(4000)) == 0.01
+    assert damping(torch.ones(1, 10, 4), torch.arange(10)) == 0.01
