@@ -26,7 +26,13 @@ from adaround_plugin.learning.methods import Method
 from adaround_plugin.learning.passes import Pass
 
 # one recipe: the trials of "auto" are tested on their own
-RECIPE: dict[str, Any] = {"propagate_error": True, "correct_bias": True, "column_weighting": "none", "damping": 0.01}
+RECIPE: dict[str, Any] = {
+    "propagate_error": True,
+    "correct_bias": True,
+    "column_weighting": "none",
+    "damping": 0.01,
+    "output_hessian": False,
+}
 
 # one recipe, and the fastest solver
 QUICK = LayerWise(
