@@ -76,7 +76,7 @@ class InputMoments:
     def _empty(self, node: WeightedNode) -> tuple[Moments, SampleSpread]:
         groups, _, columns = shape = _shape(node)
         device = node.weight.device
-        return Moments(*shape, device), SampleSpread(groups, columns, sum(self._sampling.size), device)
+        return Moments(*shape, device), SampleSpread(groups, columns, self._sampling.own, device)
 
     def _visitor(
         self, batch: int, sites: dict[fx.Node, WeightedNode], into: dict[str, tuple[Moments, SampleSpread]]

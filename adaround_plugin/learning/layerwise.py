@@ -217,7 +217,7 @@ class PendingLayers:
         named = [node for node in candidates if node.name in names] or candidates
         ready = _fitting(named) if reached else named[:1]
         open_ = [node for node in ready if not run.checkpoint.has(_DECISION, node.name)]
-        samples = sum(run.sampling.size) if self.recipe.damping == "auto" else None
+        samples = run.sampling.own if self.recipe.damping == "auto" else None
         moments = {node.name: LayerMoments(node, self.recipe.column_weighting, samples) for node in open_}
 
         def gather(batch: int, values: BothValues) -> None:

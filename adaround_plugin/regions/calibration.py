@@ -95,9 +95,14 @@ class Sampling:
         return replace(found, mask=mask, masks=masks, counted_share=share)
 
     @property
+    def own(self) -> int:
+        """The number of this process's samples."""
+        return sum(self.size)
+
+    @property
     def total(self) -> int:
         """The number of samples, of all processes."""
-        return sum(self.size) + self.others
+        return self.own + self.others
 
     @property
     def largest(self) -> int:

@@ -175,7 +175,7 @@ def sensitivities(
             known[key] = index, position, sampling.samples(batch, patches.samples, index.device)[index]
         if outputs is not None and site not in outputs:
             groups, rows, _ = node.op.rows(node.weight).shape
-            outputs[site] = OutputMoment(groups, rows, sum(sampling.size), x.device)
+            outputs[site] = OutputMoment(groups, rows, sampling.own, x.device)
         return _adder(site, node, known[key], total, None if outputs is None else outputs[site], first)
 
     differentiate(stream, nodes, values, sampling.numbers(batch), watch, mask=sampling.mask_of(batch))

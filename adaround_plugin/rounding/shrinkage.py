@@ -21,8 +21,6 @@ __all__ = ["SampleSpread"]
 
 # pairs of random signs, over all groups; and groups, at most
 _PAIRS, _MOST_GROUPS = 64, 32
-
-
 # ridge of a hessian relative to its mean diagonal: for what it has of noise, and its bounds
 _DAMPING_PER_NOISE, _LEAST_DAMPING, _MOST_DAMPING = 0.2, 0.01, 10.0
 
@@ -37,8 +35,8 @@ class SampleSpread:
         device: of `x`.
 
     Attributes:
-        sums: `(samples, taken groups, 3 pairs + 1)` float64, over columns of the products of both
-            projections, of either one, and of the weights.
+        sums: `(samples, taken groups, 3 pairs + 1)` float64: over columns, of the products of both projections, of
+            either one, and of the weights.
     """
 
     def __init__(self, groups: int, columns: int, samples: int, device: torch.device) -> None:
