@@ -170,6 +170,7 @@ def test_options_reach_the_pass() -> None:
         "correct_bias": False,
         "column_weighting": "inverse_norm",
         "damping": 0.5,
+        "output_hessian": False,
         "levels": "up_or_down",
         "holdout": 0,
         "max_columns": 100,
