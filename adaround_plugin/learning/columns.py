@@ -153,12 +153,12 @@ class LayerMoments:
             self.learning.pool(lambda *sums: processes.add(at, *sums))
             self.holdout.pool(lambda part: processes.joined(at, part, 1), self._rows.new_empty(0))
         seen = [self.learning.mean, self.learning.deviation, *self.holdout.sums()]
-        if self._spread is not None:
-            self.damping = self._spread.damping(self.learning, partial(processes.add, "what the samples differ by"))
         if not all(bool(torch.isfinite(one).all()) for one in seen):
             raise NonFiniteError(
                 f"layer {node.name!r}", "its input holds NaN or infinity", "Check the model and the calibration data."
             )
+        if self._spread is not None:
+            self.damping = self._spread.damping(self.learning, partial(processes.add, "what the samples differ by"))
 
     @property
     def count(self) -> int:

@@ -149,9 +149,12 @@ class Layer:
         def alone(rows: RoundingProblem, _: Tensor | None) -> Tensor:
             return solved(solver, rows)
 
-        found = round_in_order(problem)[0] if is_trial else solve_divided(self.processes, problem, alone)
-        if recipe.output_hessian and self.outputs is not None:
-            found = self._coupled(problem, grid, found, solver)
+        outputs = self.outputs if recipe.output_hessian and problem.target.shape[1] > 1 else None
+        # annealing of coupled rows needs no more than a start
+        is_quick = is_trial or (outputs is not None and isinstance(solver, Annealing))
+        found = round_in_order(problem)[0] if is_quick else solve_divided(self.processes, problem, alone)
+        if outputs is not None:
+            found = self._coupled(problem, outputs, grid, found, solver)
         if search_scale and self.can_search_scale and not (up_or_down or is_trial or isinstance(solver, Nearest)):
             grid = self._refit(grid, hessian, target, found)
         # solvers work column by column; the model wants rows
@@ -163,9 +166,8 @@ class Layer:
             return LayerRounding(grid, integers, correction, learned=True)
         return self._judged(grid, integers, correction)
 
-    def _coupled(self, problem: RoundingProblem, grid: Grid, integers: Tensor, solver: Solver) -> Tensor:
-        """Integers whose rows make up for each other."""
-        assert self.outputs is not None
+    def _coupled(self, problem: RoundingProblem, sides: Tensor, grid: Grid, integers: Tensor, solver: Solver) -> Tensor:
+        """Integers whose rows make up for each other, no worse together than those given."""
 
         def solve(block: RoundingProblem, present: Tensor | None) -> Tensor:
             if not isinstance(solver, Annealing):
@@ -175,7 +177,6 @@ class Layer:
         def solve_block(block: RoundingProblem, present: Tensor | None) -> Tensor:
             return solve_divided(self.processes, block, solve, present)
 
-        sides = self.outputs
         if self._scale_follows_rows:
             # the problem's errors are in grid steps
             scale = self.op.rows(grid.expand(grid.scale, self.weight.shape))[..., 0].double()

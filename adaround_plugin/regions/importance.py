@@ -19,7 +19,7 @@ from adaround_plugin.graph.streams import Stream, Values
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.derivatives import differentiate, projections, run_differentiably, taking
-from adaround_plugin.rounding.shrinkage import SampleSpread
+from adaround_plugin.rounding.shrinkage import SampleSpread, three_digits
 
 __all__ = ["OutputMoment", "Sensitivity", "importance", "sensitivities", "tempered"]
 
@@ -131,7 +131,7 @@ class OutputMoment:
             return None
         sides = self.sum / mean[:, None, None]
         ridge = max(_OUTPUT_RIDGE, _RIDGE_PER_ODDS * shrinkage / max(1 - shrinkage, 1e-3))
-        sides.diagonal(dim1=1, dim2=2).add_(ridge)
+        sides.diagonal(dim1=1, dim2=2).add_(three_digits(ridge))
         return sides
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adaround_plugin.rounding.moments import Moments
 
-__all__ = ["SampleSpread"]
+__all__ = ["SampleSpread", "three_digits"]
 
 # pairs of random signs, over all groups; and groups, at most
 _PAIRS, _MOST_GROUPS = 64, 32
@@ -98,7 +98,8 @@ class SampleSpread:
         """The ridge on the hessian `H` of these moments, relative to its mean diagonal `h`.
 
         It is a fifth of what `H` has of noise, `E |H - E H|^2 / (D h^2)`: `D / n` for `n` samples of one column each,
-        whose entries are independent normal numbers; and at least 0.01.
+        whose entries are independent normal numbers; and at least 0.01. Three digits of it are kept, so that it does
+        not depend on the order of sums.
 
         Args:
             moments: of the same columns, finished, and of all machines.
@@ -112,4 +113,9 @@ class SampleSpread:
             return _LEAST_DAMPING
         power = torch.linalg.vector_norm(hessian, dim=(1, 2)).square() / (hessian.shape[1] * level.square())
         noise = shrinkage * (float(power[known].mean()) - 1)
-        return min(_MOST_DAMPING, max(_LEAST_DAMPING, _DAMPING_PER_NOISE * noise))
+        return three_digits(min(_MOST_DAMPING, max(_LEAST_DAMPING, _DAMPING_PER_NOISE * noise)))
+
+
+def three_digits(value: float) -> float:
+    """A finite number without what the order of sums may have left in its last digits."""
+    return float(f"{value:.3g}")

@@ -61,11 +61,8 @@ def solve_coupled(
     Returns:
         `(G, R, D)` int64; the loss of no group is above that of `start`.
     """
-    rows = start.shape[1]
-    if rows == 1:
-        return start
     hessian, sides = problem.hessian, sides.float()
-    parts = [slice(first, None, blocks) for first in range(min(blocks, rows))]
+    parts = [slice(first, None, blocks) for first in range(min(blocks, start.shape[1]))]
 
     def solved(part: slice, shift: Tensor, present: Tensor | None = None) -> Tensor:
         """Integers of a block of rows, whose targets move by `shift`, in the hessian's units."""
