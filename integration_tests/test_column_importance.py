@@ -284,6 +284,21 @@ class Differences(nn.Module):
 
 
 @pytest.mark.parametrize("make", [prepared_fx, prepared_pt2e])
+def test_the_only_row_of_a_group_is_annealed_apart(make):
+    """It has no others to make up for it, and is not left with the start that coupled rows have."""
+    torch.manual_seed(0)
+    batches = data(32, 6, 9)
+    prepared = make(nn.Sequential(nn.Conv1d(6, 6, 5, groups=6), nn.Tanh(), nn.Flatten()), batches)
+    layers = replace(FISHER, solver=Annealing())
+    (apart,), (coupled,) = (
+        get_report(adaround(prepared, batches, replace(layers, output_hessian=one), progress=False)).layers
+        for one in (False, True)
+    )
+    assert coupled.learned_error == apart.learned_error
+    assert not coupled.note
+
+
+@pytest.mark.parametrize("make", [prepared_fx, prepared_pt2e])
 @pytest.mark.parametrize("solver", ["annealing", "gptq"])
 def test_rows_make_up_for_each_other(make, solver):
     mix = torch.randn(12, 12, generator=torch.Generator().manual_seed(1))

@@ -177,7 +177,7 @@ class Columns:
 
     Attributes:
         outputs: by name of the weighted node, `(G, R, R)`: the second moment of the derivatives of the network's output
-            by the layer's, where there are any.
+            by the layer's, where there are any, and several outputs to a group.
     """
 
     def __init__(self, run: Pass, weighting: str, with_outputs: bool = False, *, decided: bool = False) -> None:
@@ -207,7 +207,7 @@ class Columns:
                 begin = sampling.first[number] - run.sampling.first[batch]
                 inputs = piece(run.values[batch][0], run.sampling.size[batch], begin, sampling.size[number])
                 parts.append(sensitivities(run.streams[0], nodes, sampling, number, inputs, outputs))
-            found.append(_joined(parts, [sampling.size[number] for number in numbers]))
+            found.append(_joined(parts))
         processes = run.sampling.processes
         sites_of = {node.name: [site.float_node for site in node.sites] for node in nodes}
         reached = [
@@ -218,7 +218,7 @@ class Columns:
             sites = sites_of[node.name]
             if weighs and self.is_paired(node):
                 self._importance |= _relative([{site: one.pop(site) for site in sites} for one in found], run.sampling)
-            if outputs is not None:
+            if outputs is not None and sites[0] in outputs:
                 moment = outputs.pop(sites[0])
                 for site in sites[1:]:
                     moment.merge(outputs.pop(site))
@@ -287,13 +287,11 @@ class Columns:
         return all(one is not None for one in found)
 
 
-def _joined(parts: list[dict[fx.Node, Sensitivity]], sizes: list[int]) -> dict[fx.Node, Sensitivity]:
+def _joined(parts: list[dict[fx.Node, Sensitivity]]) -> dict[fx.Node, Sensitivity]:
     """What was found for the pieces of a batch, at the sites that were reached in all of them."""
-    starts = [sum(sizes[:number]) for number in range(len(sizes))]
     return {
         site: Sensitivity(
-            joined([part[site].columns for part in parts]),
-            torch.cat([part[site].samples + start for part, start in zip(parts, starts, strict=True)]),
+            joined([part[site].columns for part in parts]), torch.cat([part[site].samples for part in parts])
         )
         for site in parts[0]
         if all(site in part for part in parts)
@@ -329,15 +327,12 @@ def _relative(found: list[dict[fx.Node, Sensitivity]], sampling: Sampling) -> di
     mean = mean.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
     # of all groups together
     totals = mean.new_zeros(sampling.total)
-    for first, of_batch in zip(sampling.first, found, strict=True):
-        for one in of_batch.values():
-            totals.index_add_(0, first + one.samples, (one.columns / mean).mean(0))
+    own = totals[sampling.first[0] :]
+    for one in (one for of_batch in found for one in of_batch.values()):
+        own.index_add_(0, one.samples, (one.columns / mean).mean(0))
     add(at, totals)
-    factor = tempered(totals)
+    factor = tempered(totals)[sampling.first[0] :]
     return {
-        site: [
-            of_batch[site].columns / mean * factor[first + of_batch[site].samples]
-            for first, of_batch in zip(sampling.first, found, strict=True)
-        ]
+        site: [of_batch[site].columns / mean * factor[of_batch[site].samples] for of_batch in found]
         for site in found[0]
     }

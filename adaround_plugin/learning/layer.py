@@ -78,7 +78,7 @@ class Layer:
         moments: of the learning samples, finished.
         holdout: the columns of the held-out samples, finished; its count may be 0.
         outputs: `(G, R, R)`, the second moment of the derivatives of the network's output by the layer's, over its mean
-            diagonal and damped, where it is known.
+            diagonal and damped, where it is known and `R` is more than 1.
         processes: that learn the same layer from the same moments; each solves some of its rows.
     """
 
@@ -149,7 +149,7 @@ class Layer:
         def alone(rows: RoundingProblem, _: Tensor | None) -> Tensor:
             return solved(solver, rows)
 
-        outputs = self.outputs if recipe.output_hessian and problem.target.shape[1] > 1 else None
+        outputs = self.outputs if recipe.output_hessian else None
         # annealing of coupled rows needs no more than a start
         is_quick = is_trial or (outputs is not None and isinstance(solver, Annealing))
         found = round_in_order(problem)[0] if is_quick else solve_divided(self.processes, problem, alone)

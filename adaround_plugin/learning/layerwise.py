@@ -298,7 +298,7 @@ class PendingLayers:
             notes.append("learned from the quantized network's input alone: the network itself chooses its rows")
         elif self.recipe.column_weighting == "fisher" and not weighed:
             notes.append("columns weighed alike: the network's output has no finite derivative by this layer's output")
-        if self.recipe.output_hessian and outputs is None:
+        if self.recipe.output_hessian and outputs is None and node.op.rows(node.weight).shape[1] > 1:
             notes.append("rows apart: the network's output has no finite derivative by this layer's output")
         if search and not layer.can_search_scale:
             notes.append("scale kept: it runs along the input channels")

@@ -79,7 +79,7 @@ class Sensitivity:
 
     Attributes:
         columns: `(G, n)`, the squared derivative by each column's outputs, summed over them.
-        samples: `(n,)` int64, the number of each column's sample in the batch.
+        samples: `(n,)` int64, the number of each column's sample among this process's.
     """
 
     columns: Tensor
@@ -151,7 +151,8 @@ def sensitivities(
         sampling: which columns are asked for.
         batch: number of the batch.
         values: of the graph's inputs in it.
-        outputs: by call site, to which the derivatives are added. None where they are not asked for.
+        outputs: by call site of operators of several outputs to a group, to which the derivatives are added. None where
+            they are not asked for.
 
     Returns:
         By call site, its node in the float graph, the sensitivity at the columns of `sampling.columns`. A site is left
@@ -164,7 +165,6 @@ def sensitivities(
     total: dict[fx.Node, Sensitivity] = {}
     # layers of one geometry have their columns in common
     known: dict[tuple[int, tuple[int | str, ...]], tuple[Tensor, Tensor, Tensor]] = {}
-    first = sampling.first[batch] - sampling.first[0]
 
     def watch(site: fx.Node, node: WeightedNode, x: Tensor) -> Callable[[Tensor], None]:
         node.check_input(x, batch)
@@ -172,11 +172,11 @@ def sensitivities(
         key = len(node.sites), patches.geometry
         if key not in known:
             index, position = sampling.columns(batch, patches, len(node.sites))
-            known[key] = index, position, sampling.samples(batch, patches.samples, index.device)[index]
-        if outputs is not None and site not in outputs:
-            groups, rows, _ = node.op.rows(node.weight).shape
+            known[key] = index, position, sampling.own_numbers(batch, patches.samples, index.device)[index]
+        groups, rows, _ = node.op.rows(node.weight).shape
+        if outputs is not None and site not in outputs and rows > 1:
             outputs[site] = OutputMoment(groups, rows, sampling.own, x.device)
-        return _adder(site, node, known[key], total, None if outputs is None else outputs[site], first)
+        return _adder(site, node, known[key], total, None if outputs is None else outputs.get(site))
 
     differentiate(stream, nodes, values, sampling.numbers(batch), watch, mask=sampling.mask_of(batch))
     return total
@@ -212,12 +212,10 @@ def _adder(
     columns: tuple[Tensor, Tensor, Tensor],
     total: dict[fx.Node, Sensitivity],
     moment: OutputMoment | None,
-    first: int,
 ) -> Callable[[Tensor], None]:
     """What puts the sensitivity to an output into `total`, if there is a derivative by it, and into its moment.
 
-    `columns` are their indices along the leading axis, their positions and the numbers of their samples in the batch,
-    whose first one is number `first`.
+    `columns` are their indices along the leading axis, their positions and the numbers of their samples.
     """
     index, position, samples = columns
 
@@ -226,7 +224,7 @@ def _adder(
         square = by_output.square().sum(-1)
         total[site] = Sensitivity(square, samples)
         if moment is not None:
-            moment.add(_of_one_sum(by_output, square, samples), first + samples)
+            moment.add(_of_one_sum(by_output, square, samples - samples[:1]), samples)
 
     return add
 
