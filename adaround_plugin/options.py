@@ -32,14 +32,14 @@ def named(owner: object, name: str) -> tuple[str, Any]:
 
 
 def check_alone() -> None:
-    """Raise `InvalidOptionError` where several processes would each learn another model, from their own shards."""
+    """Raise `InvalidOptionError` where several processes would each find something else, from their own shards."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return
     if (processes := distributed.get_world_size()) > 1:
         raise InvalidOptionError(
             "torch.distributed",
-            f"joins {processes} processes, of which each would learn another model from its own data",
-            "Learn in a process of its own, without a process group, save the result, and load it in the others.",
+            f"joins {processes} processes, of which each would find something else in its own data",
+            "Do this in a process of its own, without a process group, save the result, and load it in the others.",
         )
 
 

@@ -264,7 +264,7 @@ def test_a_type_that_no_layer_has_is_refused_with_those_there_are(host, data):
 SCRIPT = """
 import sys, torch
 from torch import distributed
-from adaround_plugin import InvalidOptionError, equalize
+from adaround_plugin import InvalidOptionError, analyze, equalize
 from integration_tests.models import Residual, SHAPE, batches, learn, prepared_model
 
 rank, processes, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -275,6 +275,7 @@ distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, 
 for work in (
     lambda: learn(prepared, data, solver="nearest"),
     lambda: equalize(Residual().eval(), (data[0],), activations=data),
+    lambda: analyze(prepared, data, bits=[4], progress=False),
 ):
     try:
         work()
@@ -307,12 +308,14 @@ def run_processes(count: int, folder: Path) -> list[str]:
 
 def test_one_of_several_processes_is_refused_with_what_to_do(tmp_path):
     for said in run_processes(2, tmp_path):
-        learning, equalizing = said.splitlines()
+        learning, *others = said.splitlines()
         assert learning.startswith("process_group: not given, and torch.distributed joins 2 processes")
-        assert equalizing.startswith("torch.distributed: joins 2 processes")
-        for line in (learning, equalizing):
+        assert len(others) == 2
+        for line in others:
+            assert line.startswith("torch.distributed: joins 2 processes")
+        for line in (learning, *others):
             assert line.endswith("save the result, and load it in the others.")
 
 
 def test_a_group_of_one_process_is_fine(tmp_path):
-    assert run_processes(1, tmp_path) == ["done\ndone"]
+    assert run_processes(1, tmp_path) == ["done\ndone\ndone"]

@@ -111,7 +111,7 @@ def _failure(backends: str, error: Exception, layers: dict[str, fx.Node]) -> Inv
     remedy = "Leave it in float by the vendor's quantizer, or see what the backend's error says."
     if call is not None:
         subject = f"{backends}: layer {_name(call)!r}"
-        if not is_linear(call):
+        if not is_linear(call.target):
             remedy = "If its weight has fewer than 8 bits, pass widen_weight_ranges(converted); else leave it in float."
     return InvalidModelError(subject, f"the backend failed ({type(error).__name__}: {error})", remedy)
 

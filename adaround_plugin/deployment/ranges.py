@@ -49,7 +49,7 @@ def widen_weight_ranges(converted: fx.GraphModule, linear_bits: Literal[4, 8] = 
     quantized_weights(converted)
     result = copy.deepcopy(converted)
     for node, call in quantized_weights(result).items():
-        _widen(node, *_STORED[linear_bits if is_linear(call) else 8])
+        _widen(node, *_STORED[linear_bits if is_linear(call.target) else 8])
     result.recompile()
     return result
 

@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from adaround_plugin.graph.arguments import input_of
 from adaround_plugin.graph.compat import unfused
+from adaround_plugin.graph.operators import is_linear, laid_out
 
 __all__ = ["Call", "CallSite", "Tap", "function_call", "module_call"]
 
@@ -57,13 +58,15 @@ class CallSite:
 
 def module_call(outer: nn.Module) -> Call:
     """The call of a module, or of the weighted module with what is fused to it."""
-    module = unfused(outer)
+    module, linear = unfused(outer), is_linear(outer)
 
     def operator(called: nn.Module, prefix: str) -> Operator:
         def run(args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, correction: Tensor | None) -> Any:
             values = {f"{prefix}weight": weight}
             if correction is not None:
                 values[f"{prefix}bias"] = _corrected(module.bias, correction)
+            if linear:
+                args, kwargs = laid_out(args, kwargs)
             return functional_call(called, values, args, kwargs)
 
         return run
@@ -94,10 +97,12 @@ def function_call(node: fx.Node, bias: Tensor | None) -> Call:
     rest = node.args[3:]
     named = {name: value for name, value in node.kwargs.items() if name not in ("input", "weight", "bias")}
     target: Any = node.target
+    linear = is_linear(target)
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, correction: Tensor | None) -> Any:
         moved = bias if correction is None else _corrected(bias, correction)
-        return target(args[0], weight, moved, *rest, **named)
+        (x,), _ = laid_out(args[:1], {}) if linear else (args[:1], {})
+        return target(x, weight, moved, *rest, **named)
 
     def arguments(call: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (input_of(call),), {}

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from adaround_plugin.graph.compat import Convolution
+from adaround_plugin.graph.compat import Convolution, unfused
 from adaround_plugin.rounding.linear_op import LinearOp
 
-__all__ = ["function_op", "is_linear", "is_transposed", "is_weighted_function", "module_op"]
+__all__ = ["function_op", "is_linear", "is_transposed", "is_weighted_function", "laid_out", "module_op"]
 
 _aten = torch.ops.aten
 _LINEAR = {F.linear, _aten.linear.default}
@@ -44,9 +44,24 @@ def is_weighted_function(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _FUNCTIONS
 
 
-def is_linear(node: fx.Node) -> bool:
-    """Whether `node` calls a functional linear layer."""
-    return node.op == "call_function" and node.target in _LINEAR
+def is_linear(operator: Any) -> bool:
+    """Whether a function or a module, fused with others or not, is a linear layer."""
+    return isinstance(unfused(operator), nn.Linear) or (callable(operator) and operator in _LINEAR)
+
+
+def laid_out(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a linear layer, its input laid out so that torch makes one product of it.
+
+    Of a batch of matrices that do not lie one after the other it makes a product each, unless the weight needs a
+    derivative. Several times as slow, where these are many and short, as those of a transposed batch of tokens are.
+    """
+
+    def together(x: Any) -> Any:
+        return x.contiguous() if isinstance(x, Tensor) and x.dim() > 2 else x
+
+    if args:
+        return (together(args[0]), *args[1:]), kwargs
+    return args, {name: together(value) if name == "input" else value for name, value in kwargs.items()}
 
 
 def is_transposed(node: fx.Node) -> bool:

@@ -22,7 +22,7 @@ from adaround_plugin.hosts.base import Host, Skipped, WeightedNode, open_streams
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.layerwise import LayerWise
 from adaround_plugin.learning.report_builder import Progress
-from adaround_plugin.options import check_bool, check_choice, check_seed
+from adaround_plugin.options import check_alone, check_bool, check_choice, check_seed
 from adaround_plugin.regions.binding import bind_batches
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.masks import mask_number
@@ -62,7 +62,7 @@ def analyze(
             at each width, as `symmetric=None` of `get_adaround_qconfig_mapping`.
 
     Raises:
-        InvalidOptionError: an option is out of range.
+        InvalidOptionError: an option is out of range, or this is one of several processes of `torch.distributed`.
         InvalidModelError: as for `adaround`, or the network has no derivatives, or none that reaches a layer.
         InvalidBatchError, NonFiniteError: as for `adaround`.
     """
@@ -71,6 +71,7 @@ def analyze(
     check_choice("symmetric", symmetric, ("observed", None, True, False))
     check_seed("seed", seed)
     check_bool("progress", progress)
+    check_alone()
     host = open_host(prepared, backend_config)
     arguments = bind_batches(host.prepared, host.signature, host.flatten, data, inputs)
     mask = mask_number(token_mask, host.inputs)

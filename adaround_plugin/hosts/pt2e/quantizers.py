@@ -152,7 +152,7 @@ class AdaRoundWeightOnlyQuantizer(Quantizer):
         options = options_by_name(names.values(), self.options, self.layers)
         for node, name in names.items():
             given = options[name]
-            linear = is_linear(node)
+            linear = is_linear(node.target)
             if given is None or (self.linear_only and not linear):
                 continue
             fitting = {**given, "ch_axis": int(is_transposed(node)), "group_size": None}
