@@ -389,10 +389,10 @@ FAULTS: Final = (
         (f"{_WHOLE}test_trials.py",),
     ),
     Fault(
-        "columns of a piece are taken for those of the first samples of its batch",
-        "learning/columns.py",
-        "part[site].samples + start for",
-        "part[site].samples for",
+        "columns of a piece are taken for those of the first samples",
+        "regions/importance.py",
+        "sampling.own_numbers(batch, patches.samples",
+        "sampling.samples(batch, patches.samples",
         (f"{_WHOLE}test_trials.py",),
     ),
     Fault(

@@ -439,7 +439,7 @@ class With(Quantizer):
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         for node in model.graph.nodes:
-            if is_linear(node):
+            if is_linear(node.target):
                 annotate_inputs(node, {argument(node, 1, "weight"): self.spec})
         return model
 

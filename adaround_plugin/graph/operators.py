@@ -53,7 +53,8 @@ def laid_out(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, 
     """Arguments of a linear layer, its input laid out so that torch makes one product of it.
 
     Of a batch of matrices that do not lie one after the other it makes a product each, unless the weight needs a
-    derivative. Several times as slow, where these are many and short, as those of a transposed batch of tokens are.
+    derivative. Several times as slow, where these are many and short, as those of a transposed batch of tokens are. The
+    sums are not the same to the last bit, so that streams, which are to be the host's own networks, do without.
     """
 
     def together(x: Any) -> Any:

@@ -17,7 +17,6 @@ from torch.fx.node import map_arg
 
 from adaround_plugin.errors import InvalidModelError
 from adaround_plugin.graph.compat import operator_name, tree_flatten, tree_map
-from adaround_plugin.graph.operators import is_linear, laid_out
 
 __all__ = ["BothValues", "Stream", "Values", "tensors", "unpacks"]
 
@@ -57,7 +56,6 @@ class Stream(fx.Interpreter):
             of_inputs = (self._roots[source] for source in node.all_input_nodes)
             self._roots[node] = frozenset[fx.Node]().union(*of_inputs) if node in self._remade else frozenset([node])
         self._opaque = {node for node in self.nodes if _is_opaque(module, node)}
-        self._linear = {node for node in self.nodes if is_linear(_operator(module, node))}
         self._replaced: dict[fx.Node, tuple[Any, ...]] = {}
         self.done: set[fx.Node] = set(self.placeholders)
         self._kept: set[fx.Node] = set()
@@ -144,8 +142,6 @@ class Stream(fx.Interpreter):
         try:
             if node in self._opaque:
                 return self._run_opaque(node, args, kwargs)
-            if node in self._linear:
-                args, kwargs = laid_out(args, kwargs)
             return getattr(self, node.op)(node.target, args, kwargs)
         except Exception as error:
             error.add_note(f"while running node {node.name} ({node.op} {node.target})")
@@ -206,20 +202,12 @@ class Stream(fx.Interpreter):
         return self._kept | self.sources(waiting)
 
 
-def _operator(module: nn.Module, node: fx.Node) -> Any:
-    """The function or the module that a node calls, or None."""
-    if node.op == "call_module":
-        return module.get_submodule(str(node.target))
-    return node.target if node.op == "call_function" else None
-
-
 def _is_opaque(module: nn.Module, node: fx.Node) -> bool:
     """Whether a node calls a module or a function of somebody else than torch, whose code is not in the graph."""
-    operator = _operator(module, node)
-    if isinstance(operator, nn.Module):
-        home = type(operator).__module__
-    elif isinstance(operator, FunctionType):
-        home = operator.__module__
+    if node.op == "call_module":
+        home = type(module.get_submodule(str(node.target))).__module__
+    elif node.op == "call_function" and isinstance(node.target, FunctionType):
+        home = node.target.__module__
     else:
         return False
     return home.partition(".")[0] not in ("torch", "torchao", "torchvision", "adaround_plugin")
