@@ -5,6 +5,7 @@ No graph and no host: a layer is an operator, a weight, a grid and moments.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -149,12 +150,15 @@ class Layer:
         def alone(rows: RoundingProblem, _: Tensor | None) -> Tensor:
             return solved(solver, rows)
 
+        def apart() -> Tensor:
+            return solve_divided(self.processes, problem, alone)
+
         outputs = self.outputs if recipe.output_hessian else None
-        # annealing of coupled rows needs no more than a start
+        # annealing of coupled rows needs no more than a start, as a rule
         is_quick = is_trial or (outputs is not None and isinstance(solver, Annealing))
-        found = round_in_order(problem)[0] if is_quick else solve_divided(self.processes, problem, alone)
+        found = round_in_order(problem)[0] if is_quick else apart()
         if outputs is not None:
-            found = self._coupled(problem, outputs, grid, found, solver)
+            found = self._coupled(problem, outputs, grid, found, solver, apart if is_quick else None)
         if search_scale and self.can_search_scale and not (up_or_down or is_trial or isinstance(solver, Nearest)):
             grid = self._refit(grid, hessian, target, found)
         # solvers work column by column; the model wants rows
@@ -166,8 +170,16 @@ class Layer:
             return LayerRounding(grid, integers, correction, learned=True)
         return self._judged(grid, integers, correction)
 
-    def _coupled(self, problem: RoundingProblem, sides: Tensor, grid: Grid, integers: Tensor, solver: Solver) -> Tensor:
-        """Integers whose rows make up for each other, no worse together than those given."""
+    def _coupled(
+        self,
+        problem: RoundingProblem,
+        sides: Tensor,
+        grid: Grid,
+        integers: Tensor,
+        solver: Solver,
+        apart: Callable[[], Tensor] | None,
+    ) -> Tensor:
+        """Integers whose rows make up for each other, no worse together than those given; `apart` has better ones."""
 
         def solve(block: RoundingProblem, present: Tensor | None) -> Tensor:
             if not isinstance(solver, Annealing):
@@ -187,7 +199,7 @@ class Layer:
             coupled = ~(alone.unsqueeze(1) | alone.unsqueeze(2))
             coupled.diagonal(dim1=1, dim2=2).fill_(True)
             sides = torch.where(coupled, sides * scale.unsqueeze(1) * scale.unsqueeze(2), 0.0)
-        return solve_coupled(problem, sides, integers, solve_block)
+        return solve_coupled(problem, sides, integers, solve_block, apart)
 
     def _judged(self, grid: Grid, integers: Tensor, correction: Tensor | None) -> LayerRounding:
         """The learned rounding, or nearest where that is better on held-out samples (on all without any)."""

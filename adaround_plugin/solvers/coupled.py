@@ -11,6 +11,7 @@ solver of rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +21,36 @@ from adaround_plugin.rounding.problem import RoundingProblem
 __all__ = ["coupled_loss", "solve_coupled"]
 
 _ALL = slice(None)
+# rows solved apart are asked for where the first pass leaves more than this share of the start's loss
+_CLEARLY_BETTER = 0.9
+
+
+@dataclass
+class _Point:
+    """Integers of coupled rows.
+
+    Attributes:
+        q: `(G, R, D)` int64.
+        error: `(G, R, D)`, in the hessian's units.
+        pulled: `(G, R, D)`, the error times the hessian.
+        loss: `(G,)`, of the rows together.
+    """
+
+    q: Tensor
+    error: Tensor
+    pulled: Tensor
+    loss: Tensor
+
+    def or_better(self, other: _Point) -> _Point:
+        """Of each group the one with the smaller loss, this one where they are alike."""
+        better = other.loss < self.loss
+        in_rows = better[:, None, None]
+        return _Point(
+            torch.where(in_rows, other.q, self.q),
+            torch.where(in_rows, other.error, self.error),
+            torch.where(in_rows, other.pulled, self.pulled),
+            torch.where(better, other.loss, self.loss),
+        )
 
 
 def coupled_loss(problem: RoundingProblem, sides: Tensor, q: Tensor) -> Tensor:
@@ -39,6 +70,7 @@ def solve_coupled(
     sides: Tensor,
     start: Tensor,
     solve: Callable[[RoundingProblem, Tensor | None], Tensor],
+    apart: Callable[[], Tensor] | None = None,
     *,
     blocks: int = 8,
     passes: int = 2,
@@ -55,6 +87,8 @@ def solve_coupled(
         sides: `(G, R, R)`, as in `coupled_loss`.
         start: `(G, R, D)` int64 integers that are known already.
         solve: from the problem of a block to its integers; in passes after the first it is given the present ones.
+        apart: solves all rows apart, better than `start` does. It takes its time, and is asked where the first pass is
+            not clearly better than the start, as where a group has few columns to many rows; None if there is none.
         blocks: number of blocks.
         passes: how often all of them are solved, at least once.
 
@@ -80,17 +114,21 @@ def solve_coupled(
     def errors(q: Tensor, part: slice = _ALL) -> Tensor:
         return ((q - problem.target[:, part]) * problem.step[:, part]).float()
 
+    def point(q: Tensor) -> _Point:
+        error = errors(q)
+        pulled = hessian.roughly_times(error)
+        return _Point(q, error, pulled, ((sides @ error) * pulled).sum((1, 2)))
+
     feedback = _feedback(sides, parts)
     found, error = start.clone(), torch.zeros(start.shape, device=start.device)
     for part in parts:
         found[:, part] = solved(part, -feedback[:, part] @ error)
         error[:, part] = errors(found[:, part], part)
-    known = errors(start)
-    pulled, pulled_known = hessian.roughly_times(error), hessian.roughly_times(known)
-    losses = [((sides @ one) * by).sum((1, 2)) for one, by in ((error, pulled), (known, pulled_known))]
-    better = (losses[0] < losses[1])[:, None, None]
-    found, error = torch.where(better, found, start), torch.where(better, error, known)
-    pulled = torch.where(better, pulled, pulled_known)
+    best, known = point(found), point(start)
+    if apart is not None and bool((best.loss > _CLEARLY_BETTER * known.loss).any()):
+        known = known.or_better(point(apart()))
+    best = known.or_better(best)
+    found, error, pulled = best.q, best.error, best.pulled
     share = sides / sides.diagonal(dim1=1, dim2=2).unsqueeze(2)
     share.diagonal(dim1=1, dim2=2).zero_()
     for _ in range(passes - 1):
