@@ -102,3 +102,26 @@ def test_rows_without_coupling_stay_as_they_are(rows):
     sides = torch.diag_embed(torch.rand(2, rows, generator=torch.Generator().manual_seed(0)) + 0.5)
     start = Annealing().solve(problem).integers
     assert torch.equal(solve_coupled(problem, sides, start, Annealing().anneal), start)
+
+
+def test_rows_are_solved_apart_where_the_first_pass_gains_little_alone():
+    asked = []
+    for seed in range(20):
+        problem = make(correlated(2, 6, 16, seed), 7, seed, low=-2, high=1)
+        sides = sides_of(2, 7, seed + 1, ridge=0.3)
+        better = Annealing().solve(problem).integers
+
+        def apart(better: Tensor = better) -> Tensor:
+            asked.append(True)
+            return better
+
+        count = len(asked)
+        # the first pass leaves what it finds: rows are not moved in it
+        found = solve_coupled(problem, sides, problem.nearest, lambda one, _: one.nearest, apart, passes=1)
+        assert len(asked) == count + 1
+        expected, after = (coupled_loss(problem, sides, q) for q in (better, found))
+        assert bool((after <= torch.minimum(expected, coupled_loss(problem, sides, problem.nearest)) + 1e-6).all())
+        # annealed, it is clearly better than nearest, as a rule
+        solve_coupled(problem, sides, problem.nearest, Annealing().anneal, apart, passes=1)
+    # measured: 20 and 5
+    assert len(asked) < 30
