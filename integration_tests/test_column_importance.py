@@ -284,6 +284,19 @@ class Differences(nn.Module):
 
 
 @pytest.mark.parametrize("make", [prepared_fx, prepared_pt2e])
+def test_the_only_row_of_a_group_has_no_products_of_derivatives(make):
+    net = nn.Sequential(nn.Conv1d(6, 6, 5, groups=6), nn.Tanh(), nn.Flatten(), nn.Linear(30, 2))
+    batches = data(8, 6, 9)
+    host = open_host(make(net, batches), None)
+    stream, _ = open_streams(host)
+    found: dict[fx.Node, OutputMoment] = {}
+    every = sensitivities(stream, host.nodes, Sampling.of([batches], 0.0, 10**6, 0), 0, stream.bind(batches), found)
+    assert len(every) == 2
+    (moment,) = found.values()
+    assert moment.sum.shape == (1, 2, 2)
+
+
+@pytest.mark.parametrize("make", [prepared_fx, prepared_pt2e])
 def test_the_only_row_of_a_group_is_annealed_apart(make):
     """It has no others to make up for it, and is not left with the start that coupled rows have."""
     torch.manual_seed(0)
