@@ -171,9 +171,11 @@ def calibrated(program: fx.GraphModule, data: Sequence[Any], quantizer: Quantize
     return prepared
 
 
-def prepared_pt2e(model: nn.Module, data: Sequence[Any], quantizer: Quantizer | None = None) -> fx.GraphModule:
+def prepared_pt2e(
+    model: nn.Module, data: Sequence[Any], quantizer: Quantizer | None = None, strict: bool = False
+) -> fx.GraphModule:
     """Export, `prepare_pt2e` (for x86 with 4-bit weights by default) and calibration."""
-    return calibrated(exported(model, data[0]), data, x86() if quantizer is None else quantizer)
+    return calibrated(exported(model, data[0], strict=strict), data, x86() if quantizer is None else quantizer)
 
 
 def copied(prepared: fx.GraphModule) -> fx.GraphModule:

@@ -337,7 +337,7 @@ def test_the_quantizers_of_pt2e_take_the_bits(vendor):
     functional = Functional(F.linear, (6, 64), bias=6)
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), functional).eval()
     data = batches(2, 6, 6, sizes=(6, 6))
-    prepared = prepared_pt2e(net, data)
+    prepared = prepared_pt2e(net, data, strict=True)
     analysis = analyze(prepared, data, bits=BITS, progress=False)
     found = suggest_bits(analysis, average_bits=7.2)
     assert len(set(found.bits.values())) == 2
@@ -345,7 +345,7 @@ def test_the_quantizers_of_pt2e_take_the_bits(vendor):
     if vendor:
         quantizer = X86InductorQuantizer().set_global(get_adaround_x86_inductor_config(8))
         quantizer = AdaRoundQuantizer(quantizer, layers=found.layers)
-    report = get_report(adaround(prepared_pt2e(net, data, quantizer), data, progress=False))
+    report = get_report(adaround(prepared_pt2e(net, data, quantizer, strict=True), data, progress=False))
     assert {layer.name: layer.bits for layer in report.layers} == dict(found.bits)
 
 

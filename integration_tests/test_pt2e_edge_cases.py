@@ -390,8 +390,9 @@ def test_a_weight_that_a_batch_norm_computes_is_skipped_and_the_others_are_learn
     assert [layer.name for layer in get_report(result).layers] == ["first", "last"]
     ((_, reason),) = reasons(result).items()
     assert "computed" in reason
+    # not converted: torchao's conversion of a program with a batch norm takes half a minute, once in `NETS` is enough
     with torch.no_grad():
-        assert torch.isfinite(convert(result)(data[0])).all()
+        assert torch.isfinite(result(data[0])).all()
 
 
 class Unused(nn.Module):
@@ -436,7 +437,7 @@ class Branching(nn.Module):
 
 def test_the_bodies_of_conditions_are_left_alone():
     data = data_of(6)
-    prepared = prepared_pt2e(Branching(), data)
+    prepared = prepared_pt2e(Branching(), data, strict=True)
     before, statistics = Unchanged(prepared), observer_statistics(prepared)
     result = learn(prepared, data)
     before.check()
@@ -467,7 +468,7 @@ class Looping(nn.Module):
 
 def test_the_bodies_of_loops_keep_their_observers_statistics():
     data = data_of(6)
-    prepared = prepared_pt2e(Looping(), data)
+    prepared = prepared_pt2e(Looping(), data, strict=True)
     assert any(name.count(".") for name in observer_statistics(prepared)), "torchao does not prepare bodies any more"
     before, statistics = Unchanged(prepared), observer_statistics(prepared)
     # other data than that of the calibration
@@ -545,7 +546,7 @@ def test_names_and_kinds_are_those_of_the_float_model():
             return F.linear(super().forward(x), self.part.matrix)
 
     model, data = Functions().eval(), data_of(*SHAPE)
-    report = get_report(learn(prepared_pt2e(model, data), data))
+    report = get_report(learn(prepared_pt2e(model, data, strict=True), data))
     found = [(layer.name, layer.kind) for layer in report.layers]
     assert found == [
         ("stem", "Conv2d"),
