@@ -135,7 +135,7 @@ FAULTS: Final = (
     Fault(
         "the damping is ignored",
         "rounding/hessian.py",
-        "torch.where(mean > noise, damping * mean, torch.ones_like(mean))",
+        "torch.where(mean > noise, damping * mean, 1.0)",
         "torch.where(mean > noise, 0 * mean, torch.ones_like(mean))",
         (f"{_UNIT}test_hessian.py",),
     ),
@@ -207,8 +207,8 @@ FAULTS: Final = (
     Fault(
         "the recipe's damping does not reach the hessian",
         "learning/layer.py",
-        "Hessian.damped(second, damping, self._power(moments))",
-        "Hessian.damped(second, 0.01, self._power(moments))",
+        "Hessian.damped(second, damping, moments.power_of_columns.mean(1))",
+        "Hessian.damped(second, 0.01, moments.power_of_columns.mean(1))",
         (f"{_UNIT}test_layer.py",),
     ),
     Fault(
@@ -352,6 +352,34 @@ FAULTS: Final = (
         "sum((1, 2)) < 0)[:, None, None]",
         "sum((1, 2)) > 0)[:, None, None]",
         (f"{_UNIT}test_coupled.py",),
+    ),
+    Fault(
+        "channels that make up for each other know nothing of the derivatives",
+        "rounding/across.py",
+        "hessian = (by_group * sides[:, :, None, :, None]).reshape(second.shape)",
+        "hessian = by_group.reshape(second.shape)",
+        (f"{_UNIT}test_across.py",),
+    ),
+    Fault(
+        "a channel makes up for its own deviation alone",
+        "rounding/across.py",
+        "pulled = (sides @ cross)",
+        "pulled = (sides.diagonal(dim1=1, dim2=2).unsqueeze(2) * cross)",
+        (f"{_UNIT}test_across.py",),
+    ),
+    Fault(
+        "derivatives of channels that are put together are of one column each",
+        "regions/importance.py",
+        "            by_output = put_together(by_output, joined[0])\n",
+        "            by_output = put_together(by_output.flip(1), joined[0])\n",
+        (f"{_WHOLE}test_column_importance.py",),
+    ),
+    Fault(
+        "moments of channels together stay those of one process",
+        "learning/columns.py",
+        "for moments in of_learning:\n                moments.pool(",
+        "for moments in of_learning[:1]:\n                moments.pool(",
+        (f"{_WHOLE}test_distributed.py",),
     ),
     Fault(
         "the output's error is measured on the learning samples",
@@ -744,8 +772,8 @@ FAULTS: Final = (
     Fault(
         "each process learns from its own moments",
         "learning/columns.py",
-        "            self.learning.pool(lambda *sums: processes.add(at, *sums))\n",
-        "",
+        "for moments in of_learning:\n                moments.pool(",
+        "for moments in ():\n                moments.pool(",
         (f"{_WHOLE}test_distributed.py::test_two_processes_learn_what_one_learns",),
     ),
     Fault(

@@ -284,31 +284,63 @@ class Differences(nn.Module):
 
 
 @pytest.mark.parametrize("make", [prepared_fx, prepared_pt2e])
-def test_the_only_row_of_a_group_has_no_products_of_derivatives(make):
+def test_groups_of_one_row_have_products_of_derivatives_and_weights_of_columns_together(make):
     net = nn.Sequential(nn.Conv1d(6, 6, 5, groups=6), nn.Tanh(), nn.Flatten(), nn.Linear(30, 2))
     batches = data(8, 6, 9)
     host = open_host(make(net, batches), None)
     stream, _ = open_streams(host)
     found: dict[fx.Node, OutputMoment] = {}
     every = sensitivities(stream, host.nodes, Sampling.of([batches], 0.0, 10**6, 0), 0, stream.bind(batches), found)
+    (depthwise,) = (one for site, one in every.items() if found[site].sum.shape == (1, 6, 6))
     assert len(every) == 2
-    (moment,) = found.values()
-    assert moment.sum.shape == (1, 2, 2)
+    assert depthwise.columns.shape == (6, 8 * 5)
+    assert all(torch.equal(depthwise.columns[0], other) for other in depthwise.columns)
+    # of each sample one of both, by the signs of its projection
+    output = net[0](batches[0]).detach().requires_grad_()
+    derivatives = [
+        torch.autograd.grad(net[1:](output) @ torch.tensor([1.0, sign]), output, torch.ones(8))[0] for sign in (1, -1)
+    ]
+    expected = torch.zeros(6, 6)
+    for sample, columns in enumerate(depthwise.columns[0].reshape(8, 5)):
+        either = [one[sample] for one in derivatives]
+        (taken,) = (one for one in either if torch.allclose(one.square().sum(0), columns, rtol=1e-3))
+        expected += taken @ taken.T / taken.square().sum()
+    (together,) = (one.sum[0] for one in found.values() if one.sum.shape == (1, 6, 6))
+    torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-5)
+
+
+class Separable(nn.Module):
+    """A depthwise convolution, whose channels have inputs in common, and what few outputs see of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand = nn.Conv1d(4, 24, 1)
+        self.depthwise = nn.Conv1d(24, 24, 9, groups=24)
+        self.project = nn.Conv1d(24, 2, 1)
+        for layer in (self.expand, self.project):
+            # on a grid of two bits, so that they have no error of their own
+            layer.weight = nn.Parameter(torch.randint(-1, 2, layer.weight.shape).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(torch.relu(self.depthwise(torch.relu(self.expand(x)))))
 
 
 @pytest.mark.parametrize("make", [prepared_fx, prepared_pt2e])
-def test_the_only_row_of_a_group_is_annealed_apart(make):
-    """It has no others to make up for it, and is not left with the start that coupled rows have."""
-    torch.manual_seed(0)
-    batches = data(32, 6, 9)
-    prepared = make(nn.Sequential(nn.Conv1d(6, 6, 5, groups=6), nn.Tanh(), nn.Flatten()), batches)
-    layers = replace(FISHER, solver=Annealing())
-    (apart,), (coupled,) = (
-        get_report(adaround(prepared, batches, replace(layers, output_hessian=one), progress=False)).layers
-        for one in (False, True)
-    )
-    assert coupled.learned_error == apart.learned_error
-    assert not coupled.note
+@pytest.mark.parametrize("solver", ["annealing", "gptq"])
+def test_channels_of_a_depthwise_convolution_make_up_for_each_other(make, solver):
+    error = {True: 0.0, False: 0.0}
+    for seed in range(6):
+        torch.manual_seed(seed)
+        batches = data(128, 4, 12, seed=seed)
+        prepared = make(Separable(), batches)
+        for coupled in error:
+            layers = replace(FISHER, solver=solver, output_hessian=coupled)
+            learned = adaround(prepared, batches, layers, exclude=["expand", "project"], progress=False)
+            report = get_report(learned)
+            assert report.output_error is not None
+            error[coupled] += report.output_error
+    # measured: 0.7 to 0.8
+    assert error[True] < 0.9 * error[False], error
 
 
 @pytest.mark.parametrize("make", [prepared_fx, prepared_pt2e])

@@ -51,7 +51,7 @@ def data_of(*shape: int) -> list[Tensor]:
 def program_of(kind: type[nn.Module], shape: tuple[int, ...], *arguments: Any) -> fx.GraphModule:
     """The export of a module for data of a shape; not to be changed."""
     torch.manual_seed(0)
-    return exported(kind(*arguments), data_of(*shape)[0])
+    return exported(kind(*arguments), data_of(*shape)[0], strict=True)
 
 
 def prepared_of(
@@ -257,7 +257,7 @@ def _tokens() -> list[Tensor]:
 def _tied_embedding(order: str) -> tuple[TiedEmbedding, fx.GraphModule, list[Tensor]]:
     torch.manual_seed(0)
     model, data = TiedEmbedding(order), _tokens()
-    return model, exported(model, data[0]), data
+    return model, exported(model, data[0], strict=True), data
 
 
 @pytest.mark.parametrize("quantizer", [x86, EveryOperator])
@@ -343,7 +343,7 @@ class Everything(nn.Module):
 def _everything() -> tuple[fx.GraphModule, list[Tensor]]:
     torch.manual_seed(0)
     data = _tokens()
-    return exported(Everything(), data[0]), data
+    return exported(Everything(), data[0], strict=True), data
 
 
 def test_what_is_skipped_has_its_reason():

@@ -292,7 +292,7 @@ def test_tiny_and_huge_weights_stay_exact(magnitude, per_channel):
         model[0].weight.mul_(magnitude)
         model[0].bias.mul_(magnitude)
     data = batches(6, sizes=SIZES)
-    program = exported(model, data[0], strict=False)
+    program = exported(model, data[0])
     result = learn(calibrated(program, data, EveryOperator(activation=None, per_channel=per_channel)), data)
     assert get_report(result).layers[0].learned_error < 0.1
     assert_exact(result, data)

@@ -19,6 +19,7 @@ from adaround_plugin.processes import ALONE, Processes
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.importance import OutputMoment, Sensitivity, sensitivities, tempered
 from adaround_plugin.regions.pieces import piece, piece_size
+from adaround_plugin.rounding.across import put_together, shape_of_sets
 from adaround_plugin.rounding.linear_op import Patches
 from adaround_plugin.rounding.moments import HeldOut, Moments, joined
 from adaround_plugin.rounding.shrinkage import SampleSpread
@@ -78,17 +79,23 @@ class LayerMoments:
         node: the layer.
         weighting: as `column_weighting` of `LayerWise`.
         samples: how many this process has, where `damping` is wanted.
+        with_across: whether `across` is wanted.
 
     Attributes:
         learning, holdout: of the columns taken in so far.
+        across: of the learning samples, for groups of one row put together; None where no two can be.
         damping: what the samples ask for (`SampleSpread.damping`), when finished.
     """
 
-    def __init__(self, node: WeightedNode, weighting: str, samples: int | None = None) -> None:
+    def __init__(
+        self, node: WeightedNode, weighting: str, samples: int | None = None, with_across: bool = False
+    ) -> None:
         self._rows, self._weighting = node.op.rows(node.weight), weighting
         groups, rows, columns = self._rows.shape
         self.learning = Moments(groups, rows, columns, node.weight.device)
         self.holdout = HeldOut()
+        joined = shape_of_sets(*self._rows.shape) if with_across else None
+        self.across = None if joined is None else Moments(*joined, node.weight.device)
         self._spread = None if samples is None else SampleSpread(groups, columns, samples, node.weight.device)
         self.damping = 0.0
         most = _PENDING_NUMBERS // (groups * (columns + rows))
@@ -97,9 +104,11 @@ class LayerMoments:
         self._waiting = 0
 
     @staticmethod
-    def bytes(node: WeightedNode) -> int:
+    def bytes(node: WeightedNode, with_across: bool) -> int:
         """Memory that the moments take."""
-        return Moments.bytes(*node.op.rows(node.weight).shape)
+        shape = node.op.rows(node.weight).shape
+        joined = shape_of_sets(*shape) if with_across else None
+        return Moments.bytes(*shape) + (0 if joined is None else Moments.bytes(*joined))
 
     def add(self, columns: _Gathered) -> None:
         """Take in columns, now or later."""
@@ -135,9 +144,18 @@ class LayerMoments:
         count = sum(one.chosen.learning for one in parts)
         for moments, run in ((self.learning, slice(count)), (self.holdout, slice(count, None))):
             moments.add(quantized[:, run], deviation[:, run], None if weight is None else weight[:, run])
+        if self.across is not None:
+            self._add_across(quantized[:, :count], deviation[:, :count], None if weight is None else weight[:, :count])
         if self._spread is not None:
             sample = in_order([one.chosen.sample.unsqueeze(0) for one in parts])[0, :count]
             self._spread.add(quantized[:, :count], sample, None if weight is None else weight[:, :count])
+
+    def _add_across(self, x: Tensor, deviation: Tensor, weight: Tensor | None) -> None:
+        """Take in columns of all groups; in a set of groups each counts what it does on the mean of these."""
+        assert self.across is not None
+        sets = len(self.across.total)
+        weight = None if weight is None else weight.reshape(sets, -1, weight.shape[1]).mean(1)
+        self.across.add(put_together(x, sets), put_together(deviation, sets), weight)
 
     def finish(self, node: WeightedNode, processes: Processes = ALONE) -> None:
         """Be ready to learn from, with the columns of all processes.
@@ -146,11 +164,14 @@ class LayerMoments:
             NonFiniteError: an input of the layer holds NaN or infinity.
         """
         self._fold()
-        self.learning.finish()
+        of_learning = [self.learning] if self.across is None else [self.learning, self.across]
+        for moments in of_learning:
+            moments.finish()
         self.holdout.finish()
         if processes.size > 1:
             at = f"the moments of {node.name!r}"
-            self.learning.pool(lambda *sums: processes.add(at, *sums))
+            for moments in of_learning:
+                moments.pool(lambda *sums: processes.add(at, *sums))
             self.holdout.pool(lambda part: processes.joined(at, part, 1), self._rows.new_empty(0))
         seen = [self.learning.mean, self.learning.deviation, *self.holdout.sums()]
         if not all(bool(torch.isfinite(one).all()) for one in seen):
@@ -177,7 +198,7 @@ class Columns:
 
     Attributes:
         outputs: by name of the weighted node, `(G, R, R)`: the second moment of the derivatives of the network's output
-            by the layer's, where there are any, and several outputs to a group.
+            by the layer's, where there are any, and several outputs to a group; else of groups put together.
     """
 
     def __init__(self, run: Pass, weighting: str, with_outputs: bool = False, *, decided: bool = False) -> None:

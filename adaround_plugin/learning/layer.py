@@ -5,13 +5,13 @@ No graph and no host: a layer is an operator, a weight, a grid and moments.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from adaround_plugin.learning.coupling import solve_across_groups, solve_within_groups
 from adaround_plugin.learning.division import solve_divided
 from adaround_plugin.learning.scale_search import SearchedRows, refit_group_scale, refit_scale, search_grid
 from adaround_plugin.processes import ALONE, Processes
@@ -23,15 +23,9 @@ from adaround_plugin.rounding.problem import RoundingProblem, Solver, solved
 from adaround_plugin.rounding.result import LayerRounding
 from adaround_plugin.rounding.schemes import up_or_down as floor_and_next
 from adaround_plugin.solvers import Annealing, Nearest
-from adaround_plugin.solvers.coupled import solve_coupled
 from adaround_plugin.solvers.gptq import round_in_order
 
 __all__ = ["Layer", "Recipe"]
-
-# a row whose scale is below this share of the largest is left alone by the others
-_NO_SCALE = 1e-4
-# of coupled rows that have integers already: what these are is not forgotten
-_AGAIN = Annealing(sweeps=4, hot=0.2, descent_sweeps=3)
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,8 @@ class Layer:
         moments: of the learning samples, finished.
         holdout: the columns of the held-out samples, finished; its count may be 0.
         outputs: `(G, R, R)`, the second moment of the derivatives of the network's output by the layer's, over its mean
-            diagonal and damped, where it is known and `R` is more than 1.
+            diagonal and damped, where it is known and `R` is more than 1; or as `across` has its groups.
+        across: of groups of one row put together, if they are to make up for each other (`rounding.across`), finished.
         processes: that learn the same layer from the same moments; each solves some of its rows.
     """
 
@@ -89,6 +84,7 @@ class Layer:
     moments: Moments
     holdout: HeldOut
     outputs: Tensor | None = None
+    across: Moments | None = None
     processes: Processes = ALONE
 
     def nearest(self) -> LayerRounding:
@@ -147,20 +143,34 @@ class Layer:
             grid = self._search(hessian, target, up_or_down, is_trial)
         problem = self._problem(grid, hessian, target, up_or_down)
 
-        def alone(rows: RoundingProblem, _: Tensor | None) -> Tensor:
-            return solved(solver, rows)
-
         def apart() -> Tensor:
-            return solve_divided(self.processes, problem, alone)
+            return solve_divided(self.processes, problem, lambda rows, _: solved(solver, rows))
 
         outputs = self.outputs if recipe.output_hessian else None
+        within = outputs if self.across is None else None
         # annealing of coupled rows needs no more than a start, as a rule
-        is_quick = is_trial or (outputs is not None and isinstance(solver, Annealing))
+        is_quick = is_trial or (within is not None and isinstance(solver, Annealing))
         found = round_in_order(problem)[0] if is_quick else apart()
-        if outputs is not None:
-            found = self._coupled(problem, outputs, grid, found, solver, apart if is_quick else None)
+        if within is not None:
+            scale = self._steps(grid)[..., 0] if self._scale_follows_rows else None
+            found = solve_within_groups(
+                problem, within, scale, found, solver, self.processes, apart if is_quick else None
+            )
         if search_scale and self.can_search_scale and not (up_or_down or is_trial or isinstance(solver, Nearest)):
             grid = self._refit(grid, hessian, target, found)
+        if outputs is not None and self.across is not None:
+            # of the weight itself, whose target is another one for channels together
+            problem = self._problem(grid, hessian, self.op.rows(self.weight).double(), up_or_down)
+            found = solve_across_groups(
+                replace(problem, nearest=found),
+                self.across,
+                outputs,
+                self._steps(grid),
+                solver,
+                self.processes,
+                propagate_error=recipe.propagate_error,
+                correct_bias=recipe.correct_bias,
+            )
         # solvers work column by column; the model wants rows
         integers = self.op.unrows(found, self.weight.shape).contiguous()
         correction = None
@@ -169,37 +179,6 @@ class Layer:
         if is_trial:
             return LayerRounding(grid, integers, correction, learned=True)
         return self._judged(grid, integers, correction)
-
-    def _coupled(
-        self,
-        problem: RoundingProblem,
-        sides: Tensor,
-        grid: Grid,
-        integers: Tensor,
-        solver: Solver,
-        apart: Callable[[], Tensor] | None,
-    ) -> Tensor:
-        """Integers whose rows make up for each other, no worse together than those given; `apart` has better ones."""
-
-        def solve(block: RoundingProblem, present: Tensor | None) -> Tensor:
-            if not isinstance(solver, Annealing):
-                return solved(solver, block)
-            return solver.anneal(block) if present is None else _AGAIN.anneal(block, present)
-
-        def solve_block(block: RoundingProblem, present: Tensor | None) -> Tensor:
-            return solve_divided(self.processes, block, solve, present)
-
-        if self._scale_follows_rows:
-            # the problem's errors are in grid steps
-            scale = self.op.rows(grid.expand(grid.scale, self.weight.shape))[..., 0].double()
-            scale = scale / scale.amax(1, keepdim=True)
-            # rows of next to nothing, as pruned or dead channels have, can make up for no other
-            alone = scale < _NO_SCALE
-            scale = torch.where(alone, _NO_SCALE, scale)
-            coupled = ~(alone.unsqueeze(1) | alone.unsqueeze(2))
-            coupled.diagonal(dim1=1, dim2=2).fill_(True)
-            sides = torch.where(coupled, sides * scale.unsqueeze(1) * scale.unsqueeze(2), 0.0)
-        return solve_coupled(problem, sides, integers, solve_block, apart)
 
     def _judged(self, grid: Grid, integers: Tensor, correction: Tensor | None) -> LayerRounding:
         """The learned rounding, or nearest where that is better on held-out samples (on all without any)."""
@@ -223,7 +202,7 @@ class Layer:
         second, cross, _ = (
             (moments.hessian, moments.cross, moments.power) if recipe.correct_bias else moments.uncentred()
         )
-        hessian = Hessian.damped(second, damping, self._power(moments))
+        hessian = Hessian.damped(second, damping, moments.power_of_columns.mean(1))
         target = self.op.rows(self.weight).double()
         if recipe.propagate_error:
             target = target + hessian.solve(cross)
@@ -232,7 +211,7 @@ class Layer:
     def _problem(self, grid: Grid, hessian: Hessian, target: Tensor, up_or_down: bool) -> RoundingProblem:
         """The rounding problem on `grid`, in its coordinates."""
         rows, shape = self.op.rows, self.weight.shape
-        scale = rows(grid.expand(grid.scale, shape)).double()
+        scale = self._steps(grid)
         zero_point = rows(grid.expand(grid.zero_point, shape))
         if up_or_down:
             lower, upper = map(rows, floor_and_next(grid, self.weight))
@@ -246,6 +225,10 @@ class Layer:
             nearest=rows(grid.nearest(self.weight)),
             step=scale.new_ones(()) if self._scale_follows_rows else scale,
         )
+
+    def _steps(self, grid: Grid) -> Tensor:
+        """`(G, R, D)` float64: the size of the grid's step for each weight."""
+        return self.op.rows(grid.expand(grid.scale, self.weight.shape)).double()
 
     @property
     def can_search_scale(self) -> bool:
@@ -296,8 +279,3 @@ class Layer:
             power = variance if variance > 1e-9 * square else square
             found.append(float(error / power) if power > 0 else float(error))
         return found[0] or 0.0, found[1]
-
-    @staticmethod
-    def _power(moments: Moments) -> Tensor:
-        """`(G,)`: mean square of the columns' entries."""
-        return (moments.hessian.diagonal(dim1=1, dim2=2) + moments.mean.square()).mean(1)

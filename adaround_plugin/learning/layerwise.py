@@ -215,10 +215,13 @@ class PendingLayers:
         reached = [node for node in self.pending if run.reaches(node, plan)]
         candidates = reached or self.pending
         named = [node for node in candidates if node.name in names] or candidates
-        ready = _fitting(named) if reached else named[:1]
+        ready = _fitting(named, self.recipe.output_hessian) if reached else named[:1]
         open_ = [node for node in ready if not run.checkpoint.has(_DECISION, node.name)]
         samples = run.sampling.own if self.recipe.damping == "auto" else None
-        moments = {node.name: LayerMoments(node, self.recipe.column_weighting, samples) for node in open_}
+        recipe = self.recipe
+        moments = {
+            node.name: LayerMoments(node, recipe.column_weighting, samples, recipe.output_hessian) for node in open_
+        }
 
         def gather(batch: int, values: BothValues) -> None:
             for node in open_:
@@ -267,7 +270,7 @@ class PendingLayers:
         known = {} if run.shared is None else run.shared.grids
         grid = known.get(node.name, node.grid)
         processes = run.sampling.processes
-        layer = Layer(node.op, node.weight, grid, moments.learning, moments.holdout, outputs, processes)
+        layer = Layer(node.op, node.weight, grid, moments.learning, moments.holdout, outputs, moments.across, processes)
         recipe = replace(
             self.recipe,
             correct_bias=self.recipe.correct_bias and node.bias != "fixed",
@@ -298,7 +301,8 @@ class PendingLayers:
             notes.append("learned from the quantized network's input alone: the network itself chooses its rows")
         elif self.recipe.column_weighting == "fisher" and not weighed:
             notes.append("columns weighed alike: the network's output has no finite derivative by this layer's output")
-        if self.recipe.output_hessian and outputs is None and node.op.rows(node.weight).shape[1] > 1:
+        can_couple = moments.across is not None or node.op.rows(node.weight).shape[1] > 1
+        if self.recipe.output_hessian and outputs is None and can_couple:
             notes.append("rows apart: the network's output has no finite derivative by this layer's output")
         if search and not layer.can_search_scale:
             notes.append("scale kept: it runs along the input channels")
@@ -309,12 +313,12 @@ class PendingLayers:
         return _Decided(rounding, notes, moments.count, run.layer_seconds[node.name], run.report.blocks[blocks:])
 
 
-def _fitting(ready: list[WeightedNode]) -> list[WeightedNode]:
+def _fitting(ready: list[WeightedNode], with_across: bool) -> list[WeightedNode]:
     """As many of the ready nodes as have moments that fit in memory together; at least one."""
     taken: list[WeightedNode] = []
     used = 0
     for node in ready:
-        used += LayerMoments.bytes(node)
+        used += LayerMoments.bytes(node, with_across)
         if taken and used > _MOMENT_BYTES:
             break
         taken.append(node)

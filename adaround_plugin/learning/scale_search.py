@@ -27,6 +27,9 @@ __all__ = ["SearchedRows", "refit_group_scale", "refit_scale", "search_grid"]
 
 # candidates are rounded together, as many as make this many coordinates
 _ELEMENTS = 2**23
+# errors that differ by less, relative, are alike: integers that move along with a zero point leave what the order of
+# sums does
+_ALIKE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -127,16 +130,17 @@ def search_grid(grid: Grid, rows: SearchedRows, steps: int = 13, *, refine: bool
     if not refine:
         return best
     finer, error = _best(grid, rows, [grid.at(scale, best.zero_point) for scale in scales[1::2]])
-    return grid.choose(error < best_error, finer, best)
+    return grid.choose(error * (1 + _ALIKE) < best_error, finer, best)
 
 
 def _best(grid: Grid, rows: SearchedRows, candidates: Sequence[Grid]) -> tuple[Grid, Tensor]:
-    """Of some grids the best for each channel, and its error."""
+    """Of some grids the best for each channel, of those that are alike the first, and its error."""
     together = max(1, _ELEMENTS // max(1, rows.target.numel()))
     parts = [candidates[start : start + together] for start in range(0, len(candidates), together)]
     of_all = torch.cat([rows.errors(part) for part in parts])
     rows.processes.add("the search of scales", of_all)
-    errors, index = of_all.min(0)
+    index = (of_all <= of_all.amin(0) * (1 + _ALIKE)).int().argmax(0)
+    errors = of_all.gather(0, index.unsqueeze(0)).squeeze(0)
     scale, zero_point = (
         torch.stack([values.reshape(-1) for values in of_grids]).gather(0, index.unsqueeze(0)).squeeze(0)
         for of_grids in ([one.scale for one in candidates], [one.zero_point for one in candidates])

@@ -19,6 +19,7 @@ from adaround_plugin.graph.streams import Stream, Values
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.derivatives import differentiate, projections, run_differentiably, taking
+from adaround_plugin.rounding.across import put_together, shape_of_sets
 from adaround_plugin.rounding.shrinkage import SampleSpread, three_digits
 
 __all__ = ["OutputMoment", "Sensitivity", "importance", "sensitivities", "tempered"]
@@ -78,7 +79,8 @@ class Sensitivity:
     """How the network's output depends on what a weighted operator gives, in one batch.
 
     Attributes:
-        columns: `(G, n)`, the squared derivative by each column's outputs, summed over them.
+        columns: `(G, n)`, the squared derivative by each column's outputs, summed over them, and over the groups of one
+            output that are put together.
         samples: `(n,)` int64, the number of each column's sample among this process's.
     """
 
@@ -151,8 +153,8 @@ def sensitivities(
         sampling: which columns are asked for.
         batch: number of the batch.
         values: of the graph's inputs in it.
-        outputs: by call site of operators of several outputs to a group, to which the derivatives are added. None where
-            they are not asked for.
+        outputs: by call site of operators of several outputs to a group, or of several groups of one output, to which
+            the derivatives are added. None where they are not asked for.
 
     Returns:
         By call site, its node in the float graph, the sensitivity at the columns of `sampling.columns`. A site is left
@@ -173,9 +175,11 @@ def sensitivities(
         if key not in known:
             index, position = sampling.columns(batch, patches, len(node.sites))
             known[key] = index, position, sampling.own_numbers(batch, patches.samples, index.device)[index]
-        groups, rows, _ = node.op.rows(node.weight).shape
-        if outputs is not None and site not in outputs and rows > 1:
-            outputs[site] = OutputMoment(groups, rows, sampling.own, x.device)
+        if outputs is not None and site not in outputs:
+            shape = node.op.rows(node.weight).shape
+            groups, rows, _ = shape_of_sets(*shape) or shape
+            if rows > 1:
+                outputs[site] = OutputMoment(groups, rows, sampling.own, x.device)
         return _adder(site, node, known[key], total, None if outputs is None else outputs.get(site))
 
     differentiate(stream, nodes, values, sampling.numbers(batch), watch, mask=sampling.mask_of(batch))
@@ -218,11 +222,15 @@ def _adder(
     `columns` are their indices along the leading axis, their positions and the numbers of their samples.
     """
     index, position, samples = columns
+    joined = shape_of_sets(*weighted.op.rows(weighted.weight).shape)
 
     def add(gradient: Tensor) -> None:
         by_output = weighted.op.outputs_at(gradient, weighted.weight.shape, index, position)
+        groups = len(by_output)
+        if joined is not None:
+            by_output = put_together(by_output, joined[0])
         square = by_output.square().sum(-1)
-        total[site] = Sensitivity(square, samples)
+        total[site] = Sensitivity(square.repeat_interleave(groups // len(square), 0), samples)
         if moment is not None:
             moment.add(_of_one_sum(by_output, square, samples - samples[:1]), samples)
 

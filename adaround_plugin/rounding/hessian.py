@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaround_plugin.errors import InvalidOptionError, NonFiniteError
 
-__all__ = ["Hessian"]
+__all__ = ["Hessian", "ridge"]
 
 
 class Hessian:
@@ -35,17 +35,8 @@ class Hessian:
 
     @classmethod
     def damped(cls, moment: Tensor, damping: float, power: Tensor | None = None) -> Hessian:
-        """`moment + damping * mean(diagonal) * I`, per group; the identity where the data are constant.
-
-        Constant means that the mean diagonal is below float32's noise, 1e-12 of `power`, `(G,)`: the mean square of
-        the data that `moment` was centred from; or below its smallest normal number, where products are noise too.
-
-        The ridge makes the form definite with fewer samples than columns, and pulls rounding towards the target
-        where the data say little.
-        """
-        mean = moment.diagonal(dim1=1, dim2=2).mean(1)
-        noise = (torch.zeros_like(mean) if power is None else 1e-12 * power).clamp(min=torch.finfo(torch.float32).tiny)
-        return cls(moment, torch.where(mean > noise, damping * mean, torch.ones_like(mean)))
+        """`moment` and its `ridge`, per group; `power` is `(G,)`."""
+        return cls(moment, ridge(moment.diagonal(dim1=1, dim2=2), damping, power))
 
     @property
     def shape(self) -> torch.Size:
@@ -139,3 +130,20 @@ class Hessian:
     def quadratic(self, rows: Tensor) -> Tensor:
         """`r H r^T` for each of `(G, R, D)` float64 rows: `(G, R)`."""
         return (self.times(rows) * rows).sum(-1)
+
+
+def ridge(diagonal: Tensor, damping: float, power: Tensor | None = None) -> Tensor:
+    """What is added to the diagonal of a moment, `damping` of its mean; 1 where the data are constant.
+
+    It makes the form definite with fewer samples than columns, and pulls rounding towards the target where the data say
+    little. Constant means that the mean diagonal is below float32's noise, 1e-12 of the mean square of the data that
+    the moment was centred from; or below its smallest normal number, where products are noise too.
+
+    Args:
+        diagonal: `(..., D)` float64, of the moment.
+        damping: relative to the mean.
+        power: `(...,)`, that mean square; None if the moment was not centred.
+    """
+    mean = diagonal.mean(-1)
+    noise = (torch.zeros_like(mean) if power is None else 1e-12 * power).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(mean > noise, damping * mean, 1.0)

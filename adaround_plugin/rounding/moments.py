@@ -155,6 +155,11 @@ class Moments:
         """`error` with the best offset of each row, which is `bias`: `(G, R)` float64."""
         return (self.power + 2 * (change * self.cross).sum(-1) + self._quadratic(change)).clamp_min(0)
 
+    @property
+    def power_of_columns(self) -> Tensor:
+        """`(G, D)`: `E[x^^2]` of each column."""
+        return self.hessian.diagonal(dim1=1, dim2=2) + self.mean.square()
+
     def power_of(self, rows: Tensor) -> tuple[float, float]:
         """Variance and mean square of `w x^`, summed over `(G, R, D)` float64 rows `w`."""
         variance = float(self._quadratic(rows).sum())

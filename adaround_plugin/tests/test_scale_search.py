@@ -119,6 +119,18 @@ def test_the_search_is_the_same_when_candidates_do_not_fit_together(monkeypatch)
     assert torch.equal(whole.zero_point, parts.zero_point)
 
 
+@given(st.integers(0, 2**31 - 2))
+def test_what_the_order_of_sums_leaves_decides_nothing(seed):
+    """Integers that move along with a zero point leave the same error."""
+    grid, channel, target, hessian = layer(seed, 3, symmetric=False)
+    noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(seed)).double()
+    found, other = (
+        search_grid(grid, SearchedRows(one, hessian, channel)) for one in (target, target * (1 + 1e-7 * noise))
+    )
+    assert torch.equal(found.scale, other.scale)
+    assert torch.equal(found.zero_point, other.zero_point)
+
+
 @pytest.mark.parametrize("size", [4, 5, 6, 12])
 def test_no_other_scales_of_the_groups_fit_the_integers_better(size):
     generator = torch.Generator().manual_seed(size)

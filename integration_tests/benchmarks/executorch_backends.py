@@ -33,7 +33,7 @@ def lowered(converted: nn.Module, example: Tensor) -> bytes:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    program = torch.export.export(converted, (example,), strict=True)
+    program = torch.export.export(converted, (example,))
     buffer: bytes = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch().buffer
     return buffer
 

@@ -1,0 +1,187 @@
+"""Groups of one row that make up for each other, against sums over all columns and against all integers there are."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from adaround_plugin.rounding.across import joined_problem, put_together, shape_of_sets, take_apart
+from adaround_plugin.rounding.hessian import Hessian
+from adaround_plugin.rounding.moments import Moments
+from adaround_plugin.rounding.problem import RoundingProblem
+from adaround_plugin.solvers import GPTQ, Annealing, CoordinateDescent
+from adaround_plugin.tests.problems import correlated
+
+COUNT = 60
+
+
+@dataclass(frozen=True)
+class Example:
+    """Groups of one row, some sets of them, and the columns that they have seen.
+
+    Attributes:
+        x, deviation, column_weight: `(G, n, D)`, `(G, n, 1)` and `(sets, n)` float64.
+        sides: `(sets, G / sets, G / sets)`.
+        weight, scale: `(G, 1, D)`, the weight in grid coordinates.
+        problem: of the groups apart.
+    """
+
+    x: Tensor
+    deviation: Tensor
+    column_weight: Tensor
+    sides: Tensor
+    weight: Tensor
+    scale: Tensor
+    problem: RoundingProblem
+
+    @property
+    def moments(self) -> Moments:
+        sets, size, _ = self.sides.shape
+        found = Moments(sets, size, size * self.x.shape[2], self.x.device)
+        found.add(
+            put_together(self.x, sets).float(), put_together(self.deviation, sets).float(), self.column_weight.float()
+        )
+        return found.finish()
+
+    def joined(self, damping: float = 1e-9, propagate_error: bool = True, correct_bias: bool = True) -> RoundingProblem:
+        return joined_problem(
+            self.problem,
+            self.moments,
+            self.sides,
+            self.scale,
+            damping=damping,
+            propagate_error=propagate_error,
+            correct_bias=correct_bias,
+        )
+
+    def by_definition(self, q: Tensor, propagate_error: bool = True, correct_bias: bool = True) -> Tensor:
+        """`(sets,)`: the mean over columns of products of all pairs of outputs' errors, as the sides weigh them."""
+        sets = len(self.sides)
+        error = self.x @ ((self.weight - q) * self.scale).transpose(1, 2)
+        if propagate_error:
+            error = error + self.deviation
+        error = put_together(error, sets)
+        share = (self.column_weight / self.column_weight.sum(1, keepdim=True)).unsqueeze(2)
+        if correct_bias:
+            error = error - (share * error).sum(1, keepdim=True)
+        return torch.einsum("snc,snd,scd->s", share * error, error, self.sides)
+
+
+def example(seed: int, groups: int = 6, sets: int = 2, columns: int = 3, bits: int = 2) -> Example:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    # inputs of neighbouring groups are alike, and are not centred
+    x = (normal(1, COUNT, columns) + 0.7 * normal(groups, COUNT, columns) + 0.5).float().double()
+    size = groups // sets
+    sides = correlated(sets, size, 3 * size, seed)
+    sides = sides / sides.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 0.1 * torch.eye(size).double()
+    weight = 2 ** (bits - 1) * normal(groups, 1, columns).clamp(-1, 1)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    bound = torch.ones_like(weight, dtype=torch.int64)
+    problem = RoundingProblem(
+        weight,
+        Hessian(correlated(groups, columns, 12, seed)),
+        low * bound,
+        high * bound,
+        weight.round().long().clamp(low, high),
+    )
+    scale = 0.5 + torch.rand(groups, 1, 1, generator=generator).double().expand(weight.shape)
+    return Example(x, 0.3 * normal(groups, COUNT, 1), 0.2 + normal(sets, COUNT).abs(), sides, weight, scale, problem)
+
+
+def integers(one: Example, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-2, 2, one.weight.shape, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((16, 1, 9), (1, 16, 144)),
+        ((384, 1, 9), (2, 192, 1728)),
+        ((960, 1, 25), (12, 80, 2000)),
+        # a prime number of groups that do not fit together
+        ((997, 1, 9), None),
+        ((4, 2, 9), None),
+        ((1, 1, 9), None),
+        # two groups are more than a set may have
+        ((4, 1, 1025), None),
+    ],
+)
+def test_sets_are_as_large_as_may_be_and_alike(shape, expected):
+    assert shape_of_sets(*shape) == expected
+
+
+@given(sets=st.integers(1, 3), size=st.integers(1, 3), count=st.integers(1, 3), width=st.integers(1, 3))
+def test_what_is_put_together_comes_apart_again(sets, size, count, width):
+    values = torch.arange(sets * size * count * width).reshape(sets * size, count, width)
+    together = put_together(values, sets)
+    assert together.shape == (sets, count, size * width)
+    for group in range(sets * size):
+        first = group % size * width
+        assert torch.equal(together[group // size, :, first : first + width], values[group])
+    assert torch.equal(take_apart(together, sets * size), values)
+
+
+@given(seed=st.integers(0, 2**31), propagate_error=st.booleans(), correct_bias=st.booleans())
+def test_the_loss_is_the_outputs_errors_together(seed, propagate_error, correct_bias):
+    one, options = example(seed), {"propagate_error": propagate_error, "correct_bias": correct_bias}
+    problem = one.joined(**options)
+    a, b = integers(one, seed), integers(one, seed + 1)
+    # but for what no integers change
+    expected = one.by_definition(a, **options) - one.by_definition(b, **options)
+    losses = (problem.loss(put_together(q, len(one.sides))).squeeze(1) for q in (a, b))
+    torch.testing.assert_close(next(losses) - next(losses), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_box_and_the_steps_are_those_of_the_groups():
+    one = example(0)
+    problem, groups = one.joined(), len(one.weight)
+    for name in ("lower", "upper", "nearest"):
+        assert torch.equal(take_apart(getattr(problem, name), groups), getattr(one.problem, name))
+    assert torch.equal(take_apart(problem.step, groups), one.scale)
+
+
+def test_damping_is_relative_to_each_group_and_constant_ones_stay_where_they_are():
+    one = example(3)
+    one.x[1] *= 100
+    one.x[4] = 0.25
+    plain, damped = one.joined(1e-12).hessian.diagonal, one.joined(0.5).hessian.diagonal
+    ratio = take_apart((damped / plain).unsqueeze(1), 6).squeeze(1)
+    for group in (0, 1, 2, 3, 5):
+        own = take_apart(plain.unsqueeze(1), 6)[group, 0]
+        torch.testing.assert_close(ratio[group], 1 + 0.5 * own.mean() / own, rtol=1e-6, atol=0)
+    side = one.sides[1, 1, 1]
+    torch.testing.assert_close(take_apart(damped.unsqueeze(1), 6)[4, 0], side.expand(3), rtol=1e-6, atol=1e-6)
+    target = take_apart(one.joined(0.5).target, 6)
+    torch.testing.assert_close(target[4], one.weight[4], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(target[0], one.weight[0], rtol=1e-2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_annealing_finds_the_best_of_all_integers(seed):
+    one = example(seed, groups=3, sets=1, columns=2)
+    problem = one.joined(0.01)
+    every = torch.tensor(list(itertools.product(range(-2, 2), repeat=6)))
+    losses = torch.stack([problem.loss(q.reshape(1, 1, 6)).squeeze() for q in every])
+    found = float(Annealing().solve(problem).loss)
+    apart = float(problem.loss(put_together(Annealing().solve(one.problem).integers, 1)))
+    assert float(losses.min()) - 1e-9 <= found <= float(losses.min()) * 1.05 + 1e-9
+    assert found <= apart
+
+
+@pytest.mark.parametrize("solver", [Annealing(), GPTQ(), CoordinateDescent()])
+def test_no_solver_leaves_more_than_the_start(solver):
+    for seed in range(10):
+        problem = example(seed).joined(0.01)
+        found = solver.solve(problem)
+        assert bool((found.loss <= problem.loss(problem.nearest) + 1e-9).all())
