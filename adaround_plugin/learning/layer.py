@@ -42,8 +42,8 @@ class Recipe:
             network's output by the layer's output there.
         damping: ridge on the hessian, relative to the mean of its diagonal; `"auto"` for what the samples ask for,
             which is to be known when a layer is learned.
-        output_hessian: let the rows of a layer make up for each other, as the derivatives of the network's output by
-            the layer's outputs say.
+        output_hessian: let the rows of a layer, or its groups of one row, make up for each other, as the derivatives of
+            the network's output by the layer's outputs say.
     """
 
     propagate_error: bool = True

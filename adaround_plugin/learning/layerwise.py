@@ -47,8 +47,8 @@ class LayerWise:
         damping: ridge on the hessian relative to its mean diagonal. `"auto"` is 0.01, and more in a layer where the
             samples differ much (`SampleSpread.damping`).
         output_hessian: let the rows of a layer make up for each other, by the second moment of the derivatives of the
-            network's output by the layer's outputs, which takes the same passes as `"fisher"`. `"auto"` does so where
-            the network has derivatives; recipes are tried without it.
+            network's output by the layer's outputs, which takes the same passes as `"fisher"`; channels of a depthwise
+            convolution, too. `"auto"` does so where the network has derivatives; recipes are tried without it.
         levels: the integers that a weight may take: `"all"` of its grid, or `"up_or_down"`, floor and ceil alone, as in
             the paper.
         holdout: share of the samples kept out of learning; a layer that is worse there than nearest keeps nearest.
