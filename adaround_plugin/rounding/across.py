@@ -23,7 +23,7 @@ from adaround_plugin.rounding.problem import RoundingProblem
 __all__ = ["joined_problem", "put_together", "shape_of_sets", "take_apart"]
 
 # columns of a set of groups, at most: products and factors of their hessian take this squared and cubed
-_MOST_COLUMNS = 2048
+_MOST_COLUMNS = 1024
 
 
 def shape_of_sets(groups: int, rows: int, columns: int) -> tuple[int, int, int] | None:

@@ -107,14 +107,14 @@ def integers(one: Example, seed: int) -> Tensor:
     ("shape", "expected"),
     [
         ((16, 1, 9), (1, 16, 144)),
-        ((384, 1, 9), (2, 192, 1728)),
-        ((960, 1, 25), (12, 80, 2000)),
+        ((384, 1, 9), (4, 96, 864)),
+        ((960, 1, 25), (24, 40, 1000)),
         # a prime number of groups that do not fit together
         ((997, 1, 9), None),
         ((4, 2, 9), None),
         ((1, 1, 9), None),
         # two groups are more than a set may have
-        ((4, 1, 1025), None),
+        ((4, 1, 513), None),
     ],
 )
 def test_sets_are_as_large_as_may_be_and_alike(shape, expected):
