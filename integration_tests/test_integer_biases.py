@@ -54,7 +54,7 @@ def _network(kind: type[nn.Module] = Net) -> nn.Module:
 def _prepared(host: str, bits: int = 4, kind: type[nn.Module] = Net, data: Any = DATA) -> fx.GraphModule:
     if host == "fx":
         return prepared_model(_network(kind), data, "qnnpack", weight_bits=bits)
-    return calibrated(exported(_network(kind), data[0]), data, x86(weight_bits=bits))
+    return calibrated(exported(_network(kind), data[0], strict=True), data, x86(weight_bits=bits))
 
 
 def _steps(learned: fx.GraphModule) -> dict[str, Tensor]:
