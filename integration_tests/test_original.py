@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,8 @@ from integration_tests.pt2e_models import prepared_pt2e
 
 SHAPE = (4, 6, 6)
 Prepare = Callable[[nn.Module, list[Any]], fx.GraphModule]
-HOSTS: dict[str, Prepare] = {"fx": prepared_model, "pt2e": prepared_pt2e}
+# what is shared or called as a function is found in strict programs only
+HOSTS: dict[str, Prepare] = {"fx": prepared_model, "pt2e": functools.partial(prepared_pt2e, strict=True)}
 
 
 def data_of(*shape: int) -> list[Tensor]:

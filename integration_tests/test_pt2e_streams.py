@@ -257,7 +257,7 @@ def test_the_automatic_recipe_is_the_same_twice_and_is_in_the_report():
 
 def dynamic(model: nn.Module, data: list[Tensor]) -> fx.GraphModule:
     """Prepared from an export whose batch size is free."""
-    return calibrated(exported(model, data[0], ({0: torch.export.Dim("batch", min=1)},)), data, x86())
+    return calibrated(exported(model, data[0], ({0: torch.export.Dim("batch", min=1)},), strict=True), data, x86())
 
 
 @pytest.mark.parametrize("name", ["Residual", "Split", "Views", "Called3", "Attention", "Normalized"])

@@ -82,7 +82,7 @@ def program() -> fx.GraphModule:
 
 def learned_pt2e(model: nn.Module, data: Any, layers: Any = None, **options: Any) -> fx.GraphModule:
     quantizer = AdaRoundWeightOnlyQuantizer(layers, linear_only=True, **options)
-    return learn(calibrated(exported(model, data[0]), data, quantizer), data)
+    return learn(calibrated(exported(model, data[0], strict=True), data, quantizer), data)
 
 
 @functools.cache
