@@ -370,31 +370,6 @@ def test_what_is_skipped_has_its_reason():
     assert_exact(result, data)
 
 
-class ScaledStandardized(nn.Module):
-    """A convolution's weight is standardized by a batch norm in training mode, as in networks without normalizers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3)
-        self.weight = nn.Parameter(torch.randn(4, 4, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.weight.reshape(1, 4, -1)
-        weight = F.batch_norm(rows, None, None, training=True, momentum=0.0).reshape_as(self.weight)
-        return self.last(F.conv2d(torch.relu(self.first(x)), weight))
-
-
-def test_a_weight_that_a_batch_norm_computes_is_skipped_and_the_others_are_learned():
-    prepared, data = prepared_of(ScaledStandardized, SHAPE)
-    result = learn(prepared, data)
-    assert [layer.name for layer in get_report(result).layers] == ["first", "last"]
-    ((_, reason),) = reasons(result).items()
-    assert "computed" in reason
-    # not converted: torchao's conversion of a program with a batch norm takes half a minute, once in `NETS` is enough
-    with torch.no_grad():
-        assert torch.isfinite(result(data[0])).all()
-
-
 class Unused(nn.Module):
     """A layer is called for nothing."""
 
