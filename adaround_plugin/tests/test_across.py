@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from adaround_plugin.learning.coupling import solve_across_groups
+from adaround_plugin.processes import ALONE
 from adaround_plugin.rounding.across import joined_problem, put_together, shape_of_sets, take_apart
 from adaround_plugin.rounding.hessian import Hessian
 from adaround_plugin.rounding.moments import Moments
@@ -185,3 +187,23 @@ def test_no_solver_leaves_more_than_the_start(solver):
         problem = example(seed).joined(0.01)
         found = solver.solve(problem)
         assert bool((found.loss <= problem.loss(problem.nearest) + 1e-9).all())
+
+
+def test_a_dead_channel_makes_up_for_no_other():
+    moved = 0
+    for seed in range(10):
+        one = example(seed, sets=1)
+        scale = one.scale.clone()
+        scale[2] *= 1e-6
+        apart = one.sides.clone()
+        apart[:, 2, [0, 1, 3, 4, 5]] = apart[:, [0, 1, 3, 4, 5], 2] = 0
+        options = {"propagate_error": True, "correct_bias": True}
+        found, expected = (
+            solve_across_groups(one.problem, one.moments, sides, scale, GPTQ(), ALONE, **options)
+            for sides in (one.sides, apart)
+        )
+        assert torch.equal(found, expected)
+        # the problem itself would move it
+        joined = joined_problem(one.problem, one.moments, one.sides, scale, damping=0.01, **options)
+        moved += not torch.equal(take_apart(GPTQ().solve(joined).integers, 6)[2], expected[2])
+    assert moved
