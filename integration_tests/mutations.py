@@ -207,7 +207,7 @@ FAULTS: Final = (
     Fault(
         "the recipe's damping does not reach the hessian",
         "learning/layer.py",
-        "Hessian.damped(second, damping, moments.power_of_columns.mean(1))",
+        "Hessian.damped(second, recipe.ridge, moments.power_of_columns.mean(1))",
         "Hessian.damped(second, 0.01, moments.power_of_columns.mean(1))",
         (f"{_UNIT}test_layer.py",),
     ),
@@ -366,6 +366,20 @@ FAULTS: Final = (
         "pulled = (sides @ cross)",
         "pulled = (sides.diagonal(dim1=1, dim2=2).unsqueeze(2) * cross)",
         (f"{_UNIT}test_across.py",),
+    ),
+    Fault(
+        "halves of the samples agree with themselves",
+        "rounding/across.py",
+        "(by * first[number] * second[number]).sum()",
+        "(by * first[number].square()).sum()",
+        (f"{_UNIT}test_across.py",),
+    ),
+    Fault(
+        "each process halves its samples by its own numbers",
+        "learning/columns.py",
+        "is_odd = (sample + sampling.first[0]) % 2 == 1",
+        "is_odd = sample % 2 == 1",
+        (f"{_WHOLE}test_distributed.py",),
     ),
     Fault(
         "derivatives of channels that are put together are of one column each",

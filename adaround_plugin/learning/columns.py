@@ -19,7 +19,7 @@ from adaround_plugin.processes import ALONE, Processes
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.importance import OutputMoment, Sensitivity, sensitivities, tempered
 from adaround_plugin.regions.pieces import piece, piece_size
-from adaround_plugin.rounding.across import put_together, shape_of_sets
+from adaround_plugin.rounding.across import JoinedMoments, shape_of_sets
 from adaround_plugin.rounding.linear_op import Patches
 from adaround_plugin.rounding.moments import HeldOut, Moments, joined
 from adaround_plugin.rounding.shrinkage import SampleSpread
@@ -41,6 +41,7 @@ class _Chosen:
         index, position: `(n,)`, as of `Sampling.columns`, those to learn from first.
         order: `(n,)`, their numbers there.
         sample: `(n,)`, the numbers of their samples among this process's.
+        is_odd: `(n,)`, whether the number of the sample among all is.
         learning: how many are to learn from.
     """
 
@@ -48,6 +49,7 @@ class _Chosen:
     position: Tensor
     order: Tensor
     sample: Tensor
+    is_odd: Tensor
     learning: int
 
 
@@ -95,7 +97,7 @@ class LayerMoments:
         self.learning = Moments(groups, rows, columns, node.weight.device)
         self.holdout = HeldOut()
         joined = shape_of_sets(*self._rows.shape) if with_across else None
-        self.across = None if joined is None else Moments(*joined, node.weight.device)
+        self.across = None if joined is None else JoinedMoments(joined, node.weight.device)
         self._spread = None if samples is None else SampleSpread(groups, columns, samples, node.weight.device)
         self.damping = 0.0
         most = _PENDING_NUMBERS // (groups * (columns + rows))
@@ -108,7 +110,7 @@ class LayerMoments:
         """Memory that the moments take."""
         shape = node.op.rows(node.weight).shape
         joined = shape_of_sets(*shape) if with_across else None
-        return Moments.bytes(*shape) + (0 if joined is None else Moments.bytes(*joined))
+        return Moments.bytes(*shape) + (0 if joined is None else JoinedMoments.bytes(joined))
 
     def add(self, columns: _Gathered) -> None:
         """Take in columns, now or later."""
@@ -144,18 +146,14 @@ class LayerMoments:
         count = sum(one.chosen.learning for one in parts)
         for moments, run in ((self.learning, slice(count)), (self.holdout, slice(count, None))):
             moments.add(quantized[:, run], deviation[:, run], None if weight is None else weight[:, run])
+        quantized, deviation = quantized[:, :count], deviation[:, :count]
+        weight = None if weight is None else weight[:, :count]
         if self.across is not None:
-            self._add_across(quantized[:, :count], deviation[:, :count], None if weight is None else weight[:, :count])
+            is_odd = in_order([one.chosen.is_odd.unsqueeze(0) for one in parts])[0, :count]
+            self.across.add(quantized, deviation, is_odd, weight)
         if self._spread is not None:
             sample = in_order([one.chosen.sample.unsqueeze(0) for one in parts])[0, :count]
-            self._spread.add(quantized[:, :count], sample, None if weight is None else weight[:, :count])
-
-    def _add_across(self, x: Tensor, deviation: Tensor, weight: Tensor | None) -> None:
-        """Take in columns of all groups; in a set of groups each counts what it does on the mean of these."""
-        assert self.across is not None
-        sets = len(self.across.total)
-        weight = None if weight is None else weight.reshape(sets, -1, weight.shape[1]).mean(1)
-        self.across.add(put_together(x, sets), put_together(deviation, sets), weight)
+            self._spread.add(quantized, sample, weight)
 
     def finish(self, node: WeightedNode, processes: Processes = ALONE) -> None:
         """Be ready to learn from, with the columns of all processes.
@@ -164,7 +162,7 @@ class LayerMoments:
             NonFiniteError: an input of the layer holds NaN or infinity.
         """
         self._fold()
-        of_learning = [self.learning] if self.across is None else [self.learning, self.across]
+        of_learning = [one for one in (self.learning, self.across) if one is not None]
         for moments in of_learning:
             moments.finish()
         self.holdout.finish()
@@ -286,7 +284,8 @@ class Columns:
             order = learning if self._run.is_trial else torch.cat([learning, held.nonzero().squeeze(1)])
             index, position = index[order], position[order]
             sample = sampling.own_numbers(batch, patches.samples, index.device)[index]
-            self._known[key] = _Chosen(index, position, order, sample, len(learning))
+            is_odd = (sample + sampling.first[0]) % 2 == 1
+            self._known[key] = _Chosen(index, position, order, sample, is_odd, len(learning))
         return self._known[key]
 
     def _float_columns(

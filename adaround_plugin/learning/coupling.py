@@ -9,8 +9,7 @@ from torch import Tensor
 
 from adaround_plugin.learning.division import solve_divided
 from adaround_plugin.processes import Processes
-from adaround_plugin.rounding.across import joined_problem, put_together, take_apart
-from adaround_plugin.rounding.moments import Moments
+from adaround_plugin.rounding.across import JoinedMoments, joined_problem, put_together, take_apart
 from adaround_plugin.rounding.problem import RoundingProblem, Solver, solved
 from adaround_plugin.solvers import Annealing
 from adaround_plugin.solvers.coupled import solve_coupled
@@ -22,8 +21,6 @@ __all__ = ["solve_across_groups", "solve_within_groups"]
 _NO_SCALE = 1e-4
 # of integers that are known already: what these are is not forgotten
 _AGAIN = Annealing(sweeps=4, hot=0.2, descent_sweeps=3)
-# ridge on the moment of each of several groups, relative to its mean diagonal
-_ACROSS_DAMPING = 0.01
 
 
 def solve_within_groups(
@@ -64,12 +61,13 @@ def solve_within_groups(
 
 def solve_across_groups(
     problem: RoundingProblem,
-    moments: Moments,
+    moments: JoinedMoments,
     sides: Tensor,
     scale: Tensor,
     solver: Solver,
     processes: Processes,
     *,
+    damping: float,
     propagate_error: bool,
     correct_bias: bool,
 ) -> Tensor:
@@ -77,23 +75,25 @@ def solve_across_groups(
 
     Args:
         problem: of the groups, `(G, 1, D)`, whose target is the weight itself.
-        moments: of the groups of each set together.
+        moments: of the groups of each set together, finished.
         sides: `(S, G / S, G / S)`, the second moment of the derivatives of the network's output by their outputs.
         scale: `(G, 1, D)` float64, the size of grid steps.
         solver: of rows.
         processes: that have the same problem.
-        propagate_error, correct_bias: as of the recipe.
+        damping, propagate_error, correct_bias: as of the recipe.
 
     Returns:
         `(G, 1, D)` int64.
     """
     largest = put_together(scale.amax(2, keepdim=True), len(sides)).squeeze(1)
+    sides, whole = _among_live(sides, largest / largest.amax(1, keepdim=True)), moments.whole()
+    agreement = moments.agreement(whole, sides, scale, correct_bias=correct_bias)
     joined = joined_problem(
         problem,
-        moments,
-        _among_live(sides, largest / largest.amax(1, keepdim=True)),
+        whole,
+        torch.lerp(torch.diag_embed(sides.diagonal(dim1=1, dim2=2)), sides, agreement),
         scale,
-        damping=_ACROSS_DAMPING,
+        damping=damping,
         propagate_error=propagate_error,
         correct_bias=correct_bias,
     )

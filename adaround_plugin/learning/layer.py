@@ -15,6 +15,7 @@ from adaround_plugin.learning.coupling import solve_across_groups, solve_within_
 from adaround_plugin.learning.division import solve_divided
 from adaround_plugin.learning.scale_search import SearchedRows, refit_group_scale, refit_scale, search_grid
 from adaround_plugin.processes import ALONE, Processes
+from adaround_plugin.rounding.across import JoinedMoments
 from adaround_plugin.rounding.grid import Grid
 from adaround_plugin.rounding.hessian import Hessian
 from adaround_plugin.rounding.linear_op import LinearOp
@@ -52,6 +53,12 @@ class Recipe:
     damping: float | Literal["auto"] = 0.01
     output_hessian: bool = False
 
+    @property
+    def ridge(self) -> float:
+        """The damping, which is known by now."""
+        assert self.damping != "auto"
+        return self.damping
+
     def __str__(self) -> str:
         damping = self.damping if self.damping == "auto" else f"{self.damping:g}"
         return (
@@ -84,7 +91,7 @@ class Layer:
     moments: Moments
     holdout: HeldOut
     outputs: Tensor | None = None
-    across: Moments | None = None
+    across: JoinedMoments | None = None
     processes: Processes = ALONE
 
     def nearest(self) -> LayerRounding:
@@ -168,6 +175,7 @@ class Layer:
                 self._steps(grid),
                 solver,
                 self.processes,
+                damping=recipe.ridge,
                 propagate_error=recipe.propagate_error,
                 correct_bias=recipe.correct_bias,
             )
@@ -197,12 +205,9 @@ class Layer:
 
         Completing the square of `E (d + (w - w^) x^)^2` gives the target `t = w + E[d x^^T] (H + delta I)^-1`.
         """
-        moments, damping = self.moments, recipe.damping
-        assert damping != "auto"
-        second, cross, _ = (
-            (moments.hessian, moments.cross, moments.power) if recipe.correct_bias else moments.uncentred()
-        )
-        hessian = Hessian.damped(second, damping, moments.power_of_columns.mean(1))
+        moments = self.moments
+        second, cross, _ = moments.terms(centred=recipe.correct_bias)
+        hessian = Hessian.damped(second, recipe.ridge, moments.power_of_columns.mean(1))
         target = self.op.rows(self.weight).double()
         if recipe.propagate_error:
             target = target + hessian.solve(cross)

@@ -13,6 +13,7 @@ from adaround_plugin.learning.layer import Layer, Recipe
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.options import check_choice, check_integer, check_number, named
 from adaround_plugin.report import BlockReport
+from adaround_plugin.rounding.across import shape_of_coupled
 from adaround_plugin.rounding.problem import Solver
 from adaround_plugin.rounding.result import LayerRounding
 from adaround_plugin.solvers import Nearest, get_solver
@@ -215,12 +216,13 @@ class PendingLayers:
         reached = [node for node in self.pending if run.reaches(node, plan)]
         candidates = reached or self.pending
         named = [node for node in candidates if node.name in names] or candidates
-        ready = _fitting(named, self.recipe.output_hessian) if reached else named[:1]
+        ready = _fitting(named, self._columns.outputs) if reached else named[:1]
         open_ = [node for node in ready if not run.checkpoint.has(_DECISION, node.name)]
         samples = run.sampling.own if self.recipe.damping == "auto" else None
         recipe = self.recipe
         moments = {
-            node.name: LayerMoments(node, recipe.column_weighting, samples, recipe.output_hessian) for node in open_
+            node.name: LayerMoments(node, recipe.column_weighting, samples, node.name in self._columns.outputs)
+            for node in open_
         }
 
         def gather(batch: int, values: BothValues) -> None:
@@ -301,8 +303,8 @@ class PendingLayers:
             notes.append("learned from the quantized network's input alone: the network itself chooses its rows")
         elif self.recipe.column_weighting == "fisher" and not weighed:
             notes.append("columns weighed alike: the network's output has no finite derivative by this layer's output")
-        can_couple = moments.across is not None or node.op.rows(node.weight).shape[1] > 1
-        if self.recipe.output_hessian and outputs is None and can_couple:
+        _, coupled, _ = shape_of_coupled(*node.op.rows(node.weight).shape)
+        if self.recipe.output_hessian and outputs is None and coupled > 1:
             notes.append("rows apart: the network's output has no finite derivative by this layer's output")
         if search and not layer.can_search_scale:
             notes.append("scale kept: it runs along the input channels")
@@ -313,12 +315,17 @@ class PendingLayers:
         return _Decided(rounding, notes, moments.count, run.layer_seconds[node.name], run.report.blocks[blocks:])
 
 
-def _fitting(ready: list[WeightedNode], with_across: bool) -> list[WeightedNode]:
-    """As many of the ready nodes as have moments that fit in memory together; at least one."""
+def _fitting(ready: list[WeightedNode], coupled: Collection[str]) -> list[WeightedNode]:
+    """As many of the ready nodes as have moments that fit in memory together; at least one.
+
+    Args:
+        ready: what to choose from, in order.
+        coupled: the names of those whose rows or groups are to make up for each other.
+    """
     taken: list[WeightedNode] = []
     used = 0
     for node in ready:
-        used += LayerMoments.bytes(node, with_across)
+        used += LayerMoments.bytes(node, node.name in coupled)
         if taken and used > _MOMENT_BYTES:
             break
         taken.append(node)

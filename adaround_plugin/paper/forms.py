@@ -130,7 +130,7 @@ class LayerForms:
                     picked = patches.columns(*sampling.columns(i, patches, len(node.sites)))
                     ones = picked.new_ones(picked.shape[:2])
                     moments.add(picked, torch.zeros_like(ones).unsqueeze(2), ones)
-        return moments.finish().uncentred()[0]
+        return moments.finish().terms(centred=False)[0]
 
 
 def _without_observers(model: fx.GraphModule) -> fx.GraphModule:

@@ -19,7 +19,7 @@ from adaround_plugin.graph.streams import Stream, Values
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.derivatives import differentiate, projections, run_differentiably, taking
-from adaround_plugin.rounding.across import put_together, shape_of_sets
+from adaround_plugin.rounding.across import put_together, shape_of_coupled, shape_of_sets
 from adaround_plugin.rounding.shrinkage import SampleSpread, three_digits
 
 __all__ = ["OutputMoment", "Sensitivity", "importance", "sensitivities", "tempered"]
@@ -176,8 +176,7 @@ def sensitivities(
             index, position = sampling.columns(batch, patches, len(node.sites))
             known[key] = index, position, sampling.own_numbers(batch, patches.samples, index.device)[index]
         if outputs is not None and site not in outputs:
-            shape = node.op.rows(node.weight).shape
-            groups, rows, _ = shape_of_sets(*shape) or shape
+            groups, rows, _ = shape_of_coupled(*node.op.rows(node.weight).shape)
             if rows > 1:
                 outputs[site] = OutputMoment(groups, rows, sampling.own, x.device)
         return _adder(site, node, known[key], total, None if outputs is None else outputs.get(site))

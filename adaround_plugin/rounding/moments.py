@@ -13,6 +13,7 @@ moments are weighted means over columns; they add over batches, call sites and m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -99,6 +100,25 @@ class Moments:
         self.power.add_(dd.square()).mul_(share[:, None])
         add(self.hessian, self.cross, self.power)
 
+    def merged(self, other: Moments) -> Moments:
+        """Those of the columns of both, once they are finished."""
+        found = copy(self)
+        found.count, found.total = self.count + other.count, self.total + other.total
+        pooled = found.total.clamp_min(torch.finfo(torch.float64).tiny)
+        own, new = self.total / pooled, other.total / pooled
+        dx, dd = other.mean - self.mean, other.deviation - self.deviation
+        found.mean, found.deviation = self.mean + new[:, None] * dx, self.deviation + new[:, None] * dd
+
+        def both(one: Tensor, another: Tensor) -> Tensor:
+            share = (-1, *[1] * (one.dim() - 1))
+            return own.view(share) * one + new.view(share) * another
+
+        between = (own * new)[:, None]
+        found.hessian = both(self.hessian, other.hessian).baddbmm_((between * dx).unsqueeze(2), dx.unsqueeze(1))
+        found.cross = both(self.cross, other.cross).baddbmm_((between * dd).unsqueeze(2), dx.unsqueeze(1))
+        found.power = both(self.power, other.power) + between * dd.square()
+        return found
+
     def _merge(
         self,
         total: Tensor,
@@ -129,8 +149,10 @@ class Moments:
         self.deviation += new[:, None] * dd
         self.total += total
 
-    def uncentred(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`(E[x^ x^^T], E[d x^^T], E[d^2])`: the moments for a row whose bias must stay as it is."""
+    def terms(self, *, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """`(H, E[d x^^T], E[d^2])`, about the means; else about 0, for a row whose bias must stay as it is."""
+        if centred:
+            return self.hessian, self.cross, self.power
         outer = self.mean.unsqueeze(2) * self.mean.unsqueeze(1)
         return (
             self.hessian + outer,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adaround_plugin.learning.coupling import solve_across_groups
 from adaround_plugin.processes import ALONE
-from adaround_plugin.rounding.across import joined_problem, put_together, shape_of_sets, take_apart
+from adaround_plugin.rounding.across import JoinedMoments, joined_problem, put_together, shape_of_sets, take_apart
 from adaround_plugin.rounding.hessian import Hessian
 from adaround_plugin.rounding.moments import Moments
 from adaround_plugin.rounding.problem import RoundingProblem
@@ -43,13 +43,24 @@ class Example:
     problem: RoundingProblem
 
     @property
-    def moments(self) -> Moments:
+    def is_odd(self) -> Tensor:
+        """`(n,)`: whether a column's sample is; each has three columns."""
+        return torch.arange(COUNT) // 3 % 2 == 1
+
+    @property
+    def halves(self) -> JoinedMoments:
         sets, size, _ = self.sides.shape
-        found = Moments(sets, size, size * self.x.shape[2], self.x.device)
-        found.add(
-            put_together(self.x, sets).float(), put_together(self.deviation, sets).float(), self.column_weight.float()
-        )
+        found = JoinedMoments((sets, size, size * self.x.shape[2]), self.x.device)
+        # what each column counts differs from group to group
+        by_group = torch.linspace(0.5, 1.5, size).repeat(sets).unsqueeze(1)
+        weight = self.column_weight.repeat_interleave(size, 0).float() * by_group
+        for part in (slice(0, 7), slice(7, None)):
+            found.add(self.x[:, part].float(), self.deviation[:, part].float(), self.is_odd[part], weight[:, part])
         return found.finish()
+
+    @property
+    def moments(self) -> Moments:
+        return self.halves.whole()
 
     def joined(self, damping: float = 1e-9, propagate_error: bool = True, correct_bias: bool = True) -> RoundingProblem:
         return joined_problem(
@@ -189,6 +200,54 @@ def test_no_solver_leaves_more_than_the_start(solver):
         assert bool((found.loss <= problem.loss(problem.nearest) + 1e-9).all())
 
 
+@given(seed=st.integers(0, 2**31), correct_bias=st.booleans())
+def test_agreement_is_that_of_two_halves_of_the_samples(seed, correct_bias):
+    one = example(seed)
+    sets, size, _ = one.sides.shape
+    x, width = put_together(one.x * one.scale.transpose(1, 2)[:, :1], sets), one.x.shape[2]
+
+    def between(chosen: Tensor) -> Tensor:
+        """What the loss has between groups, of some columns, in steps of the grid."""
+        part, share = x[:, chosen], one.column_weight[:, chosen]
+        share = (share / share.sum(1, keepdim=True)).unsqueeze(2)
+        if correct_bias:
+            part = part - (share * part).sum(1, keepdim=True)
+        second = (share * part).transpose(1, 2) @ part
+        found = second.reshape(sets, size, width, size, width) * one.sides[:, :, None, :, None]
+        found[:, range(size), :, range(size)] = 0
+        return found
+
+    first, second = between(~one.is_odd), between(one.is_odd)
+    expected = (first * second).sum() / between(torch.ones(COUNT, dtype=torch.bool)).square().sum()
+    found = one.halves.agreement(one.moments, one.sides, one.scale, correct_bias=correct_bias)
+    assert found == pytest.approx(min(1.0, max(0.0, float(expected))), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize(("common", "low", "high"), [(0.0, 0.0, 0.1), (0.35, 0.3, 0.6), (3.0, 0.9, 1.0)])
+def test_halves_agree_about_what_groups_have_in_common(common, low, high):
+    generator = torch.Generator().manual_seed(0)
+    count, groups = 200, 40
+    x = common * torch.randn(1, count, 3, generator=generator) + torch.randn(groups, count, 3, generator=generator)
+    found = JoinedMoments((1, groups, 3 * groups), x.device)
+    found.add(x, torch.zeros(groups, count, 1), torch.arange(count) % 2 == 1)
+    sides, scale = torch.ones(1, groups, groups), torch.ones(groups, 1, 3).double()
+    agreement = found.finish().agreement(found.whole(), sides, scale, correct_bias=True)
+    assert low <= agreement <= high
+    # no factor on the hessian is nearer to the true one, by far
+    true = (common**2 * torch.eye(3).double()).repeat(groups, groups)
+    known = found.whole().hessian[0]
+    apart = torch.block_diag(*torch.ones(groups, 3, 3).double()) == 0
+    error = [float((factor * known - true)[apart].square().sum()) for factor in (agreement, 0, 1)]
+    assert error[0] <= 1.02 * min(error)
+
+
+def test_one_half_alone_agrees_with_nothing():
+    one = JoinedMoments((1, 2, 6), torch.device("cpu"))
+    one.add(torch.randn(2, 10, 3), torch.zeros(2, 10, 1), torch.zeros(10, dtype=torch.bool))
+    scale = torch.ones(2, 1, 3).double()
+    assert one.finish().agreement(one.whole(), torch.ones(1, 2, 2), scale, correct_bias=True) == 0.0
+
+
 def test_a_dead_channel_makes_up_for_no_other():
     moved = 0
     for seed in range(10):
@@ -197,13 +256,13 @@ def test_a_dead_channel_makes_up_for_no_other():
         scale[2] *= 1e-6
         apart = one.sides.clone()
         apart[:, 2, [0, 1, 3, 4, 5]] = apart[:, [0, 1, 3, 4, 5], 2] = 0
-        options = {"propagate_error": True, "correct_bias": True}
+        options = {"damping": 0.01, "propagate_error": True, "correct_bias": True}
         found, expected = (
-            solve_across_groups(one.problem, one.moments, sides, scale, GPTQ(), ALONE, **options)
+            solve_across_groups(one.problem, one.halves, sides, scale, GPTQ(), ALONE, **options)
             for sides in (one.sides, apart)
         )
         assert torch.equal(found, expected)
         # the problem itself would move it
-        joined = joined_problem(one.problem, one.moments, one.sides, scale, damping=0.01, **options)
+        joined = joined_problem(one.problem, one.moments, one.sides, scale, **options)
         moved += not torch.equal(take_apart(GPTQ().solve(joined).integers, 6)[2], expected[2])
     assert moved

@@ -90,6 +90,17 @@ def test_batches_of_different_distributions_are_pooled():
     assert_same(gathered(*parts), by_definition(together))
 
 
+@given(seed=st.integers(0, 2**31), cut=st.integers(0, 200), mean=st.floats(-10, 10))
+def test_moments_of_two_parts_are_merged(seed, cut, mean):
+    data = columns(seed, 200, mean=mean)
+    first, second = gathered(pick(data, slice(cut))), gathered(pick(data, slice(cut, None)))
+    kept = first.hessian.clone()
+    merged = first.merged(second)
+    assert merged.count == 200
+    assert_same(merged, by_definition(data))
+    assert torch.equal(first.hessian, kept)
+
+
 def test_finishing_in_between_changes_nothing():
     data = columns(0, 900)
     moments = Moments(2, 3, 4, torch.device("cpu"))
@@ -147,7 +158,7 @@ def test_uncentred_moments_are_those_of_the_definition():
     data = columns(3, 700)
     x, d, weight = (part.double() for part in data)
     share = (weight / weight.sum(1, keepdim=True)).unsqueeze(-1)
-    second, cross, power = gathered(data).uncentred()
+    second, cross, power = gathered(data).terms(centred=False)
     torch.testing.assert_close(second, (share * x).transpose(1, 2) @ x, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(cross, (share * d).transpose(1, 2) @ x, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(power, (share * d.square()).sum(1), rtol=1e-5, atol=1e-6)

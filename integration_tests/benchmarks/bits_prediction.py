@@ -164,7 +164,7 @@ def derivatives(host: Host, data: Sequence[Any]) -> dict[str, Tensor]:
 def kronecker(node: WeightedNode, rounding: LayerRounding, moments: Moments, sides: Tensor) -> float:
     """`tr(G E H E^T)`; `H` about the mean where the bias takes that up."""
     change = node.op.rows(rounding.weight.double() - node.weight.double())
-    second = moments.uncentred()[0] if rounding.bias_correction is None else moments.hessian
+    second = moments.terms(centred=rounding.bias_correction is not None)[0]
     return float(((sides @ change @ second) * change).sum())
 
 
