@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, distributed, fx, nn
@@ -18,6 +19,7 @@ from adaround_plugin import BlockWise, Finetune, LayerWise, Paper, adaround, get
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning import division
 from adaround_plugin.learning.passes import Pass
+from adaround_plugin.rounding.across import JoinedMoments
 from integration_tests.models import QUICK, batches, prepared_model
 from integration_tests.process_groups import GONE, run_group, shard
 from integration_tests.pt2e_models import calibrated, exported, x86
@@ -91,7 +93,15 @@ FEW = {"method": BlockWise(layers=replace(QUICK, column_weighting="fisher"), ite
 
 
 def learned(toolkit: str, call: dict[str, Any], data: list[Tensor], **options: Any) -> dict[str, Any]:
-    return look(adaround(prepared(toolkit), data, progress=False, **call, **options))
+    halves, agreements = JoinedMoments.agreement, list[float]()
+
+    def watched(*arguments: Any, **named: Any) -> float:
+        agreements.append(halves(*arguments, **named))
+        return agreements[-1]
+
+    with patch.object(JoinedMoments, "agreement", watched):
+        found = look(adaround(prepared(toolkit), data, progress=False, **call, **options))
+    return {**found, "agreements": agreements}
 
 
 def learn_all(rank: int, size: int, folder: Path) -> dict[str, Any]:
@@ -127,7 +137,7 @@ def check_like_one(found: dict[str, Any], alone: dict[str, Any]) -> None:
         torch.testing.assert_close(found["layers"][name][1], scale, rtol=1e-5, atol=0)
     for one, other in zip(found["errors"], alone["errors"], strict=True):
         assert abs(one - other) < 1e-4 * other
-    for same in ("recipe", "trials", "columns"):
+    for same in ("recipe", "trials", "columns", "agreements"):
         assert found[same] == alone[same], same
 
 
@@ -140,6 +150,8 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     for name, (toolkit, call, _) in EXACT.items():
         check_like_one(first[name], learned(toolkit, call, DATA))
     assert len(first["default"]["trials"]) > 1
+    assert all(0 < one < 1 for one in first["default"]["agreements"])
+    assert first["default"]["agreements"]
     for name, (toolkit, call, _) in ON_SAMPLES.items():
         # other minibatches, and as good
         assert first[name]["errors"][0] < 1.2 * learned(toolkit, call, DATA)["errors"][0], name
