@@ -290,14 +290,20 @@ class ViewsOverwritten(PartAssigned):
 
 
 class BatchStatistics(nn.Module):
-    """A batch norm without running statistics, which has those of the batch in eval mode too."""
+    """A batch norm without running statistics, which has those of the batch in eval mode too, and one of a weight.
+
+    A convolution's weight is standardized by a batch norm in training mode, as in networks without normalizers.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.norm, self.b = conv(), nn.BatchNorm2d(4, track_running_stats=False), conv(4, 2)
+        self.weight = nn.Parameter(torch.randn(4, 4, 1, 1))
 
     def forward(self, x):
-        return self.b(self.norm(torch.relu(self.a(x))))
+        rows = self.weight.reshape(1, 4, -1)
+        weight = F.batch_norm(rows, None, None, training=True, momentum=0.0).reshape_as(self.weight)
+        return self.b(F.conv2d(self.norm(torch.relu(self.a(x))), weight))
 
 
 # control flow that no export follows, in-place operations that have no derivative, computed weights that conversion

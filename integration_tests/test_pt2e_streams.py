@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -19,7 +18,6 @@ from integration_tests.models import (
     assert_equal_trees,
     assert_same,
     assert_unchanged,
-    batches,
     call,
     learn,
     relative_error,
@@ -67,31 +65,12 @@ def test_streams_equal_the_hosts_programs_and_nothing_else_changes(name, passes)
     check(name, passes)
 
 
-class ScaledStandardized(nn.Module):
-    """A convolution's weight is standardized by a batch norm in training mode, as in networks without normalizers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3)
-        self.weight = nn.Parameter(torch.randn(4, 4, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.weight.reshape(1, 4, -1)
-        weight = F.batch_norm(rows, None, None, training=True, momentum=0.0).reshape_as(self.weight)
-        return self.last(F.conv2d(torch.relu(self.first(x)), weight))
-
-
 def test_batch_norms_with_the_statistics_of_the_batch(passes):
-    """Of values, and of a weight; together, for in each process torchao prepares half a minute to convert them."""
-    check(_OF_THE_BATCH, passes)
-    data = batches(4, 6, 6, sizes=(6, 6))
-    result = learn(calibrated(exported(ScaledStandardized(), data[0], strict=True), data, x86()), data)
-    report = get_report(result)
-    assert [layer.name for layer in report.layers] == ["first", "last"]
+    """Of values, and of a weight; together, for torchao takes half a minute to convert them."""
+    report = check(_OF_THE_BATCH, passes)
+    assert [layer.name for layer in report.layers] == ["a", "b"]
     ((_, _, reason),) = report.skipped
     assert "computed" in reason
-    with torch.no_grad():
-        assert torch.isfinite(convert(result)(data[0])).all()
 
 
 def check(name, passes):
@@ -103,8 +82,9 @@ def check(name, passes):
     # what was learned is what is converted
     learned, converted = all_learned(result), convert(result)
     assert learned
-    found = all_converted(converted)
-    assert found.keys() == learned.keys()
+    found, skipped = all_converted(converted), {name for name, _, _ in get_report(result).skipped}
+    # what is skipped may be converted with a weight that is computed
+    assert found.keys() - skipped == learned.keys()
     for key, one in learned.items():
         assert_same(found[key], one)
     # nothing else changed
@@ -128,6 +108,7 @@ def check(name, passes):
             assert_equal_trees(list(quantized), tree_leaves(call(converted, copy.deepcopy(batch))))
             if name != "Normalized":  # folding a batch norm rounds differently
                 assert_equal_trees(list(exact), tree_leaves(call(program, copy.deepcopy(batch))))
+    return get_report(result)
 
 
 _OTHERS = {
