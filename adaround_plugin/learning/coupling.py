@@ -86,11 +86,11 @@ def solve_across_groups(
         `(G, 1, D)` int64.
     """
     largest = put_together(scale.amax(2, keepdim=True), len(sides)).squeeze(1)
-    sides, whole = _among_live(sides, largest / largest.amax(1, keepdim=True)), moments.whole()
-    agreement = moments.agreement(whole, sides, scale, correct_bias=correct_bias)
+    sides = _among_live(sides, largest / largest.amax(1, keepdim=True))
+    agreement = moments.agreement(sides, scale, correct_bias=correct_bias)
     joined = joined_problem(
         problem,
-        whole,
+        moments.whole,
         torch.lerp(torch.diag_embed(sides.diagonal(dim1=1, dim2=2)), sides, agreement),
         scale,
         damping=damping,

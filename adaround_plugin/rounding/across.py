@@ -18,6 +18,7 @@ group: its many entries are taken on trust in proportion to how far two halves o
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -110,12 +111,13 @@ class JoinedMoments:
         for moments in self._halves:
             moments.pool(add)
 
+    @cached_property
     def whole(self) -> Moments:
-        """Of all samples."""
+        """Of all samples, once they are finished."""
         first, second = self._halves
         return first.merged(second)
 
-    def agreement(self, whole: Moments, sides: Tensor, scale: Tensor, *, correct_bias: bool) -> float:
+    def agreement(self, sides: Tensor, scale: Tensor, *, correct_bias: bool) -> float:
         """What of the hessian between groups the two halves of the samples agree about, from 0 to 1.
 
         With `A` and `B` the hessian's blocks between groups by either half, and `M` by all samples, it is
@@ -124,10 +126,9 @@ class JoinedMoments:
         digits of it are kept, so that it does not depend on the order of sums.
 
         Args:
-            whole: `whole()`.
             sides, scale, correct_bias: as of `joined_problem`.
         """
-        first, second, every = (moments.terms(centred=correct_bias)[0] for moments in (*self._halves, whole))
+        first, second, every = (moments.terms(centred=correct_bias)[0] for moments in (*self._halves, self.whole))
         count, groups, columns = self._shape
         width = columns // groups
         step = put_together(scale, count)

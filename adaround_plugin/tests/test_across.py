@@ -60,7 +60,7 @@ class Example:
 
     @property
     def moments(self) -> Moments:
-        return self.halves.whole()
+        return self.halves.whole
 
     def joined(self, damping: float = 1e-9, propagate_error: bool = True, correct_bias: bool = True) -> RoundingProblem:
         return joined_problem(
@@ -219,7 +219,7 @@ def test_agreement_is_that_of_two_halves_of_the_samples(seed, correct_bias):
 
     first, second = between(~one.is_odd), between(one.is_odd)
     expected = (first * second).sum() / between(torch.ones(COUNT, dtype=torch.bool)).square().sum()
-    found = one.halves.agreement(one.moments, one.sides, one.scale, correct_bias=correct_bias)
+    found = one.halves.agreement(one.sides, one.scale, correct_bias=correct_bias)
     assert found == pytest.approx(min(1.0, max(0.0, float(expected))), rel=1e-3, abs=1e-3)
 
 
@@ -231,11 +231,11 @@ def test_halves_agree_about_what_groups_have_in_common(common, low, high):
     found = JoinedMoments((1, groups, 3 * groups), x.device)
     found.add(x, torch.zeros(groups, count, 1), torch.arange(count) % 2 == 1)
     sides, scale = torch.ones(1, groups, groups), torch.ones(groups, 1, 3).double()
-    agreement = found.finish().agreement(found.whole(), sides, scale, correct_bias=True)
+    agreement = found.finish().agreement(sides, scale, correct_bias=True)
     assert low <= agreement <= high
     # no factor on the hessian is nearer to the true one, by far
     true = (common**2 * torch.eye(3).double()).repeat(groups, groups)
-    known = found.whole().hessian[0]
+    known = found.whole.hessian[0]
     apart = torch.block_diag(*torch.ones(groups, 3, 3).double()) == 0
     error = [float((factor * known - true)[apart].square().sum()) for factor in (agreement, 0, 1)]
     assert error[0] <= 1.02 * min(error)
@@ -245,7 +245,7 @@ def test_one_half_alone_agrees_with_nothing():
     one = JoinedMoments((1, 2, 6), torch.device("cpu"))
     one.add(torch.randn(2, 10, 3), torch.zeros(2, 10, 1), torch.zeros(10, dtype=torch.bool))
     scale = torch.ones(2, 1, 3).double()
-    assert one.finish().agreement(one.whole(), torch.ones(1, 2, 2), scale, correct_bias=True) == 0.0
+    assert one.finish().agreement(torch.ones(1, 2, 2), scale, correct_bias=True) == 0.0
 
 
 def test_a_dead_channel_makes_up_for_no_other():
