@@ -66,7 +66,7 @@ def test_streams_equal_the_hosts_programs_and_nothing_else_changes(name, passes)
 
 
 def test_batch_norms_with_the_statistics_of_the_batch(passes):
-    """Of values, and of a weight; together, for torchao takes half a minute to convert them."""
+    """Of values, and of a weight; together, for torchao takes twenty seconds to convert what is learned."""
     report = check(_OF_THE_BATCH, passes, computed={"conv2d_1"})
     assert [layer.name for layer in report.layers] == ["a", "b"]
     ((_, _, reason),) = report.skipped

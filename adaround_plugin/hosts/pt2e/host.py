@@ -8,14 +8,11 @@ hold what the host's quantize and dequantize operators make of them.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx, nn
 from torchao.quantization.pt2e import DerivedObserverOrFakeQuantize
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
 from adaround_plugin.errors import InvalidModelError
 from adaround_plugin.graph.arguments import argument, attribute, owner_of, set_argument
@@ -34,7 +31,7 @@ from adaround_plugin.hosts.activation_quantizers import activation_quantizers, w
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.hosts.checks import check_untrained, check_values
 from adaround_plugin.hosts.observed_activations import observed_activations, seen_ranges
-from adaround_plugin.hosts.pt2e.compat import forget_models
+from adaround_plugin.hosts.pt2e.conversion import converted
 from adaround_plugin.hosts.pt2e.copies import deep_copy
 from adaround_plugin.hosts.pt2e.nodes import PT2EFinder, innermost_module, is_torchao_observer, parameter_node
 from adaround_plugin.hosts.pt2e.observers import frozen_observer
@@ -78,9 +75,9 @@ class PreparedPT2E:
         self.inputs = [str(node.target) for node in prepared.graph.nodes if node.op == "placeholder"]
         self.batch_size = _batch_size(prepared)
         graph = _without_guards(inline(prepared, lambda module: False))
-        converted = _without_guards(inline(_converted(self.copy()), lambda module: False, shared=True))
-        self.nodes, self.skipped = PT2EFinder(graph, converted).find()
-        self.quantized_graph = functionalize(strip(converted, is_torchao_observer))
+        program = _without_guards(inline(converted(self.copy()), lambda module: False, shared=True))
+        self.nodes, self.skipped = PT2EFinder(graph, program).find()
+        self.quantized_graph = functionalize(strip(program, is_torchao_observer))
         self.quantizers = activation_quantizers(graph, self.quantized_graph, _sources_of_derived(graph))
         ranges = seen_ranges(graph, self.quantized_graph, is_torchao_observer)
         self.float_graph = functionalize(_without_observers(graph))
@@ -205,20 +202,6 @@ def _trains(node: fx.Node) -> bool:
     if position is None or not any(node.args[position : position + 1]):
         return False
     return name != "batch_norm" or node.args[_RUNNING_MEAN] is not None
-
-
-def _converted(prepared: fx.GraphModule) -> fx.GraphModule:
-    """The host's conversion, which uses the prepared model up."""
-    # modules are born with random weights, which must not cost the caller's generator a step
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        # the host's own advice; the caller sees it at their own convert
-        warnings.simplefilter("ignore")
-        try:
-            converted = convert_pt2e(prepared, fold_quantize=False)
-        finally:
-            forget_models()
-    assert isinstance(converted, fx.GraphModule)
-    return converted
 
 
 def _without_observers(module: fx.GraphModule) -> fx.GraphModule:
