@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
 
     The content is on the disk before the name is, so that a machine without power keeps one or the other.
     """
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    # of this writer alone: processes of several machines may have one number
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         with unfinished.open("wb") as file:
             file.write(content)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from adaround_plugin.errors import InvalidOptionError
 
-__all__ = ["compiled", "select"]
+__all__ = ["compiled", "matching", "select"]
 
 
 def compiled(pattern: str, argument: str) -> re.Pattern[str]:
@@ -20,7 +20,7 @@ def compiled(pattern: str, argument: str) -> re.Pattern[str]:
         ) from None
 
 
-def select(pattern: str, names: Iterable[str], argument: str) -> list[str]:
+def matching(pattern: str, names: Iterable[str], argument: str) -> list[str]:
     """The names that `pattern` selects: itself, those below it (`"layer1"` has `"layer1.conv"`), or a full match.
 
     Args:
@@ -29,12 +29,22 @@ def select(pattern: str, names: Iterable[str], argument: str) -> list[str]:
         argument: what the caller calls the pattern, for errors.
 
     Raises:
-        InvalidOptionError: `pattern` is no regular expression, or selects nothing.
+        InvalidOptionError: `pattern` is no regular expression.
     """
     names = list(names)
     found = [name for name in names if name == pattern or name.startswith(pattern + ".")]
     # a name that exists is meant as a name, though its dots would match other characters
-    found = found or [name for name in names if compiled(pattern, argument).fullmatch(name)]
+    return found or [name for name in names if compiled(pattern, argument).fullmatch(name)]
+
+
+def select(pattern: str, names: Iterable[str], argument: str) -> list[str]:
+    """As `matching`, where there has to be a name.
+
+    Raises:
+        InvalidOptionError: `pattern` is no regular expression, or selects nothing.
+    """
+    names = list(names)
+    found = matching(pattern, names, argument)
     if not found:
         raise InvalidOptionError(argument, f"{pattern!r} matches none of {names}", "Check the name.")
     return found

@@ -828,7 +828,7 @@ FAULTS: Final = (
     Fault(
         "blocks are not emptied behind their run",
         "sequential/weights.py",
-        "        _put(module, self.former)\n",
+        "        put(module, self.former)\n",
         "",
         (f"{_WHOLE}test_stored_weights.py::test_one_block_is_there_at_a_time",),
     ),

@@ -280,3 +280,141 @@ def test_blocks_are_recalled_from_a_checkpoint(tmp_path: Path) -> None:
     assert get_report(other).recalled > 0
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {"model.layers.0", "model.layers.1"}
     assert error(one, llama(blocks=2), data) == error(other, llama(blocks=2), data)
+
+
+class Stack(nn.Module):
+    """Blocks one after the other, called with what else they take."""
+
+    def __init__(self, *blocks: nn.Module, **others: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.blocks, self.others = nn.ModuleList(blocks), others
+
+    def forward(self, x: Tensor) -> Tensor:
+        others = {name: other(x) for name, other in self.others.items()}
+        for block in self.blocks:
+            x = block(x, **others)
+        return x
+
+
+@torch.no_grad()
+def stack_error(stack: nn.Module, exact: nn.Module) -> float:
+    x = hidden(16)[0]
+    return float((stack(x) - exact(x)).square().mean() / exact(x).var())
+
+
+class Mixed(nn.Module):
+    """A normalization in float32, and a layer in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(16), nn.Linear(16, 16, bias=False, dtype=torch.bfloat16)
+        self.register_buffer("steps", torch.arange(16) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer((self.norm(x) + self.steps).to(self.layer.weight.dtype)).float() + x
+
+
+def test_each_tensor_keeps_its_dtype() -> None:
+    model = Stack(Mixed(), Mixed()).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    learned: Any = adaround_blocks(model, hidden(16), "blocks", QUANTIZER, **OPTIONS)
+    block = learned.blocks[0]
+    assert block.layer.weight.dtype == block.layer.bias.dtype == torch.bfloat16
+    for name in ("blocks.1.norm.weight", "blocks.1.steps"):
+        assert learned.state_dict()[name].dtype == torch.float32
+        assert torch.equal(learned.state_dict()[name], before[name])
+    assert learned(hidden(16)[0]).isfinite().all()
+
+
+def hidden(width: int) -> list[Tensor]:
+    """Batches of hidden states, of several lengths."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(4, length, width, generator=generator) for length in (6, 6, 5)]
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x + self.layer((x @ x.transpose(1, 2) / 4 + mask).softmax(2) @ x)
+
+
+def test_masks_of_infinities_are_taken() -> None:
+    """What is added to scores, as plain decoders of torch have it."""
+
+    def ahead(x: Tensor) -> Tensor:
+        return torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)
+
+    exact = Stack(Attending(), Attending(), mask=ahead).eval()
+    learned = adaround_blocks(copy.deepcopy(exact), hidden(16), "blocks", QUANTIZER, **OPTIONS)
+    assert len(get_report(learned).layers) == 2
+    assert stack_error(learned, exact) < 0.05
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, by: float) -> Tensor:
+        return self.layer(x) * by
+
+
+def test_batches_in_which_blocks_are_called_otherwise_are_refused() -> None:
+    """One program takes all: numbers would be those of the first batch, and no mask is not a mask of ones."""
+    scaled = Stack(Scaled(), by=lambda x: 1 / x.shape[1]).eval()
+    differs = r"batch 2: calls the blocks with 0\.2 for \[1\]\['by'\], which is 0\.1"
+    with pytest.raises(InvalidBatchError, match=differs):
+        adaround_blocks(scaled, hidden(16), "blocks", QUANTIZER, **OPTIONS)
+    data = [*padded([ids(2, 7)], 5, 0), {"input_ids": ids(2, 12), "attention_mask": torch.ones(2, 12).long()}]
+    with pytest.raises(InvalidBatchError, match=r"batch 1: calls the blocks with None for .*mask.*pad some of each"):
+        by_block(llama(), data, token_mask="attention_mask")
+
+
+class Convolving(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.conv = nn.Linear(16, 16), nn.Conv1d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(torch.relu(self.conv(x.transpose(1, 2)).transpose(1, 2)))
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(x)
+
+
+def test_blocks_may_be_of_several_kinds() -> None:
+    """Options of layers that only some have, convolutions, which no tensor of torchao is for, and nothing to learn."""
+    exact = Stack(Plain(), Convolving(), nn.LayerNorm(16)).eval()
+    quantizer = AdaRoundWeightOnlyQuantizer({"block.mix": {"weight_bits": 8}}, weight_bits=4)
+    learned: Any = adaround_blocks(copy.deepcopy(exact), hidden(16), "blocks", quantizer, **OPTIONS)
+    report = get_report(learned)
+    assert {layer.name: layer.bits for layer in report.layers} == {"blocks.0.up": 4, "blocks.1.mix": 8}
+    assert report.skipped == [("blocks.1.conv", "Conv1d", "left in float by the quantizer")]
+    assert torch.equal(learned.blocks[1].conv.weight, exact.blocks[1].conv.weight)
+    assert stack_error(learned, exact) < 0.05
+    wrong = AdaRoundWeightOnlyQuantizer({"block.down": None}, weight_bits=4)
+    with pytest.raises(InvalidOptionError, match=r"layers\['block.down'\]"):
+        adaround_blocks(exact, hidden(16), "blocks", wrong, **OPTIONS)
+    with pytest.raises(InvalidModelError, match="no layer that is quantized"):
+        adaround_blocks(Stack(nn.LayerNorm(16)).eval(), hidden(16), "blocks", QUANTIZER, **OPTIONS)
+
+
+def test_a_block_may_be_left_in_float_through_neural_compressor() -> None:
+    exact = llama(blocks=2)
+    config = AdaRoundConfig(bits=3, act_dtype="fp32", group_size=16, blocks="model.layers", **RECIPE)
+    config.set_local("model.layers.1", AdaRoundConfig(dtype="fp32"))
+    packed: Any = quantize(copy.deepcopy(exact), config, run_fn=running([ids(4, 12), ids(4, 9)]))
+    report = get_report(packed)
+    assert len(report.layers) == 7
+    assert ("model.layers.1.mlp.up_proj", "Linear", "left in float by the quantizer") in report.skipped
+    assert type(packed.model.layers[1].mlp.up_proj) is nn.Linear
+    assert type(packed.model.layers[0].mlp.up_proj).__name__ == "INCWeightOnlyLinear"

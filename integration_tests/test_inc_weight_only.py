@@ -217,3 +217,39 @@ def test_models_that_cannot_be_used_are_refused() -> None:
         quantize(Untied().eval(), AdaRoundConfig(**OPTIONS))
     with pytest.raises(InvalidModelError, match="Call prepare first"):
         convert(Untied().eval(), AdaRoundConfig(**OPTIONS))
+
+
+def test_a_second_attempt_begins_anew() -> None:
+    """What an attempt that failed has hung into the caller's model is gone, and so is what it saw."""
+
+    def fail(model: nn.Module) -> None:
+        model(CALIBRATION[0])
+        raise RuntimeError("no more data")
+
+    model, other = Untied().eval(), Untied().eval()
+    for failing, error in ((fail, RuntimeError), (lambda _: None, InvalidBatchError)):
+        with pytest.raises(error):
+            quantize(model, AdaRoundConfig(**OPTIONS), run_fn=failing)
+    packed = quantize(model, AdaRoundConfig(**OPTIONS), run_fn=calibrate(CALIBRATION))
+    once = quantize(other, AdaRoundConfig(**OPTIONS), run_fn=calibrate(CALIBRATION))
+    assert not packed._forward_pre_hooks
+    assert torch.equal(packed(CALIBRATION[0]), once(CALIBRATION[0]))
+
+
+class Convolved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv1d(32, 32, 1), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.relu(self.conv(x.unsqueeze(2)).squeeze(2)))
+
+
+def test_a_second_attempt_with_activations_sees_all_layers() -> None:
+    model = Convolved().eval()
+    with pytest.raises(ZeroDivisionError):
+        quantize(model, AdaRoundConfig(**OPTIONS), run_fn=lambda _: 1 / 0)
+    config = AdaRoundConfig(**RECIPE)
+    config.set_local("conv", AdaRoundConfig(bits=8))
+    report = get_report(quantize(model, config, run_fn=calibrate(CALIBRATION)))
+    assert {layer.name: layer.bits for layer in report.layers} == {"conv": 8, "linear": 4}

@@ -181,8 +181,9 @@ def test_a_later_save_replaces_an_earlier_one(tmp_path):
         (lambda content: content[: len(content) // 2], "is cut off"),
         (lambda content: content[:-1], "is cut off"),
         (lambda content: content.replace(b"structure", b"structuro", 1), "is damaged in '.*data.pkl'"),
+        (lambda content: content.replace(b"PK\x01\x02", b"PK\x01\x03", 1), r"is damaged \(.*\)"),
     ],
-    ids=["empty", "head", "half", "short by one", "changed"],
+    ids=["empty", "head", "half", "short by one", "changed", "list of entries"],
 )
 def test_a_damaged_file_is_refused_with_the_reason(tmp_path, damage, reason):
     save(quantized(), tmp_path)

@@ -15,6 +15,7 @@ from adaround_plugin.errors import AdaRoundError, InvalidModelError, InvalidOpti
 from adaround_plugin.hosts import weight_observers
 from adaround_plugin.hosts.pt2e import AdaRoundObserver, get_adaround_weight_spec, get_adaround_x86_inductor_config
 from adaround_plugin.hosts.pt2e.host import PreparedPT2E
+from adaround_plugin.hosts.pt2e.observers import AdaRoundGroupObserver
 from adaround_plugin.rounding.grid import Grid, GridSpec, integer_range, same_grid
 from adaround_plugin.rounding.ranges import min_max_grid, min_mse_grid
 from integration_tests.models import batches
@@ -192,3 +193,8 @@ def test_each_weight_is_searched_once(per_channel, monkeypatch):
     assert searched == [(6, 4, 3, 3), (5, 96)]
     for node in host.nodes:
         assert same_grid(node.grid, min_mse_grid(node.weight, node.grid))
+
+
+def test_groups_are_of_matrices_alone():
+    with pytest.raises(InvalidOptionError, match=r"group_size: .*\(2, 2, 1, 1\) is no matrix"):
+        AdaRoundGroupObserver(group_size=2)(torch.ones(2, 2, 1, 1))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx
@@ -72,11 +73,11 @@ def network(seed: int = 0) -> nn.Module:
     return Net().eval()
 
 
-def fresh_fx(model: nn.Module | None = None, **options: Any) -> fx.GraphModule:
+def fresh_fx(model: nn.Module | None = None, example: Tensor = DATA[0], **options: Any) -> fx.GraphModule:
     """A prepared model of FX that has seen no data."""
     config = get_weight_only_backend_config() if options.get("activation_bits", 8) is None else None
     mapping = own_mapping(options.pop("backend", "x86"), **options)
-    return prepare_fx(model or network(), mapping, (DATA[0],), backend_config=config)
+    return prepare_fx(copy.deepcopy(model) or network(), mapping, (example,), backend_config=config)
 
 
 def fresh_pt2e(quantizer: Quantizer | None = None, model: nn.Module | None = None) -> fx.GraphModule:
@@ -193,6 +194,27 @@ def test_networks_of_every_kind_take_what_was_saved(name: str, tmp_path: Path) -
         prepared = pt2e_models.calibrated(program, data, PROGRAMS[net]())
     learned = adaround(prepared, data, QUICK, progress=False)
     save_rounding(learned, tmp_path / "file")
+    assert_converts_alike(load_rounding(fresh, tmp_path / "file"), learned, data[0])
+
+
+class CalledBothWays(nn.Module):
+    """A layer that is called as a module, with its bias, and as a function, without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.layer(x)) + F.linear(x, self.layer.weight))
+
+
+def test_a_bias_that_was_not_saved_stays(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, data = CalledBothWays().eval(), batches(6, sizes=(8, 8))
+    prepared = calibrated(fresh_fx(model, example=data[0]), data)
+    learned = adaround(prepared, data, QUICK, progress=False)
+    save_rounding(learned, tmp_path / "file")
+    fresh = calibrated(fresh_fx(model, example=data[0]), data)
     assert_converts_alike(load_rounding(fresh, tmp_path / "file"), learned, data[0])
 
 

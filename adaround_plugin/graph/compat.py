@@ -44,6 +44,7 @@ __all__ = [
     "take_over",
     "tree_flatten",
     "tree_map",
+    "tree_names",
     "tree_unflatten",
     "unflatten_inputs",
     "unfused",
@@ -62,6 +63,12 @@ _GUARDS = "_guards_fn"
 
 # a nested input as a list of its leaves and what is needed to put it together again, or leaf by leaf
 tree_flatten, tree_unflatten, tree_map = pytree.tree_flatten, pytree.tree_unflatten, pytree.tree_map
+
+
+def tree_names(structure: Any) -> list[str]:
+    """Where each leaf of a nested input stands in it, as Python indexes it."""
+    numbered = tree_unflatten(range(structure.num_leaves), structure)
+    return [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(numbered)[0]]
 
 
 class MoveListener(nn.Module):

@@ -14,7 +14,7 @@ from adaround_plugin.graph.paths import quantizes
 from adaround_plugin.graph.streams import unpacks
 from adaround_plugin.hosts.activation_quantizers import scale_of
 from adaround_plugin.hosts.base import Host, WeightedNode
-from adaround_plugin.rounding.result import LayerRounding
+from adaround_plugin.rounding.result import LayerRounding, same_bias
 
 __all__ = ["bias_at", "with_integer_bias"]
 
@@ -53,15 +53,11 @@ def _why_float(host: Host, node: WeightedNode) -> str | None:
         return "the call's bias cannot be written"
     if len(scales) > 1:
         return "the inputs of its calls have several scales"
-    if any(not _same(bias, biases[0]) for bias in biases):
+    if any(not same_bias(bias, biases[0]) for bias in biases):
         return "its calls have several biases"
     if node.grid.group_size is not None or node.grid.ch_axis not in (None, node.op.output_axis):
         return "the weight's scale does not run along the outputs"
     return None
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
 def _input_scale(host: Host, call: fx.Node) -> float | None:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from adaround_plugin.errors import InvalidModelError
-from adaround_plugin.hosts.weight_observers import AdaRoundWeightMixin, FrozenMixin
+from adaround_plugin.hosts.weight_observers import PER_CHANNEL, SYMMETRIC, AdaRoundWeightMixin, FrozenMixin
 from adaround_plugin.rounding.grid import Grid, GridSpec
 from adaround_plugin.rounding.linear_op import LinearOp
 
 __all__ = ["observed_grid", "observed_spec"]
-
-_PER_CHANNEL = (torch.per_channel_symmetric, torch.per_channel_affine)
-_SYMMETRIC = (torch.per_channel_symmetric, torch.per_tensor_symmetric)
 
 
 def observed_grid(name: str, observer: Any, scale: Tensor, zero_point: Tensor, op: LinearOp) -> Grid:
@@ -45,7 +41,7 @@ def observed_spec(observer: Any) -> GridSpec:
     return GridSpec(
         quant_min=int(observer.quant_min),
         quant_max=int(observer.quant_max),
-        ch_axis=observer.ch_axis if observer.qscheme in _PER_CHANNEL else None,
-        symmetric=observer.qscheme in _SYMMETRIC,
+        ch_axis=observer.ch_axis if observer.qscheme in PER_CHANNEL else None,
+        symmetric=observer.qscheme in SYMMETRIC,
         dtype=observer.dtype,
     )

@@ -19,11 +19,18 @@ from adaround_plugin.options import check_choice, check_integer
 from adaround_plugin.rounding.grid import Grid, GridSpec
 from adaround_plugin.rounding.ranges import min_max_grid, min_mse_grid
 
-__all__ = ["AdaRoundWeightMixin", "FrozenMixin", "check_weight_grid", "check_weight_range"]
+__all__ = [
+    "PER_CHANNEL",
+    "SYMMETRIC",
+    "AdaRoundWeightMixin",
+    "FrozenMixin",
+    "check_weight_grid",
+    "check_weight_range",
+]
 
 _GRID_OF = {"mse": min_mse_grid, "minmax": min_max_grid}
-_PER_CHANNEL = (torch.per_channel_symmetric, torch.per_channel_affine)
-_SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+PER_CHANNEL = (torch.per_channel_symmetric, torch.per_channel_affine)
+SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 _SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # of a convolution in three dimensions
 _LAST_AXIS = 4
@@ -61,7 +68,7 @@ class AdaRoundWeightMixin(nn.Module):
 
     def _configure(self, ch_axis: int, scale: str, scale_dtype: torch.dtype = torch.float32) -> None:
         check_weight_grid(ch_axis, scale, scale_dtype)
-        if self.qscheme not in (*_PER_CHANNEL, torch.per_tensor_symmetric, torch.per_tensor_affine):
+        if self.qscheme not in (*PER_CHANNEL, torch.per_tensor_symmetric, torch.per_tensor_affine):
             raise InvalidOptionError(
                 "qscheme", f"{self.qscheme} has no integer zero point", "Pass a per-tensor or per-channel scheme."
             )
@@ -73,12 +80,12 @@ class AdaRoundWeightMixin(nn.Module):
     @property
     def spec(self) -> GridSpec:
         """The grid this observer asks for, without its scale."""
-        ch_axis = self.ch_axis if self.qscheme in _PER_CHANNEL else None
+        ch_axis = self.ch_axis if self.qscheme in PER_CHANNEL else None
         return GridSpec(
             self.quant_min,
             self.quant_max,
             ch_axis,
-            self.qscheme in _SYMMETRIC,
+            self.qscheme in SYMMETRIC,
             self.dtype,
             group_size=self.group_size,
             scale_dtype=self.scale_dtype,

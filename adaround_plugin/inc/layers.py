@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import fx, nn
 
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError
-from adaround_plugin.graph.compat import Convolution
+from adaround_plugin.graph.compat import Convolution, is_observed
 from adaround_plugin.graph.operators import is_weighted_function
 from adaround_plugin.hosts.open import is_exported
 from adaround_plugin.hosts.pt2e.nodes import innermost_module
@@ -29,7 +29,8 @@ def weighted_layers(model: nn.Module, linear_only: bool = False) -> list[Layer]:
     """
     if not isinstance(model, nn.Module):
         raise InvalidModelError("model", f"is a {type(model).__name__}, no module", "Pass program.module().")
-    recording = Recording.of(model)
+    # an eager model has its own names still, whatever it records
+    recording = Recording.of(model) if is_observed(model) else None
     if recording is not None:
         return recording.layers
     if is_exported(model):

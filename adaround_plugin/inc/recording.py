@@ -43,28 +43,34 @@ class Recording:
         return _place(model).get(_KEY)
 
     def start(self, model: nn.Module) -> None:
-        """Record the inputs of `model` from now on."""
+        """Record the inputs of `model` from now on, in place of a recording that came to nothing."""
+        type(self).stop(model)
         _place(model)[_KEY] = self
         self.handles.append(model.register_forward_pre_hook(self, with_kwargs=True))
 
     @classmethod
+    def stop(cls, model: nn.Module) -> Self | None:
+        """Let `model` record no more; what it has recorded, if it did."""
+        recording: Self | None = _place(model).pop(_KEY, None)
+        for handle in recording.handles if recording is not None else ():
+            handle.remove()
+        return recording
+
+    @classmethod
     def taken(cls, model: nn.Module) -> list[Batch]:
-        """The batches, taken out of `model`, which records no more.
+        """The batches, taken out of `model`, which records no more, whatever comes of it.
 
         Raises:
             InvalidModelError: nothing was started.
             InvalidBatchError: no data went through the model.
         """
-        recording = cls.of(model)
+        recording = cls.stop(model)
         if recording is None:
             raise InvalidModelError("model", "was not prepared with AdaRoundConfig", "Call prepare first, or quantize.")
         if not recording.batches:
             raise InvalidBatchError(
                 "run_fn", "ran no data through the prepared model", "Call the model it is given, once per batch."
             )
-        del _place(model)[_KEY]
-        for handle in recording.handles:
-            handle.remove()
         return recording.batches
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -103,9 +103,13 @@ def _read(path: Path) -> dict[str, Any]:
     subject = f"file {str(path)!r}"
     if not zipfile.is_zipfile(io.BytesIO(data)):
         raise InvalidModelError(subject, "is cut off" if data else "is empty", damaged)
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        if (entry := archive.testzip()) is not None:
-            raise InvalidModelError(subject, f"is damaged in {entry!r}", damaged)
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entry = archive.testzip()
+    except (zipfile.BadZipFile, RuntimeError) as error:  # a damaged list of entries, or flags that nobody has
+        raise InvalidModelError(subject, f"is damaged ({error})", damaged) from error
+    if entry is not None:
+        raise InvalidModelError(subject, f"is damaged in {entry!r}", damaged)
     try:
         # packed weights of functional calls
         with torch.serialization.safe_globals([torch.ScriptObject]):

@@ -116,7 +116,8 @@ def _by_blocks(
         return weight_only_quantizer(program, inside(block))
 
     for one in learned_blocks(model, batches, blocks, quantizer, **options):
-        for name, linear in integer_linears(one.program, inside(one.name)).items():
+        learned = {} if one.program is None else integer_linears(one.program, inside(one.name))
+        for name, linear in learned.items():
             linears[one.outside(name)] = replace(linear, integers=linear.integers.to(torch.int8))
         reports.append(one.report)
     report = together(reports)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaround_plugin.rounding.grid import Grid, same_grid
 
-__all__ = ["LayerRounding"]
+__all__ = ["LayerRounding", "same_bias"]
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,16 @@ class LayerRounding:
 
     def stores(self, other: LayerRounding) -> bool:
         """Whether the weight and the bias are those of another rounding on the same grid."""
-        one, another = self.bias_correction, other.bias_correction
-        same_bias = one is another or (one is not None and another is not None and torch.equal(one, another))
-        return same_bias and same_grid(self.grid, other.grid) and torch.equal(self.integers, other.integers)
+        same = same_bias(self.bias_correction, other.bias_correction)
+        return same and same_grid(self.grid, other.grid) and torch.equal(self.integers, other.integers)
 
     def corrected(self, bias: Tensor | None) -> Tensor | None:
         """A bias with the correction added; the correction where there is no bias."""
         if self.bias_correction is None:
             return bias
         return self.bias_correction.clone() if bias is None else bias + self.bias_correction
+
+
+def same_bias(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two biases are equal, or there is none on either side."""
+    return one is other or (one is not None and other is not None and torch.equal(one, other))

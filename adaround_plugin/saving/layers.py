@@ -15,7 +15,7 @@ from adaround_plugin.hosts.base import Host, WeightedNode
 from adaround_plugin.hosts.biases import bias_at
 from adaround_plugin.rounding.grid import Grid
 from adaround_plugin.rounding.packing import pack, unpack
-from adaround_plugin.rounding.result import LayerRounding
+from adaround_plugin.rounding.result import LayerRounding, same_bias
 
 __all__ = ["layer_facts", "read_layer"]
 
@@ -33,8 +33,8 @@ class _SavedRounding(LayerRounding):
     biases: Sequence[tuple[Tensor | None, Tensor | None]] = field(default=())
 
     def corrected(self, bias: Tensor | None) -> Tensor | None:
-        """What was saved for calls that have this bias."""
-        return next(after for before, after in self.biases if _same(before, bias))
+        """What was saved for calls that have this bias; where none of them was learned, it stays."""
+        return next((after for before, after in self.biases if same_bias(before, bias)), bias)
 
 
 def layer_facts(host: Host, node: WeightedNode, place: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -97,7 +97,7 @@ def read_layer(
     )
     integers = unpack(tensors[f"{place}.integers"].to(device), grid.bits, grid.quant_min, tuple(node.weight.shape))
     biases = _biases(host, node, facts["biases"], tensors)
-    changed = [(before, after) for before, after in biases if not _same(before, after)]
+    changed = [(before, after) for before, after in biases if not same_bias(before, after)]
     correction = None
     if changed:
         before, after = changed[0]
@@ -134,7 +134,3 @@ def _grid_text(grid: Grid) -> str:
     along = "per tensor" if grid.ch_axis is None else f"along axis {grid.ch_axis}"
     groups = "" if grid.group_size is None else f" in groups of {grid.group_size}"
     return f"{scheme} {grid.quant_min}..{grid.quant_max} {along}{groups}, {grid.dtype}, scales {grid.scale_dtype}"
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other or (one is not None and other is not None and torch.equal(one, other))

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
+from torchao.quantization.pt2e.quantizer import Quantizer
 
 from adaround_plugin.deployment.torchao_tensors import to_torchao
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
+from adaround_plugin.hosts.pt2e.layer_options import layer_names
+from adaround_plugin.names import matching, select
 from adaround_plugin.report import KEY, Report
-from adaround_plugin.sequential.learning import find_blocks, learned_blocks, together
-from adaround_plugin.sequential.weights import StoredWeights, stored_weights
+from adaround_plugin.sequential.learning import INSIDE, find_blocks, learned_blocks, together
+from adaround_plugin.sequential.stored import named_tensors
+from adaround_plugin.sequential.weights import StoredWeights, like, put, stored_weights
 
 __all__ = ["adaround_blocks"]
 
@@ -54,15 +59,16 @@ def adaround_blocks(
             in which each block has its own.
 
     Returns:
-        `model`, whose linear layers in the blocks hold torchao's tensors (`to_torchao`), in the dtype and where the
-        block was; `get_report` reads the report of all of them.
+        `model`, whose linear layers in the blocks hold torchao's tensors (`to_torchao`), each tensor in the dtype and
+        where it was; `get_report` reads the report of all of them. Layers that the quantizer leaves in float stay so.
 
     Raises:
         InvalidOptionError: an option is out of range, or a file of `weights` cannot be read.
         InvalidModelError: no such blocks, train mode, a block that is called with other arguments than the first, or
             that torch.export fails on; tensors on `meta` that the files lack or hold in another shape, or tensors in
             the files that the model has not. All but the export is known before work starts.
-        InvalidBatchError: no batches, or one without the token mask.
+        InvalidBatchError: no batches, one without the token mask, or one in which the blocks are called otherwise than
+            in the first: with other numbers, or with a mask where there was none.
     """
     if not isinstance(quantizer, AdaRoundWeightOnlyQuantizer):
         raise InvalidOptionError(
@@ -74,23 +80,66 @@ def adaround_blocks(
     originals = find_blocks(model, blocks)
     stored = stored_weights(model, weights)
     options = {"weights": stored, "token_mask": token_mask, **options}
-    for one in learned_blocks(model, batches, blocks, lambda *_: quantizer, **options):
-        quantized: Any = to_torchao(one.paired, one.program, inplace=True)
-        kind, device = _kind(one.name, originals[one.name], stored)
-        made[one.name] = quantized.block.to(device=device, dtype=kind)
+    for one in learned_blocks(model, batches, blocks, _quantizers(quantizer, originals), **options):
+        if one.program is not None:
+            to_torchao(one.paired, one.program, inplace=True)
+        made[one.name] = _restored(one.paired.block, one.name, originals[one.name], stored)
         reports.append(one.report)
+    report = together(reports)
     if stored is not None:
         stored.fill(model, without=blocks)
     for name, block in made.items():
         model.set_submodule(name, block)
-    vars(model)[KEY] = together(reports)
+    vars(model)[KEY] = report
     return model
 
 
-def _kind(name: str, block: nn.Module, stored: StoredWeights | None) -> tuple[torch.dtype, torch.device]:
-    """Where a block is, or is to be, and in what dtype: that of its first parameter."""
-    inside, first = next(block.named_parameters())
-    if first.is_meta:
-        assert stored is not None
-        return stored.dtype_of(f"{name}.{inside}"), stored.device
-    return first.dtype, first.device
+def _quantizers(
+    quantizer: AdaRoundWeightOnlyQuantizer, blocks: Mapping[str, nn.Module]
+) -> Callable[[str, fx.GraphModule], Quantizer]:
+    """The quantizer of each block's program: of its linear layers, by those of the names that are there.
+
+    Raises:
+        InvalidOptionError: an entry of `layers` matches nothing in any block.
+    """
+    parameters = (entry for block in blocks.values() for entry in block.named_parameters(remove_duplicate=False))
+    known = dict.fromkeys(INSIDE + name.removesuffix(".weight") for name, value in parameters if value.dim() > 1)
+    for pattern in quantizer.layers:
+        select(pattern, known, _entry(pattern))
+
+    def of(_: str, program: fx.GraphModule) -> Quantizer:
+        names = list(layer_names(program).values())
+        made = copy(quantizer)
+        made.linear_only = True
+        made.layers = {
+            pattern: changed
+            for pattern, changed in quantizer.layers.items()
+            if matching(pattern, names, _entry(pattern))
+        }
+        return made
+
+    return of
+
+
+def _entry(pattern: str) -> str:
+    return f"layers[{pattern!r}]"
+
+
+def _restored(made: nn.Module, name: str, block: nn.Module, stored: StoredWeights | None) -> nn.Module:
+    """A block that was worked on in float32, each tensor where it was, or is to be, and in its dtype; what is new, such
+    as a bias, as the weight beside it."""
+    former: dict[str, tuple[torch.dtype, torch.device]] = {}
+    for inside, tensor in named_tensors(block):
+        if not tensor.is_meta:
+            former[inside] = tensor.dtype, tensor.device
+        elif stored is not None:
+            kind = stored.dtype_of(f"{name}.{inside}") if tensor.is_floating_point() else tensor.dtype
+            former[inside] = kind, stored.device
+    moved: dict[int, Tensor] = {}
+    for inside, tensor in named_tensors(made):
+        parent, _, _ = inside.rpartition(".")
+        kind, device = former.get(inside) or former[f"{parent}.weight" if parent else "weight"]
+        if id(tensor) not in moved:
+            moved[id(tensor)] = like(tensor, tensor.to(device=device, dtype=kind))
+    put(made, {inside: moved[id(tensor)] for inside, tensor in named_tensors(made)})
+    return made

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_plugin.errors import InvalidBatchError, InvalidModelError
-from adaround_plugin.graph.compat import tree_flatten
+from adaround_plugin.graph.compat import tree_flatten, tree_names
 from adaround_plugin.sequential.programs import Call, without_cache
 
 __all__ = ["BlockCall", "first_calls"]
@@ -23,7 +23,7 @@ class BlockCall:
 
     Attributes:
         structure: of the arguments.
-        leaves: of the arguments; floating-point tensors in float32.
+        leaves: of the arguments; floating-point tensors in float32, and infinities in masks as its largest numbers.
         hidden: the number of the leaf that is the hidden states, `(samples, tokens, width)`.
         mask: `(samples, tokens)`, which tokens count, or None.
     """
@@ -59,14 +59,17 @@ def first_calls(
 
     Raises:
         InvalidModelError: a block takes something else, or is not called with hidden states.
-        InvalidBatchError: no batches, or one without the token mask.
+        InvalidBatchError: no batches, one without the token mask, or one in which blocks are called otherwise than in
+            the first.
     """
     found: list[BlockCall] = []
     with torch.no_grad(), without_cache(model):
         for number, batch in enumerate(batches):
             if not found:
                 _check_alike(model, blocks, batch)
-            found.append(_first_call(model, blocks[0], batch, _mask(batch, token_mask, number)))
+            call = _first_call(model, blocks[0], batch, _mask(batch, token_mask, number))
+            _check_same_kind(found[0] if found else call, call, number)
+            found.append(call)
     if not found:
         raise InvalidBatchError("data", "has no batches", "Pass a list or a DataLoader.")
     return found
@@ -97,8 +100,38 @@ def _first_call(model: nn.Module, block: nn.Module, batch: Any, mask: Tensor | N
     finally:
         handle.remove()
     leaves, structure = tree_flatten(seen[0])
-    kept = [leaf.detach().float() if _is_float(leaf) else leaf for leaf in leaves]
-    return BlockCall(structure, kept, _hidden(leaves), mask)
+    hidden = _hidden(leaves)
+    kept = [_kept(leaf, number == hidden) for number, leaf in enumerate(leaves)]
+    return BlockCall(structure, kept, hidden, mask)
+
+
+def _kept(leaf: Any, is_hidden: bool) -> Any:
+    """An argument as it is kept: masks that are added to scores may hold infinities, hidden states may not."""
+    if not _is_float(leaf):
+        return leaf
+    value = leaf.detach().float()
+    largest = torch.finfo(torch.float32).max
+    return value if is_hidden else value.clamp(-largest, largest)
+
+
+def _check_same_kind(first: BlockCall, call: BlockCall, number: int) -> None:
+    """Raise `InvalidBatchError` unless a batch differs from the first one in tensors alone: one program takes all."""
+    differs = None
+    if call.structure != first.structure or call.hidden != first.hidden:
+        differs = "other arguments"
+    else:
+        for name, one, other in zip(tree_names(first.structure), first.leaves, call.leaves, strict=True):
+            if isinstance(one, Tensor) != isinstance(other, Tensor):
+                there, here = ("a tensor" if isinstance(leaf, Tensor) else repr(leaf) for leaf in (one, other))
+                differs = f"{here} for {name}, which is {there}"
+            elif not isinstance(one, Tensor) and not _same(one, other):
+                differs = f"{other!r} for {name}, which is {one!r}"
+    if differs is not None:
+        raise InvalidBatchError(
+            f"batch {number}",
+            f"calls the blocks with {differs} in batch 0",
+            "Pass batches that differ in their tensors alone: pad some of each, or none.",
+        )
 
 
 def _hidden(leaves: Sequence[Any]) -> int:

@@ -17,6 +17,8 @@ from adaround_plugin.errors import InvalidModelError
 from adaround_plugin.files import check_folder
 from adaround_plugin.graph.reparametrized import deep_copy
 from adaround_plugin.hosts.pt2e.host import PAIR
+from adaround_plugin.hosts.pt2e.layer_options import layer_names
+from adaround_plugin.hosts.pt2e.nodes import LEFT_IN_FLOAT, described, is_torchao_observer
 from adaround_plugin.report import Report, get_report
 from adaround_plugin.sequential.inputs import BlockCall, first_calls
 from adaround_plugin.sequential.programs import PairedBlock, exported
@@ -36,16 +38,21 @@ class LearnedBlock:
     Attributes:
         name: qualified name in the model.
         paired: the float block in float32, as it was exported.
-        program: what `adaround` returned for it.
+        program: what `adaround` returned for it; None where the quantizer leaves all of it in float.
+        layers: name and kind of its layers in such a program.
     """
 
     name: str
     paired: PairedBlock
-    program: fx.GraphModule
+    program: fx.GraphModule | None
+    layers: tuple[tuple[str, str], ...] = ()
 
     @property
     def report(self) -> Report:
         """The report, with the layers' names in the model."""
+        if self.program is None:
+            skipped = [(self.outside(name), kind, LEFT_IN_FLOAT) for name, kind in self.layers]
+            return Report(method="", solver="", recipe="", layers=[], skipped=skipped)
         report = get_report(self.program)
         return replace(
             report,
@@ -119,8 +126,14 @@ def learned_blocks(
         paired = _paired(name, block, calls[0], weights)
         data = [_data(call, *pair) for call, pair in zip(calls, pairs, strict=True)]
         program = exported(paired, [((), batch) for batch in _one_of_each_shape(data)], name)
-        prepared = prepare_pt2e(program, quantizer_of(name, program))
+        layers = tuple(dict.fromkeys((layer, described(node, layer)) for node, layer in layer_names(program).items()))
+        prepared = prepare_pt2e(program, quantizer_of(name, program)) if layers else program
         assert isinstance(prepared, fx.GraphModule)
+        if not any(map(is_torchao_observer, prepared.modules())):
+            with torch.no_grad():
+                pairs = [(paired(**batch), paired(**{**batch, "hidden": batch["other"]})) for batch in data]
+            yield LearnedBlock(name, paired, None, layers)
+            continue
         with torch.no_grad():
             prepared(**data[0])  # weight observers see their weights
         prepared.meta[PAIR] = "hidden", "other"
@@ -134,14 +147,21 @@ def learned_blocks(
 
 
 def together(reports: list[Report]) -> Report:
-    """What was done to all blocks, in one report: the error is that of the last one's output, of both streams."""
+    """What was done to all blocks, in one report: the error is that of the output of the last one that was learned.
+
+    Raises:
+        InvalidModelError: none was.
+    """
+    learned = [report for report in reports if report.layers]
+    if not learned:
+        raise InvalidModelError("blocks", "have no layer that is quantized", "Check the quantizer's configuration.")
     return replace(
-        reports[-1],
+        learned[-1],
         layers=[layer for report in reports for layer in report.layers],
         skipped=[entry for report in reports for entry in report.skipped],
         weights={name: digest for report in reports for name, digest in report.weights.items()},
         recalled=sum(report.recalled for report in reports),
-        seconds={phase: sum(report.seconds.get(phase, 0.0) for report in reports) for phase in reports[-1].seconds},
+        seconds={phase: sum(report.seconds.get(phase, 0.0) for report in reports) for phase in learned[-1].seconds},
     )
 
 

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError
 from adaround_plugin.sequential.stored import FLOATS, Entry, located, named_tensors
 
-__all__ = ["StoredWeights", "empty_weights", "is_empty", "stored_weights"]
+__all__ = ["StoredWeights", "empty_weights", "is_empty", "like", "put", "stored_weights"]
 
 _META = torch.device("meta")
 
@@ -98,8 +98,8 @@ class StoredWeights:
                     if id(former[inside]) not in made:
                         value = handle.get_tensor(self.entries[start + inside].name)
                         kind = (dtype or self.dtype) if value.is_floating_point() else None
-                        made[id(former[inside])] = _like(former[inside], value.to(self.device, kind, copy=own))
-        _put(root, {inside: made[id(tensor)] for inside, tensor in former.items()})
+                        made[id(former[inside])] = like(former[inside], value.to(self.device, kind, copy=own))
+        put(root, {inside: made[id(tensor)] for inside, tensor in former.items()})
         return former
 
     def lend(self, model: nn.Module, blocks: str, names: Iterable[str]) -> list[RemovableHandle]:
@@ -137,7 +137,7 @@ class _Loan:
         self.former = self.weights.fill(module, self.name, without=self.without, own=False)
 
     def behind(self, module: nn.Module, _: Any, __: Any) -> None:
-        _put(module, self.former)
+        put(module, self.former)
         self.former = {}
 
 
@@ -177,11 +177,13 @@ def stored_weights(
     return StoredWeights(located(model, path, option), next(real, torch.device("cpu")), dtype)
 
 
-def _like(former: Tensor, value: Tensor) -> Tensor:
+def like(former: Tensor, value: Tensor) -> Tensor:
+    """A value as a parameter, where the former one was."""
     return nn.Parameter(value, former.requires_grad) if isinstance(former, nn.Parameter) else value
 
 
-def _put(root: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def put(root: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a module other tensors, by their names in it."""
     for name, tensor in tensors.items():
         parent, _, leaf = name.rpartition(".")
         setattr(root.get_submodule(parent), leaf, tensor)

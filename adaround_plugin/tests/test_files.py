@@ -49,6 +49,22 @@ def test_content_is_on_the_disk_before_it_has_its_name_and_the_name_after(
     assert seen == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
 
+def test_of_two_who_write_at_once_each_writes_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, sync, seen = tmp_path / "file", os.fsync, []
+
+    def fsync(number: int) -> None:
+        monkeypatch.setattr(os, "fsync", sync)
+        write_whole(path, b"what another process writes")
+        seen.append(path.read_bytes())
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_whole(path, b"first")
+    assert seen == [b"what another process writes"]
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_what_cannot_take_its_name_is_removed(tmp_path: Path) -> None:
     (tmp_path / "folder" / "full").mkdir(parents=True)
     with pytest.raises(OSError, match="folder"):

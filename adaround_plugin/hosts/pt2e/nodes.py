@@ -18,7 +18,9 @@ from adaround_plugin.hosts.base import Skipped
 from adaround_plugin.hosts.finder import UNUSED, Bias, Finder, Setter, Use
 from adaround_plugin.rounding.result import LayerRounding
 
-__all__ = ["PT2EFinder", "innermost_module", "is_torchao_observer", "parameter_node"]
+__all__ = ["LEFT_IN_FLOAT", "PT2EFinder", "described", "innermost_module", "is_torchao_observer", "parameter_node"]
+
+LEFT_IN_FLOAT = "left in float by the quantizer"
 
 _EMBEDDINGS = {"embedding", "embedding_bag"}
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
@@ -35,6 +37,12 @@ def innermost_module(node: fx.Node) -> tuple[str, str]:
     stack = node.meta.get("nn_module_stack") or {"": ("", "")}
     path, kind = list(stack.values())[-1]
     return path, kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def described(node: fx.Node, name: str) -> str:
+    """What a layer of this name is that makes a call: the type of the module, or else the operator."""
+    path, module = innermost_module(node)
+    return module.rpartition(".")[2] if path == name else f"aten.{operator_name(node)[0]}"
 
 
 def parameter_node(graph: fx.GraphModule, node: Any) -> tuple[fx.Node | None, list[fx.Node]]:
@@ -64,18 +72,16 @@ class PT2EFinder(Finder):
             yield from self._unsupported(node)
 
     def describe(self, node: fx.Node, parameter: str | None) -> tuple[str, str]:
-        kind = f"aten.{operator_name(node)[0]}"
         if parameter is None:
-            return origin(node), kind
+            return origin(node), f"aten.{operator_name(node)[0]}"
         name = parameter.removesuffix(".weight")
-        path, module = innermost_module(node)
-        return name, module.rpartition(".")[2] if path == name else kind
+        return name, described(node, name)
 
     def why_float(self, parameter: str, observer: nn.Module | None, counterpart: fx.Node | None) -> str | None:
         if counterpart is None:
             return UNUSED
         if observer is None or not _is_unpacked(argument(counterpart, 1, "weight")):
-            return "left in float by the quantizer"
+            return LEFT_IN_FLOAT
         if not isinstance(observer, ObserverBase | FakeQuantizeBase) or not hasattr(observer, "qscheme"):
             return f"its observer {type(observer).__name__} has no per-tensor or per-channel scale"
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError, MissingDependencyError
 from adaround_plugin.graph.arguments import attribute
@@ -156,6 +156,16 @@ class AdaRoundGroupObserver(AdaRoundObserver):
         super().__init__(**kwargs)
         check_integer("group_size", group_size, least=1)
         self.group_size = group_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Remember the weight and pass it on."""
+        if x.dim() != 2:
+            raise InvalidOptionError(
+                "group_size",
+                f"a weight of shape {tuple(x.shape)} is no matrix",
+                "Give convolutions a specification without groups, as AdaRoundWeightOnlyQuantizer does.",
+            )
+        return super().forward(x)
 
     def convert(self, model: fx.GraphModule, observer_node: fx.Node) -> None:
         """Called by `convert_pt2e`."""
