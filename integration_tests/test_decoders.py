@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
 from adaround_plugin.hosts.pt2e.host import PAIR
 from adaround_plugin.inc import AdaRoundConfig
 from adaround_plugin.sequential.blocks import adaround_blocks
+from adaround_plugin.sequential.learning import learned_blocks
 from adaround_plugin.sequential.programs import PairedBlock, exported
 from integration_tests.benchmarks import decoder
 from integration_tests.benchmarks.llama import llama
@@ -169,6 +172,18 @@ def test_each_stream_of_a_pair_takes_its_own_hidden_states() -> None:
         torch.testing.assert_close(exact, block(batch["hidden"]))
         torch.testing.assert_close(quantized, block(batch["other"]), atol=0.02, rtol=0)
         assert float((exact - quantized).abs().max()) > 0.1
+
+
+def test_nothing_of_a_block_stays_behind() -> None:
+    """Exports of torch leave the weights that they traced in its globals."""
+    kept: list[weakref.ref[Any]] = []
+    data = [{"input_ids": ids(4, 12)}]
+    for block in learned_blocks(llama(blocks=2), data, "model.layers", lambda *_: QUANTIZER, **OPTIONS):
+        kept += [weakref.ref(parameter) for parameter in (*block.paired.parameters(), *block.program.parameters())]
+        del block
+    gc.collect()
+    assert len(kept) > 20
+    assert not [one for one in kept if one() is not None]
 
 
 def test_a_block_makes_up_for_the_errors_of_those_before_it() -> None:

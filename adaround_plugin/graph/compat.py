@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
@@ -27,6 +29,7 @@ __all__ = [
     "Normalization",
     "convert_to_decomposed_fx",
     "export_inputs",
+    "exports_forgotten",
     "flatten_inputs",
     "forget_models",
     "guards_of",
@@ -69,6 +72,28 @@ def tree_names(structure: Any) -> list[str]:
     """Where each leaf of a nested input stands in it, as Python indexes it."""
     numbered = tree_unflatten(range(structure.num_leaves), structure)
     return [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(numbered)[0]]
+
+
+@contextmanager
+def exports_forgotten() -> Iterator[None]:
+    """Exports with `strict` inside leave nothing in memory.
+
+    torch puts what it traced, with all weights, into the globals of the module that it traces through, and leaves it
+    there (seen in 2.13).
+    """
+    before = set(_exporting())
+    try:
+        yield
+    finally:
+        scope = _exporting()
+        for name in [name for name in scope if name.startswith("__compiled_fn") and name not in before]:
+            del scope[name]
+
+
+def _exporting() -> dict[str, Any]:
+    """The globals of torch's module of strict exports; empty where it was not imported."""
+    module = sys.modules.get("torch._dynamo.functional_export")
+    return {} if module is None else vars(module)
 
 
 class MoveListener(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from adaround_plugin.errors import InvalidModelError, is_out_of_memory
-from adaround_plugin.graph.compat import tree_unflatten
+from adaround_plugin.graph.compat import exports_forgotten, tree_unflatten
 
 __all__ = ["Call", "PairedBlock", "exported", "without_cache"]
 
@@ -59,7 +59,7 @@ def exported(model: nn.Module, calls: Sequence[Call], name: str = "model") -> fx
     for other in others:
         shapes.add(*other)
     try:
-        with without_cache(model):
+        with without_cache(model), exports_forgotten():
             # without strict, functional calls inside modules are lost
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=True).module()
     except Exception as error:

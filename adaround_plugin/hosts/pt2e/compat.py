@@ -7,6 +7,8 @@ from torchao.quantization.pt2e.prepare import _create_obs_or_fq_from_qspec
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec
 from torchao.utils import _assert_and_get_unique_device
 
+from adaround_plugin.graph import compat
+
 __all__ = ["annotate_inputs", "forget_models", "new_observer"]
 
 
@@ -16,8 +18,9 @@ def annotate_inputs(node: fx.Node, specs: dict[fx.Node, QuantizationSpec]) -> No
 
 
 def forget_models() -> None:
-    """Let torchao's conversion, which remembers the device of each model, keep none of them in memory."""
+    """Let torchao's steps, which remember the device of each model there and in torch.ao, keep none of them in memory."""
     _assert_and_get_unique_device.cache_clear()
+    compat.forget_models()
 
 
 def new_observer(spec: QuantizationSpec) -> nn.Module:
