@@ -112,11 +112,11 @@ def adaround(
         `get_report` reads what was done.
 
     Raises:
-        InvalidOptionError: an option is out of range, an entry of `exclude`, the name of a block or of the token mask
-            matches nothing, blocks share a layer or have no single end, a solver's answer is none, integer biases are
-            asked for where there can be none, or with finetuning; the checkpoint is of another run, or the processes of
-            a group have other models or options, which the error names; there are several processes, and no group is
-            given; or there is no room on the disk for what is beyond the memory budget.
+        InvalidOptionError: torch is in inference mode, an option is out of range, an entry of `exclude`, the name of a
+            block or of the token mask matches nothing, blocks share a layer or have no single end, a solver's answer is
+            none, integer biases are asked for where there can be none, or with finetuning; the checkpoint is of another
+            run, or the processes of a group have other models or options, which the error names; there are several
+            processes, and no group is given; or there is no room on the disk for what is beyond the memory budget.
         InvalidModelError: not prepared, not calibrated, in train mode, not float32, nothing to quantize, or not what
             `float_model` computes; or a file of the checkpoint was changed.
         InvalidBatchError: no batches, one that does not fit the model or lies on another device, one that is another
@@ -125,6 +125,10 @@ def adaround(
         ProcessError: another process of the group failed, or is gone.
     """
     start = time.perf_counter()
+    if torch.is_inference_mode_enabled():
+        raise InvalidOptionError(
+            "adaround", "is called in torch.inference_mode(), which takes no derivatives", "Call it outside."
+        )
     check_seed("seed", seed)
     for name, flag in {"progress": progress, "inplace": inplace, "integer_biases": integer_biases}.items():
         check_bool(name, flag)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
 
     The content is on the disk before the name is, so that a machine without power keeps one or the other.
     """
-    # of this writer alone: processes of several machines may have one number
+    # of this writer alone: processes of several machines may have one number; `is_unfinished` knows the name
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         with unfinished.open("wb") as file:
@@ -75,6 +76,11 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         unfinished.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether `write_whole` left a file of this name, because its process was killed."""
+    return re.search(r"\.\d+\.[0-9a-f]{8}$", name) is not None
 
 
 def _sync_folder(folder: Path) -> None:

@@ -229,7 +229,7 @@ FAULTS: Final = (
     Fault(
         "the seed does not move the positions that are used",
         "regions/calibration.py",
-        "offset = ((entry + self.seed) * _GOLDEN).frac()[index]",
+        "offset = ((entry + self.seed % _SEEDS) * _GOLDEN).frac()[index]",
         "offset = (entry * _GOLDEN).frac()[index]",
         (f"{_UNIT}test_calibration.py",),
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +24,7 @@ from adaround_plugin import (
     adaround,
     get_report,
 )
+from adaround_plugin.files import write_whole
 from adaround_plugin.graph.fingerprint import fingerprint
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning import checkpoint as checkpoints
@@ -255,14 +257,24 @@ def test_a_changed_decision_is_refused_and_a_missing_one_made_again(tmp_path: Pa
     assert get_report(again).recalled == len(list(tmp_path.iterdir())) - 2
 
 
+def unfinished(path: Path) -> Path:
+    """Where a process that is killed while it writes a file leaves what it has."""
+    seen: list[Path] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda _: seen.extend(path.parent.glob(f"{path.name}.*")))
+        write_whole(path, b"content")
+    path.unlink()
+    return seen[0]
+
+
 def test_what_a_killed_process_left_of_a_file_is_no_obstacle_and_goes(tmp_path: Path) -> None:
     prepared = _prepared("fx")
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / "run.safetensors.17").write_bytes(b"half")
+    unfinished(folder / "run.safetensors").write_bytes(b"half")
     expected = look(learned(prepared, folder, method=QUICK))
     path = next(folder.glob("layer-b-*"))
-    path.rename(path.with_name(f"{path.name}.17"))
+    unfinished(path).write_bytes(b"half")
     assert look(learned(prepared, folder, method=QUICK)) == expected
     assert [left.name for left in folder.glob("layer-b-*")] == [path.name]
 

@@ -460,3 +460,41 @@ def test_the_same_call_gives_the_same_integers():
         learned = adaround(prepared, batches, FISHER, progress=False)
         texts.add(str([layer.learned_error for layer in get_report(learned).layers]))
     assert len(texts) == 1
+
+
+class TokensFirst(nn.Module):
+    """A layer whose input is (tokens, samples, channels)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.inside(x.transpose(0, 1))).mean(0))
+
+
+@pytest.mark.parametrize("size", [16, 5])
+def test_columns_of_pieces_are_not_taken_for_those_of_the_whole(monkeypatch, size):
+    """Where the leading axis is not that of the samples, a piece of a batch has other columns than the batch."""
+    monkeypatch.setattr("adaround_plugin.learning.columns.piece_size", lambda *_: size)
+    batches = list(torch.randn(32, 7, 6, generator=torch.Generator().manual_seed(0)).split(16))
+    report = get_report(adaround(prepared_fx(TokensFirst(), batches), batches, FISHER, progress=False))
+    notes = {layer.name: layer.note for layer in report.layers}
+    assert ("leading axis" in notes["inside"]) == (size == 5)
+    assert "alike" not in notes["head"]
+
+
+@pytest.mark.parametrize("make", [prepared_fx, prepared_pt2e])
+def test_excluded_layers_are_not_differentiated(make, monkeypatch):
+    seen = set()
+    build = OutputMoment.__init__
+
+    def counted(self, groups, rows, *args):
+        seen.add(rows)
+        build(self, groups, rows, *args)
+
+    monkeypatch.setattr(OutputMoment, "__init__", counted)
+    batches = list(torch.randn(32, 7, 6, generator=torch.Generator().manual_seed(0)).split(8))
+    method = replace(FISHER, output_hessian=True)
+    adaround(make(TokensFirst(), batches), batches, method, exclude=["inside"], progress=False)
+    assert seen == {3}

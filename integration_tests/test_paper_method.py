@@ -17,6 +17,7 @@ from adaround_plugin.paper.variants import Sigmoid, StraightThrough, Temperature
 from adaround_plugin.report import Report
 from adaround_plugin.rounding.schemes import up_or_down
 from adaround_plugin.solvers import Annealing
+from integration_tests import models
 from integration_tests.pairs import pairwise
 from integration_tests.region_models import Net, Twice, ZeroPadded, prepared, samples
 
@@ -52,6 +53,13 @@ def test_it_is_better_than_nearest_in_every_host(host, activation):
     # as Paper does, judged on all samples; measured: 0.1 to 0.5 of nearest's error
     nearest = report(host, method=LayerWise(solver="nearest", holdout=0))
     assert relaxed < 0.6 * nearest.output_error
+
+
+def test_a_layer_that_is_called_behind_itself_is_learned_before_its_activation_function():
+    _, net, data = models.prepared_net("TiedRecursive")
+    found = get_report(adaround(net, data, replace(FAST, iterations=5, activation=False), progress=False))
+    assert any(block.iterations for block in found.blocks)
+    assert found.output_error <= found.nearest_output_error
 
 
 def test_the_loss_is_taken_behind_the_activation_function_or_before_it():

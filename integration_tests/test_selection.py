@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from adaround_plugin import BlockWise, adaround, get_report
+from adaround_plugin import BlockWise, Finetune, adaround, get_report
 from adaround_plugin.graph.ends import ends_of
 from adaround_plugin.graph.selection import chosen_rows, computed
 from adaround_plugin.graph.streams import Stream
@@ -262,6 +262,16 @@ def test_layers_behind_learn_from_the_quantized_network_alone(
     assert 0 < report.output_error <= report.nearest_output_error
     # all but the first layers have inputs that differ, if they are pairs
     assert sum(distance == 0 for distance in apart.values()) >= len(chosen) - len(nothing)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("method", ["default", "blocks"])
+def test_an_expert_that_nothing_reached_keeps_its_bias(host: str, method: str) -> None:
+    """Finetuning takes steps in proportion to what a layer gives, which is nothing there."""
+    chosen = BlockWise(layers=QUICK, iterations=20) if method == "blocks" else QUICK
+    learned = adaround(case(host, Idle), CASES[Idle][0], chosen, finetune=Finetune(iterations=5), progress=False)
+    assert all(value.isfinite().all() for value in learned.state_dict().values() if value.is_floating_point())
+    assert "learned" in get_report(learned).finetuning.note
 
 
 @pytest.mark.parametrize("host", HOSTS)

@@ -189,6 +189,28 @@ def test_a_default_device_changes_nothing(host, method, data):
             assert torch.equal(value, wanted)
 
 
+def test_a_default_dtype_changes_nothing(data):
+    """In FX torch's own conversion makes other scales of activations."""
+    prepared = PREPARE["pt2e"](Residual(), data)
+    method = LayerWise(column_weighting="fisher", output_hessian=True)
+    expected = adaround(prepared, data, method, progress=False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = adaround(prepared, data, method, progress=False)
+    finally:
+        torch.set_default_dtype(before)
+    assert not [layer.note for layer in get_report(found).layers if "derivative" in layer.note]
+    for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_inference_mode_is_refused(data):
+    prepared = PREPARE["fx"](Residual(), data)
+    with torch.inference_mode(), pytest.raises(InvalidOptionError, match=r"inference_mode.*Call it outside"):
+        adaround(prepared, data, progress=False)
+
+
 # --- errors that are others'
 
 

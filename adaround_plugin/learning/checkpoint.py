@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adaround_plugin.digests import digest
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError
+from adaround_plugin.files import is_unfinished
 from adaround_plugin.graph.fingerprint import differing, fingerprint
 from adaround_plugin.hosts.base import Host
 from adaround_plugin.learning.decisions import decode, encode
@@ -30,8 +31,6 @@ T = TypeVar("T")
 
 _RUN, _DECISION, _VERSION = "adaround_plugin run", "adaround_plugin decision", 1
 _RUN_FILE, _ENDING = "run.safetensors", ".safetensors"
-# what a process that was killed leaves of a file that it was writing
-_UNFINISHED = re.compile(r".*\.safetensors\.\d+")
 _OTHER_FOLDER = "Pass another folder, or what was passed when it was made."
 _DELETE = "Delete it: what it held is decided again."
 # so many letters of a name stand in that of a file, and so many names in an error
@@ -92,7 +91,7 @@ class FolderCheckpoint(Checkpoint):
                 )
             return
         folder.mkdir(parents=True, exist_ok=True)
-        if any(not _UNFINISHED.fullmatch(path.name) for path in folder.iterdir()):
+        if any(not is_unfinished(path.name) for path in folder.iterdir()):
             raise InvalidOptionError("checkpoint", f"{str(folder)!r} holds other files", "Pass an empty folder.")
         write_tensors(known, _RUN, _VERSION, {}, identity)
 
@@ -121,7 +120,7 @@ class FolderCheckpoint(Checkpoint):
         value = encode(made, tensors)
         write_tensors(path, _DECISION, _VERSION, tensors, {**key, "value": value})
         for left in self._folder.iterdir():
-            if _UNFINISHED.fullmatch(left.name) and left.name.startswith(path.name):
+            if is_unfinished(left.name) and left.name.startswith(path.name):
                 left.unlink(missing_ok=True)
         return made
 

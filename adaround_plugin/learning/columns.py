@@ -204,6 +204,10 @@ class Columns:
         self._chosen_rows = chosen_rows(run.streams[1])
         # by call site, for each batch the importance of its columns
         self._importance: dict[fx.Node, list[Tensor]] = {}
+        # by call site, for each batch the length of the input's leading axis, as its pieces had it
+        self._lengths: dict[fx.Node, list[int]] = {}
+        # by layer, why its columns are not weighed by their importance, where there is one
+        self._unweighed: dict[str, str] = {}
         self._known: dict[tuple[int, int, tuple[int | str, ...]], _Chosen] = {}
         self.outputs: dict[str, Tensor] = {}
         if not decided and (weighting == "fisher" or with_outputs):
@@ -212,7 +216,7 @@ class Columns:
 
     def _differentiate(self, weighs: bool, with_outputs: bool) -> None:
         """Find how much each column matters, and how the outputs of each layer do together."""
-        run, nodes = self._run, self._run.host.nodes
+        run, nodes = self._run, self._run.nodes
         outputs: dict[fx.Node, OutputMoment] | None = {} if with_outputs else None
         largest = run.sampling.largest
         size = run.sampling.size[largest]
@@ -236,7 +240,9 @@ class Columns:
         for node in (node for node in nodes if node.name in everywhere):
             sites = sites_of[node.name]
             if weighs and self.is_paired(node):
-                self._importance |= _relative([{site: one.pop(site) for site in sites} for one in found], run.sampling)
+                of_node = [{site: one.pop(site) for site in sites} for one in found]
+                self._lengths |= {site: [one[site].length for one in of_node] for site in sites}
+                self._importance |= _relative(of_node, run.sampling)
             if outputs is not None and sites[0] in outputs:
                 moment = outputs.pop(sites[0])
                 for site in sites[1:]:
@@ -268,6 +274,11 @@ class Columns:
             x_float = exact_stream.value(input_of(site.float_node), values[0])
             exact = self._float_columns(node, site, batch, x_float, index, position)
         weight = None
+        if site.float_node in self._importance and self._lengths[site.float_node][batch] != patches.samples:
+            # of a batch that was taken in pieces, these have other columns than the whole
+            self._unweighed[node.name] = "the leading axis of its input is not that of the samples"
+            for one in node.sites:
+                del self._importance[one.float_node]
         if site.float_node in self._importance:
             weight = self._importance[site.float_node][batch][:, chosen.order] + _EVEN_WEIGHT
         into.add(_Gathered(exact, quantized, chosen, patches.samples, weight))
@@ -300,18 +311,22 @@ class Columns:
                 shared.keep(site.float_node, batch, found)
         return found
 
-    def forget(self, node: WeightedNode) -> bool:
-        """Free what was kept for a layer; whether its columns were weighed by their importance."""
+    def forget(self, node: WeightedNode) -> str | None:
+        """Free what was kept for a layer; why its columns were not weighed by their importance, if they were not."""
         self.outputs.pop(node.name, None)
         found = [self._importance.pop(site.float_node, None) for site in node.sites]
-        return all(one is not None for one in found)
+        if all(one is not None for one in found):
+            return None
+        return self._unweighed.get(node.name, "the network's output has no finite derivative by this layer's output")
 
 
 def _joined(parts: list[dict[fx.Node, Sensitivity]]) -> dict[fx.Node, Sensitivity]:
     """What was found for the pieces of a batch, at the sites that were reached in all of them."""
     return {
         site: Sensitivity(
-            joined([part[site].columns for part in parts]), torch.cat([part[site].samples for part in parts])
+            joined([part[site].columns for part in parts]),
+            torch.cat([part[site].samples for part in parts]),
+            sum(part[site].length for part in parts),
         )
         for site in parts[0]
         if all(site in part for part in parts)

@@ -292,7 +292,7 @@ class PendingLayers:
                 else layer.nearest()
             )
             rounding = run.set_rounding(node, rounding)
-        weighed = self._columns.forget(node)
+        unweighed = self._columns.forget(node)
         if run.shared is not None:
             run.shared.grids.setdefault(node.name, rounding.grid)
         notes = [] if layer.moments.count else ["no learning sample reached this layer"]
@@ -301,8 +301,8 @@ class PendingLayers:
             notes += further
         if not self._columns.is_paired(node):
             notes.append("learned from the quantized network's input alone: the network itself chooses its rows")
-        elif self.recipe.column_weighting == "fisher" and not weighed:
-            notes.append("columns weighed alike: the network's output has no finite derivative by this layer's output")
+        elif self.recipe.column_weighting == "fisher" and unweighed is not None:
+            notes.append(f"columns weighed alike: {unweighed}")
         _, coupled, _ = shape_of_coupled(*node.op.rows(node.weight).shape)
         if self.recipe.output_hessian and outputs is None and coupled > 1:
             notes.append("rows apart: the network's output has no finite derivative by this layer's output")

@@ -180,7 +180,8 @@ class _Trials:
         first, *others = tried
         second = max(others, key=lambda one: one.margin(first), default=first)
         others_left = self._total >= 2 * len(first.errors[0].samples)
-        if others and others_left and abs(second.margin(first)) < _SURE * second.deviation(first):
+        doubtful = bool(others and others_left and abs(second.margin(first)) < _SURE * second.deviation(first))
+        if self._processes.shared("whether trials are in doubt", doubtful):
             again = self._errors([first.recipe, second.recipe], offset=0.0)
             first.errors.append(again[0])
             second.errors.append(again[1])
@@ -202,7 +203,7 @@ class _Trials:
         ]
         always = [one for one in recipes if one not in against]
         errors = self._errors(always)
-        if self._shared.least_share < _MASSIVE:
+        if self._processes.shared("whether activations are massive", self._shared.least_share < _MASSIVE):
             always, errors = always + against, errors + self._errors(against)
         return [_Tried(recipe, [error], self._total) for recipe, error in zip(always, errors, strict=True)]
 

@@ -20,6 +20,8 @@ from adaround_plugin.rounding.linear_op import Patches
 __all__ = ["Sampling"]
 
 _GOLDEN = 0.6180339887498949
+# seeds that choose other columns
+_SEEDS = 2**20
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ class Sampling:
         count = (((entry + 1) * share + 1e-6).floor() - (entry * share + 1e-6).floor()).long()
         index = torch.repeat_interleave(torch.arange(length, device=device), count)
         rank = torch.arange(index.numel(), device=device) - (count.cumsum(0) - count)[index]
-        offset = ((entry + self.seed) * _GOLDEN).frac()[index]
+        # whatever the seed, a number whose products have digits behind the point
+        offset = ((entry + self.seed % _SEEDS) * _GOLDEN).frac()[index]
         position = ((rank + offset) * positions / count[index]).long().clamp_max(positions - 1)
         if counts is None:
             return index, position

@@ -144,6 +144,8 @@ class Forward:
         self._quantizer = {node: i for i, one in enumerate(self.quantizers) for node in one.nodes}
         self._clamps = {clamp for one in self.quantizers for clamp in one.clamps}
         self._inner = {end.quantized_node for end in exits if end.inner}
+        # exits that others on the way read, too
+        self._passed = {node for node in self._inner if not inside.isdisjoint(node.users)}
         self._index = {node.name: i for i, node in enumerate(self.nodes)}
         names = {node.name for at, (node, _) in self._sites.items() if at in inside}
         self._fixed = {
@@ -186,7 +188,7 @@ class Forward:
             weights, corrections: of `nodes`, and of their biases.
             generator: for dropping quantization; None drops nothing.
             scale_factors: of the scales of `quantizers`; None for the scales as they are.
-            squares: takes the mean square of every weighted operator's output.
+            squares: takes the mean square of every weighted operator's output that has entries.
             mask: `(samples, tokens)`, which tokens count there, or None.
         """
         values: Values = dict(zip(self.entries, entries, strict=True))
@@ -198,24 +200,29 @@ class Forward:
                 if given is None:
                     index = self._index[weighted.name]
                     given = weights[index], corrections[index]
-                output = self._weighted(node, values, *given)
+                output = self._weighted(node, values, *given, inner=node in self._inner)
                 (inner if node in self._inner else values)[node] = output
+                if node in self._passed:
+                    values[node] = self._weighted(node, values, *given, inner=False)
                 if squares is not None:
                     counts = counted(mask, output.shape)
                     seen = output if counts is None else output[counts.to(output.device)]
-                    squares.setdefault(weighted.name, []).append(seen.square().mean())
+                    if seen.numel():
+                        squares.setdefault(weighted.name, []).append(seen.square().mean())
             else:
                 values[node] = self._other(node, values, generator, scale_factors)
             for dead in self._path.dead[node]:
                 del values[dead]
         return [(inner if end.inner else values)[end.quantized_node] for end in self._exits]
 
-    def _weighted(self, node: fx.Node, values: Values, weight: Tensor, correction: Tensor | None) -> Any:
-        """The host's float operator on a weight."""
+    def _weighted(
+        self, node: fx.Node, values: Values, weight: Tensor, correction: Tensor | None, *, inner: bool
+    ) -> Any:
+        """The host's float operator on a weight; `inner` before the activation function that is fused to it."""
         call = self._sites[node][1].call
         assert call is not None
         args, kwargs = map_arg(call.arguments(node), values.__getitem__)
-        run = call.inner if node in self._inner else call.whole
+        run = call.inner if inner else call.whole
         return run(args, kwargs, weight, correction)
 
     def _other(

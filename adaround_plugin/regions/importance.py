@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -82,10 +82,21 @@ class Sensitivity:
         columns: `(G, n)`, the squared derivative by each column's outputs, summed over them, and over the groups of one
             output that are put together.
         samples: `(n,)` int64, the number of each column's sample among this process's.
+        length: of the leading axis of the layer's input.
     """
 
     columns: Tensor
     samples: Tensor
+    length: int
+
+
+class _Columns(NamedTuple):
+    """Columns of a layer's input: indices along the leading axis, positions and samples, and that axis' length."""
+
+    rows: Tensor
+    positions: Tensor
+    samples: Tensor
+    length: int
 
 
 class OutputMoment:
@@ -104,7 +115,7 @@ class OutputMoment:
     """
 
     def __init__(self, groups: int, rows: int, samples: int, device: torch.device) -> None:
-        self.sum = torch.zeros(groups, rows, rows, device=device)
+        self.sum = torch.zeros(groups, rows, rows, dtype=torch.float32, device=device)
         self.spread = SampleSpread(groups, rows, samples, device)
 
     def add(self, by_output: Tensor, sample: Tensor) -> None:
@@ -166,7 +177,7 @@ def sensitivities(
     """
     total: dict[fx.Node, Sensitivity] = {}
     # layers of one geometry have their columns in common
-    known: dict[tuple[int, tuple[int | str, ...]], tuple[Tensor, Tensor, Tensor]] = {}
+    known: dict[tuple[int, tuple[int | str, ...]], _Columns] = {}
 
     def watch(site: fx.Node, node: WeightedNode, x: Tensor) -> Callable[[Tensor], None]:
         node.check_input(x, batch)
@@ -174,7 +185,8 @@ def sensitivities(
         key = len(node.sites), patches.geometry
         if key not in known:
             index, position = sampling.columns(batch, patches, len(node.sites))
-            known[key] = index, position, sampling.own_numbers(batch, patches.samples, index.device)[index]
+            numbers = sampling.own_numbers(batch, patches.samples, index.device)[index]
+            known[key] = _Columns(index, position, numbers, patches.samples)
         if outputs is not None and site not in outputs:
             groups, rows, _ = shape_of_coupled(*node.op.rows(node.weight).shape)
             if rows > 1:
@@ -212,15 +224,12 @@ def tempered(totals: Tensor) -> Tensor:
 def _adder(
     site: fx.Node,
     weighted: WeightedNode,
-    columns: tuple[Tensor, Tensor, Tensor],
+    columns: _Columns,
     total: dict[fx.Node, Sensitivity],
     moment: OutputMoment | None,
 ) -> Callable[[Tensor], None]:
-    """What puts the sensitivity to an output into `total`, if there is a derivative by it, and into its moment.
-
-    `columns` are their indices along the leading axis, their positions and the numbers of their samples.
-    """
-    index, position, samples = columns
+    """What puts the sensitivity to an output into `total`, if there is a derivative by it, and into its moment."""
+    index, position, samples, _ = columns
     joined = shape_of_sets(*weighted.op.rows(weighted.weight).shape)
 
     def add(gradient: Tensor) -> None:
@@ -229,7 +238,7 @@ def _adder(
         if joined is not None:
             by_output = put_together(by_output, joined[0])
         square = by_output.square().sum(-1)
-        total[site] = Sensitivity(square.repeat_interleave(groups // len(square), 0), samples)
+        total[site] = Sensitivity(square.repeat_interleave(groups // len(square), 0), samples, columns.length)
         if moment is not None:
             moment.add(_of_one_sum(by_output, square, samples - samples[:1]), samples)
 

@@ -165,7 +165,7 @@ def slopes(
     """
     coordinates = [init.integers.float().requires_grad_() for init in inits]
     found = [torch.zeros_like(q) for q in coordinates]
-    for batch in samples.all(held_out=False):
+    for batch in samples.all(held_out=False, with_gradient=True):
         weights = [init.grid.dequantize(q) for init, q in zip(inits, coordinates, strict=True)]
         square = squared_error(batch, batch.run(weights, [init.correction for init in inits], None))
         if unreached and not (coordinates and square.requires_grad):

@@ -46,8 +46,8 @@ class Samples(Protocol):
     def draw(self, generator: torch.Generator) -> Minibatch:
         """Some learning samples at random, as a step of learning sees them."""
 
-    def all(self, held_out: bool) -> Iterator[Minibatch]:
-        """The learning or the held-out samples, in order."""
+    def all(self, held_out: bool, with_gradient: bool = False) -> Iterator[Minibatch]:
+        """The learning or the held-out samples, in order; with a gradient no more of them at once than a step has."""
 
     def output_scale(self) -> list[float]:
         """Root mean square of the output of each weight's operator."""
@@ -55,7 +55,7 @@ class Samples(Protocol):
 
 def squared_error(batch: Minibatch, outputs: Sequence[Tensor]) -> Tensor:
     """Sum of squared errors at the exits."""
-    total = torch.zeros((), device="cpu")
+    total = torch.zeros((), dtype=torch.float32, device="cpu")
     for i, (target, output) in enumerate(zip(batch.target, outputs, strict=True)):
         square = (output - target).square()
         weighed = square if batch.importance is None else square * batch.importance[i]

@@ -208,8 +208,9 @@ class Region:
         chosen = learning[torch.randperm(len(learning), generator=generator, device="cpu")[:size]]
         return replace(self._taken(chosen, generator), samples=sum(self._drawn) / self.processes.size)
 
-    def all(self, held_out: bool) -> Iterator[Minibatch]:
+    def all(self, held_out: bool, with_gradient: bool = False) -> Iterator[Minibatch]:
         """The learning or the held-out samples, in order, with nothing dropped."""
+        at_once = self._batch_size or (self._drawing.batch_size if with_gradient else _CHUNK)
         if not self.resampled:
             for part, held in zip(self._parts, self._held, strict=True):
                 if (kept := held == held_out).any():
@@ -218,7 +219,7 @@ class Region:
         chosen_of_all = (self._held[0] == held_out).nonzero().flatten()
         if not len(chosen_of_all):
             return
-        for chosen in torch.split(chosen_of_all, self._batch_size or _CHUNK):
+        for chosen in torch.split(chosen_of_all, at_once):
             yield self._taken(chosen, None)
 
     def _taken(self, index: Tensor, generator: torch.Generator | None) -> Minibatch:
@@ -245,7 +246,7 @@ class Region:
         return Minibatch(int(kept.sum()), targets, weighed or None, run)
 
     def output_scale(self) -> list[float]:
-        """Root mean square of the output of each weight's operator, over some samples."""
+        """Root mean square of the output of each weight's operator, over some samples; 0 where none reaches it."""
         index = torch.arange(self._batch_size or min(_CHUNK, len(self._held[0])), device="cpu")
         part = self._parts[0].gathered(index) if self.resampled else self._parts[0]
         mask, masks = None, self._sampling.masks
@@ -255,7 +256,8 @@ class Region:
         with torch.no_grad():
             weights, none = [node.weight for node in self.nodes], [None] * len(self.nodes)
             self._forward(part.entries, weights, none, squares=squares, mask=mask)
-        scales = [torch.stack(squares[node.name]).mean().sqrt() for node in self.nodes]
+        nothing = [torch.zeros((), device="cpu")]
+        scales = [torch.stack(squares.get(node.name, nothing)).mean().sqrt() for node in self.nodes]
         return [float(scale) for scale in self.processes.averaged("the outputs of a region", scales)]
 
 
@@ -272,7 +274,7 @@ def _tempering(importance: list[list[Tensor]], sampling: Sampling) -> list[list[
         [sampling.first[batch] + sampling.samples(batch, one.shape[0], one.device) for one in of_batch]
         for batch, of_batch in enumerate(importance)
     ]
-    totals = torch.zeros(sampling.total, device=importance[0][0].device)
+    totals = torch.zeros(sampling.total, dtype=torch.float32, device=importance[0][0].device)
     for weights, numbers in zip(importance, samples, strict=True):
         for one, number in zip(weights, numbers, strict=True):
             totals.index_add_(0, number.to(totals.device), _sums(one).to(totals))

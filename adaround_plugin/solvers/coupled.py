@@ -120,7 +120,7 @@ def solve_coupled(
         return _Point(q, error, pulled, ((sides @ error) * pulled).sum((1, 2)))
 
     feedback = _feedback(sides, parts)
-    found, error = start.clone(), torch.zeros(start.shape, device=start.device)
+    found, error = start.clone(), torch.zeros(start.shape, dtype=torch.float32, device=start.device)
     for part in parts:
         found[:, part] = solved(part, -feedback[:, part] @ error)
         error[:, part] = errors(found[:, part], part)

@@ -225,7 +225,11 @@ def test_positions_of_images_are_numbered_through_rows(samples, height, width):
     assert sorted(zip(index.tolist(), position.tolist(), strict=True)) == expected
 
 
-@given(splits, st.integers(1, 40), st.integers(1, 100), st.integers(1, 3), st.integers(1, 4), st.integers(0, 1000))
+# all that `check_seed` takes
+seeds = st.integers(-(2**62), 2**62)
+
+
+@given(splits, st.integers(1, 40), st.integers(1, 100), st.integers(1, 3), st.integers(1, 4), seeds)
 def test_the_cap_is_kept_and_used(sizes, positions, cap, sites, fold, seed):
     samples = sum(sizes)
     found = chosen(sampling(sizes, max_columns=cap, seed=seed), positions, sites, fold)
@@ -269,6 +273,13 @@ def test_the_seed_moves_the_positions():
     first, second = (chosen(sampling([20], max_columns=60, seed=seed), positions=64) for seed in (0, 1))
     assert first != second
     assert [entry for entry, _ in first] == [entry for entry, _ in second]
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**61 + 12345])
+def test_samples_have_other_positions_than_their_neighbours_whatever_the_seed(seed):
+    found = chosen(sampling([20], max_columns=60, seed=seed), positions=64)
+    by_sample = {entry: frozenset(p for e, p in found if e == entry) for entry, _ in found}
+    assert len(set(by_sample.values())) > 10
 
 
 @given(splits, st.floats(0.01, 0.5), st.integers(1, 5))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.files import check_path, write_whole
+from adaround_plugin.files import check_path, is_unfinished, write_whole
 
 
 def test_a_file_is_written_or_replaced(tmp_path: Path) -> None:
@@ -47,6 +47,18 @@ def test_content_is_on_the_disk_before_it_has_its_name_and_the_name_after(
     monkeypatch.setattr(os, "fsync", fsync)
     write_whole(path, b"content")
     assert seen == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+
+
+def test_what_a_killed_process_leaves_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def fsync(number: int) -> None:
+        seen.extend(path.name for path in tmp_path.iterdir())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_whole(tmp_path / "layer.safetensors", b"content")
+    assert [is_unfinished(name) for name in seen] == [True, False]
+    assert not is_unfinished("layer.v2.safetensors")
 
 
 def test_of_two_who_write_at_once_each_writes_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ def annotate_inputs(node: fx.Node, specs: dict[fx.Node, QuantizationSpec]) -> No
 
 
 def forget_models() -> None:
-    """Let torchao's steps, which remember the device of each model there and in torch.ao, keep none of them in memory."""
+    """Let torchao's steps, which remember the device of each model, there and in torch.ao, keep none in memory."""
     _assert_and_get_unique_device.cache_clear()
     compat.forget_models()
 
