@@ -55,6 +55,36 @@ def batches():
     generator = torch.Generator().manual_seed(0)
     return [torch.rand(8, 3, 6, 6, generator=generator) for _ in range(3)]
 
+def one_tensor():
+    return torch.rand(8, 3, 6, 6)
+
+def labelled():
+    return [(torch.rand(8, 3, 6, 6), torch.zeros(8))]
+
+def wide():
+    return [torch.rand(8, 3, 6, 6), torch.rand(8, 3, 7, 7)]
+
+def singles():
+    return [torch.rand(1, 3, 6, 6), *batches()]
+
+class Halves(nn.Module):
+    # the bias of one is computed, so that it cannot be analyzed
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.weight = nn.Linear(4, 3), nn.Parameter(torch.randn(3, 4))
+        self.bias = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return self.a(x) + nn.functional.linear(x, self.weight, self.bias * 2)
+
+def halves():
+    return Halves()
+
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(32, 4, generator=generator)]
+
 def named():
     generator = torch.Generator().manual_seed(0)
     return [{name: torch.rand(n, size, generator=generator) for name, size in (("x", 4), ("shift", 3))} for n in (6, 5)]
@@ -105,6 +135,23 @@ def test_demo_shows_that_learned_rounding_keeps_the_accuracy(tmp_path: Path) -> 
             "matches none of ['0', '3']",
         ),
         (["analyze", "some_nets:make", "--data", "some_nets:batches", "--widths", "1", "--quiet"], "bits: 1 is not"),
+        (["demo", "--backend", "tpu"], "--backend: 'tpu' is not known"),
+        (["analyze", "some_nets:make", "--data", "some_nets:one_tensor", "--quiet"], "gives a Tensor"),
+        (["analyze", "some_nets:make", "--data", ":batches", "--quiet"], "names no module"),
+        (["analyze", "some_nets:make", "--data", "some_nets:batches", "--batch-size", "3"], "makes the batches itself"),
+        (["analyze", "some_nets:make", "--data", "some_nets:batches", "--image-size", "3x3"], "are for folders"),
+        (["analyze", "some_nets:make", "--data", "some_nets:batches", "--std", "1", "0", "1"], "--std"),
+        (
+            ["quantize", "some_nets:make", "--data", "some_nets:batches", "--output", "a.pt2", "--widths", "3"],
+            "--widths: are those to choose from",
+        ),
+        (
+            [
+                *("quantize", "some_nets:make", "--data", "some_nets:batches", "--output", "a.pt2"),
+                *("--average-bits", "4", "--layer-bits", "0=5"),
+            ],
+            "--layer-bits: 5 is not among --widths",
+        ),
         (["analyze", "some_nets:make", "--data", ".", "--quiet"], "neither .npy files nor images"),
         (["report", "missing.json"], "there is no file 'missing.json'"),
         (["report", "some_nets.py"], "is not JSON"),
@@ -132,6 +179,7 @@ def test_what_is_refused_is_named_in_one_line(
         (["analyze", "m:f", "--data", "d", "--size", "1", "--average-bits", "3"], "not allowed with"),
         (["analyze", "m:f", "--data", "d", "--image-size", "224"], "is not HxW"),
         (["analyze", "m:f", "--data", "d", "--batch-size", "0"], "less than 1"),
+        (["analyze", "m:f", "--data", "d", "--average-bits", "-1"], "is not above 0"),
         (["analyze", "m:f", "--data", "d", "--backend", "tpu"], "tpu"),
     ],
 )
@@ -148,6 +196,10 @@ def test_what_fails_has_another_code(here: Path, capsys: pytest.CaptureFixture[s
     assert "model: torch.export cannot export it" in capsys.readouterr().err
     assert main(["quantize", "some_nets:ready", *given]) == 1
     assert "gives a int" in capsys.readouterr().err
+    for data, told in (("labelled", "batch 0: does not fit the model's inputs"), ("wide", "batch 1: does not fit")):
+        assert main(["quantize", "some_nets:make", "--data", f"some_nets:{data}", *given[2:]]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert told in line
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["quantize"], ["analyze"], ["report"], ["compare"]])
@@ -215,6 +267,23 @@ def test_bits_are_suggested_and_taken(here: Path, capsys: pytest.CaptureFixture[
     assert {layer.name: layer.bits for layer in report.layers} == {"0": 8, "3": 2}
 
 
+def test_what_cannot_be_analyzed_keeps_the_bits_that_it_was_given(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["some_nets:halves", "--data", "some_nets:rows", "--output", "q.pt2", "--json", "q.json"]
+    for name in ("weight", "w.*t"):
+        run("quantize", *model, "--average-bits", "3", "--layer-bits", f"{name}=8")
+        assert "not analyzed, and not in the budget: weight" in capsys.readouterr().out
+        report = Report.from_json(Path("q.json").read_text(encoding="utf-8"))
+        assert {layer.name: layer.bits for layer in report.layers}["weight"] == 8
+
+
+def test_a_program_takes_any_number_of_samples_where_the_first_batch_has_one(here: Path) -> None:
+    run("quantize", "some_nets:make", "--data", "some_nets:singles", "--output", "q.pt2")
+    with torch.no_grad():
+        assert torch.export.load("q.pt2").module()(torch.rand(5, 3, 6, 6)).shape == (5, 5)
+
+
 def test_programs_keyword_batches_and_activations_are_taken(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("quantize", "some_nets:keywords", "--data", "some_nets:named", "--output", "named.pt2", "--json", "named.json")
     assert Report.from_json(Path("named.json").read_text(encoding="utf-8")).layers[0].bits == 4
@@ -269,6 +338,23 @@ def test_arrays_are_joined_and_split(here: Path) -> None:
     np.save(folder / "c.npy", np.array({"a": 1}, dtype=object), allow_pickle=True)
     with pytest.raises(InvalidBatchError, match=r"c\.npy: cannot be read"):
         load_data("arrays", 3, Images())
+    (folder / "c.npy").write_bytes(b"")
+    with pytest.raises(InvalidBatchError, match=r"c\.npy: cannot be read"):
+        load_data("arrays", 3, Images())
+    with (folder / "c.npy").open("wb") as file:
+        np.savez(file, values)
+    with pytest.raises(InvalidBatchError, match=r"c\.npy: holds several arrays"):
+        load_data("arrays", 3, Images())
+    with pytest.raises(InvalidOptionError, match="folders of images"):
+        load_data("arrays", 3, Images(mean=(0.5, 0.5, 0.5)))
+
+
+def test_arrays_of_another_machine_are_taken(here: Path) -> None:
+    (here / "arrays").mkdir()
+    for kind in (">i4", ">f8"):
+        np.save(here / "arrays" / "a.npy", np.arange(6).reshape(3, 2).astype(kind))
+        (found,) = load_data("arrays", None, Images())
+        assert found.tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_images_are_resized_and_normalized(here: Path) -> None:
@@ -284,6 +370,17 @@ def test_images_are_resized_and_normalized(here: Path) -> None:
     assert found[1, :, 1, 2].tolist() == pytest.approx([1.0, 1.0, 0.5])
     np.save(folder / "c.npy", np.zeros((1, 3, 2, 3)))
     with pytest.raises(InvalidOptionError, match="both arrays and images"):
+        load_data("images", 8, Images())
+
+
+def test_images_that_cannot_be_read_are_named(here: Path) -> None:
+    folder = here / "images"
+    folder.mkdir()
+    Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)).save(folder / "deep.png")
+    with pytest.raises(InvalidBatchError, match=r"deep\.png: has pixels of mode I;16"):
+        load_data("images", 8, Images())
+    (folder / "deep.png").write_bytes(b"no image")
+    with pytest.raises(InvalidBatchError, match=r"deep\.png: cannot be read"):
         load_data("images", 8, Images())
 
 

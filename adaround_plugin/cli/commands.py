@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from adaround_plugin.api import adaround
 from adaround_plugin.cli.sources import Images, load_data, load_model
 from adaround_plugin.errors import InvalidOptionError, MissingDependencyError
@@ -14,6 +16,8 @@ from adaround_plugin.files import check_file, check_path, write_whole
 from adaround_plugin.guidance.allocation import BitAllocation, suggest_bits
 from adaround_plugin.guidance.analysis import Analysis
 from adaround_plugin.guidance.analyze import analyze
+from adaround_plugin.names import matching
+from adaround_plugin.options import check_choice
 from adaround_plugin.report import Report, get_report
 from adaround_plugin.report.comparison import compared
 from adaround_plugin.report.text import number
@@ -22,6 +26,8 @@ from adaround_plugin.rounding.grid import check_bits
 if TYPE_CHECKING:
     from adaround_plugin.cli.flow import Flow
 
+_WIDTHS = (2, 3, 4, 6, 8)
+
 __all__ = ["analyze_model", "compare_reports", "demo", "quantize_model", "show_report"]
 
 
@@ -29,6 +35,8 @@ def demo(options: argparse.Namespace) -> Iterator[str]:
     """Train a network on handwritten digits and compare nearest with learned rounding."""
     for bits in options.bits:
         check_bits(bits, "--bits")
+    engines = [engine for engine in torch.backends.quantized.supported_engines if engine != "none"]
+    check_choice("--backend", options.backend, engines)
     html = None if options.html is None else check_path("--html", options.html)
     try:
         # scikit-learn is an extra: only the demo's data need it
@@ -43,11 +51,22 @@ def quantize_model(options: argparse.Namespace) -> Iterator[str]:
     check_bits(options.bits, "--bits")
     paths = _paths(options, "output", "html", "json")
     layers = _layer_bits(options.layer_bits)
+    if options.widths is not None and not _has_budget(options):
+        raise InvalidOptionError("--widths", "are those to choose from under a budget", "Pass one, or leave it out.")
+    if _has_budget(options) and (others := set(layers.values()).difference(options.widths or _WIDTHS)):
+        raise InvalidOptionError("--layer-bits", f"{others.pop()} is not among --widths", "Add it there.")
     flow = _flow(options)
     if _has_budget(options):
-        allocation = _suggested(options, _analysis(options, flow), layers)
+        analysis = _analysis(options, flow)
+        names = [layer.name for layer in analysis.layers]
+        fixed = {pattern: bits for pattern, bits in layers.items() if matching(pattern, names, "--layer-bits")}
+        allocation = _suggested(options, analysis, fixed)
         yield f"suggested bits: {allocation.summary}"
-        layers = allocation.layer_bits
+        if analysis.skipped:
+            outside = ", ".join(name for name, _, _ in analysis.skipped)
+            yield f"not analyzed, and not in the budget: {outside}"
+        # names that were not analyzed keep what was asked for
+        layers = layers | allocation.layer_bits
     prepared = flow.prepared(options.bits, {name: {"weight_bits": bits} for name, bits in layers.items()})
     learned = adaround(prepared, flow.batches, options.method, seed=options.seed, progress=not options.quiet)
     report = get_report(learned)
@@ -97,7 +116,7 @@ def _analysis(options: argparse.Namespace, flow: Flow) -> Analysis:
     return analyze(
         flow.prepared(8, {}),
         flow.batches,
-        bits=options.widths,
+        bits=options.widths or _WIDTHS,
         symmetric=flow.symmetric,
         seed=options.seed,
         progress=not options.quiet,

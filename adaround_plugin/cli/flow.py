@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
-from adaround_plugin.errors import InvalidBatchError, InvalidModelError, MissingDependencyError
+from adaround_plugin.errors import InvalidBatchError, InvalidModelError, MissingDependencyError, is_out_of_memory
 from adaround_plugin.files import write_whole
 from adaround_plugin.hosts.pt2e import (
     AdaRoundQuantizer,
@@ -82,17 +83,15 @@ class Flow:
 
         Raises:
             InvalidModelError: the model cannot be exported.
-            InvalidBatchError: there are no batches.
+            InvalidBatchError: there are no batches, or one does not fit the model.
         """
         if not self.batches:
             raise InvalidBatchError("--data", "has no batches", "Pass some.")
         model = self.model()
         program = model if isinstance(model, fx.GraphModule) else self._exported(model.eval())
         prepared: fx.GraphModule = prepare_pt2e(program, BACKENDS[self.backend](bits, layers))
-        with torch.no_grad():
-            for batch in self.batches:
-                args, kwargs = _arguments(copy.deepcopy(batch))
-                prepared(*args, **kwargs)
+        for number, batch in enumerate(self.batches):
+            _calibrate(prepared, batch, number)
         return prepared
 
     def save(self, learned: fx.GraphModule, path: Path) -> None:
@@ -103,6 +102,14 @@ class Flow:
         write_whole(path, buffer.getbuffer())
 
     def _exported(self, model: nn.Module) -> fx.GraphModule:
+        for number, batch in enumerate(self.batches):
+            args, kwargs = _arguments(batch)
+            try:
+                inspect.signature(model.forward).bind(*args, **kwargs)
+            except TypeError as error:
+                raise InvalidBatchError(
+                    f"--data: batch {number}", f"does not fit the model's inputs ({error})", "Leave labels out."
+                ) from None
         try:
             module = self._program(model).module()
         except Exception as error:
@@ -113,12 +120,34 @@ class Flow:
         return module
 
     def _program(self, model: nn.Module) -> torch.export.ExportedProgram:
-        """The export, for any number of samples where the model allows it."""
-        args, kwargs = _arguments(self.batches[0])
+        """The export, for any number of samples where the model allows it, and a batch has more than one."""
+        args, kwargs = _arguments(max(self.batches, key=_length))
         shapes = [{0: Dim.AUTO} if isinstance(one, Tensor) and one.dim() else None for one in [*args, *kwargs.values()]]
         named = dict(zip(kwargs, shapes[len(args) :], strict=True))
         dynamic: Any = named if kwargs else tuple(shapes)
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=True)
+
+
+def _calibrate(prepared: fx.GraphModule, batch: Any, number: int) -> None:
+    """Let the observers see a batch."""
+    args, kwargs = _arguments(copy.deepcopy(batch))
+    try:
+        with torch.no_grad():
+            prepared(*args, **kwargs)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise InvalidBatchError(
+            f"--data: batch {number}",
+            f"does not fit the model ({type(error).__name__}: {error})",
+            "Pass what it takes; a program that was exported for one batch size takes that size alone (--batch-size).",
+        ) from error
+
+
+def _length(batch: Any) -> int:
+    """The number of samples in a batch, as its first tensor has them."""
+    args, kwargs = _arguments(batch)
+    return next((len(one) for one in (*args, *kwargs.values()) if isinstance(one, Tensor) and one.dim()), 0)
 
 
 def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 import warnings
@@ -130,7 +131,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     """The model, the data, and what both commands say and keep."""
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--data", required=True, help="to calibrate and to learn from, without labels")
-    parser.add_argument("--batch-size", type=_positive, default=32, help="of samples from files (default 32)")
+    parser.add_argument("--batch-size", type=_positive, help="of samples from files (default 32)")
     parser.add_argument("--image-size", type=_size, metavar="HxW", help="resize images to this")
     for name, default, said in (("--mean", 0.0, "of the channels, subtracted"), ("--std", 1.0, "divides then")):
         parser.add_argument(
@@ -149,24 +150,31 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--html", metavar="PATH", help="write the report as a page")
-    parser.add_argument("--json", metavar="PATH", help="write it as data, for report and compare")
+    parser.add_argument("--json", metavar="PATH", help="write it as data")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def _add_budget(parser: argparse.ArgumentParser, said: str) -> None:
     parser.add_argument(
-        "--widths", type=int, nargs="+", default=[2, 3, 4, 6, 8], help="the bits to analyze (default 2 3 4 6 8)"
+        "--widths", type=int, nargs="+", help="the bits to analyze, and to choose from (default 2 3 4 6 8)"
     )
     budget = parser.add_argument_group("budgets", said).add_mutually_exclusive_group()
-    budget.add_argument("--average-bits", type=float, metavar="BITS", help="of a weight on the mean")
-    budget.add_argument("--size", type=float, metavar="BYTES", help="of all weights with their scales")
-    budget.add_argument("--max-loss", type=float, metavar="LOSS", help="the largest sum of the layers' losses")
+    budget.add_argument("--average-bits", type=_amount, metavar="BITS", help="of a weight on the mean")
+    budget.add_argument("--size", type=_amount, metavar="BYTES", help="of all weights with their scales")
+    budget.add_argument("--max-loss", type=_amount, metavar="LOSS", help="the largest sum of the layers' losses")
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def _amount(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
 
 

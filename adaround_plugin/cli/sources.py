@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ from adaround_plugin.files import check_file
 
 __all__ = ["Images", "load_data", "load_model"]
 
+# samples in a batch from files
+_BATCH = 32
 _PROGRAM = "Pass what torch.export.save wrote."
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
@@ -31,11 +33,18 @@ class Images:
     Attributes:
         size: `(H, W)` that all are resized to; None where all have the same already.
         mean, std: of each channel.
+
+    Raises:
+        InvalidOptionError: a standard deviation is not positive.
     """
 
     size: tuple[int, int] | None = None
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if not all(value > 0 for value in self.std):
+            raise InvalidOptionError("--std", f"{self.std} divides by what is not above 0", "Pass positive numbers.")
 
 
 def load_model(source: str) -> Callable[[], nn.Module]:
@@ -71,27 +80,32 @@ def load_model(source: str) -> Callable[[], nn.Module]:
     return made
 
 
-def load_data(source: str, batch_size: int, images: Images) -> list[Any]:
+def load_data(source: str, batch_size: int | None, images: Images) -> list[Any]:
     """Batches.
 
     Args:
         source: `module:function` of a function without arguments that returns batches as `adaround` takes them; or a
             folder of `.npy` files, each of samples along its leading axis, or of images.
-        batch_size: of samples from files.
+        batch_size: of samples from files; None for 32.
         images: how image files are read.
 
     Raises:
-        InvalidOptionError: nothing of that name, or a folder of no such files or of both kinds.
+        InvalidOptionError: nothing of that name, a folder of no such files or of both kinds, or an option that is for
+            other data.
         InvalidBatchError: files do not fit together.
         MissingDependencyError: Pillow is not there to read images.
     """
     if ":" in source and not Path(source).exists():
         found = _attribute("--data", source)
         data = found() if callable(found) else found
-        if not isinstance(data, Iterable):
+        # all of these can be gone through, but not batch by batch
+        if not isinstance(data, Iterable) or isinstance(data, Tensor | np.ndarray | Mapping | str | bytes):
             raise InvalidOptionError(
                 "--data", f"{source!r} gives a {type(data).__name__}", "Return a list of batches or a DataLoader."
             )
+        if batch_size is not None:
+            raise InvalidOptionError("--batch-size", f"{source!r} makes the batches itself", "Leave it out.")
+        _check_plain(images, source)
         return list(data)
     folder = Path(source)
     if not folder.is_dir():
@@ -102,8 +116,17 @@ def load_data(source: str, batch_size: int, images: Images) -> list[Any]:
     if len(kinds) != 1:
         told = "both arrays and images" if kinds else "neither .npy files nor images"
         raise InvalidOptionError("--data", f"{source!r} has {told}", "Pass a folder of one kind.")
+    if kinds == {True}:
+        _check_plain(images, source)
     samples = _arrays(files) if kinds == {True} else _pictures(files, images)
-    return list(torch.split(samples, batch_size))
+    return list(torch.split(samples, batch_size or _BATCH))
+
+
+def _check_plain(images: Images, source: str) -> None:
+    if images != Images():
+        raise InvalidOptionError(
+            "--image-size, --mean and --std", f"are for folders of images, and {source!r} is none", "Leave them out."
+        )
 
 
 def _arrays(files: Sequence[Path]) -> Tensor:
@@ -112,12 +135,15 @@ def _arrays(files: Sequence[Path]) -> Tensor:
     for path in files:
         try:
             array = np.load(path, allow_pickle=False)
-        except ValueError as error:
+        except (OSError, EOFError, ValueError) as error:
             raise InvalidBatchError(path.name, f"cannot be read ({error})", "Save it with numpy.save.") from None
+        if not isinstance(array, np.ndarray):
+            raise InvalidBatchError(path.name, "holds several arrays", "Save each with numpy.save.")
         if array.dtype.kind not in "fiub" or not array.ndim:
             problem = f"holds {array.dtype} of shape {array.shape}"
             raise InvalidBatchError(path.name, problem, "Save an array of numbers with samples along its leading axis.")
-        parts.append(torch.from_numpy(array.astype(np.float32) if array.dtype.kind == "f" else array))
+        native = np.float32 if array.dtype.kind == "f" else array.dtype.newbyteorder("=")
+        parts.append(torch.from_numpy(array.astype(native)))
     return _joined(files, parts)
 
 
@@ -130,8 +156,14 @@ def _pictures(files: Sequence[Path], images: Images) -> Tensor:
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (images.mean, images.std))
     parts = []
     for path in files:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
+        try:
+            with Image.open(path) as opened:
+                if opened.mode.startswith(("I", "F")):
+                    problem = f"has pixels of mode {opened.mode}, which would be cut off at 255"
+                    raise InvalidBatchError(path.name, problem, "Save it with 8 bits, or as an array of samples.")
+                picture = opened.convert("RGB")
+        except (OSError, SyntaxError) as error:
+            raise InvalidBatchError(path.name, f"cannot be read ({error})", "Take it out of the folder.") from None
         if images.size is not None:
             picture = picture.resize((images.size[1], images.size[0]), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(picture, dtype=np.float32) / 255).permute(2, 0, 1)
@@ -155,6 +187,8 @@ def _joined(files: Sequence[Path], parts: Sequence[Tensor]) -> Tensor:
 def _attribute(argument: str, source: str) -> Any:
     """What `module:name` names; modules are looked for in the working directory too."""
     module, _, name = source.partition(":")
+    if not module or module.startswith("."):
+        raise InvalidOptionError(argument, f"{source!r} names no module", "Pass module:function.")
     try:
         with _from_here():
             found: Any = importlib.import_module(module)

@@ -78,6 +78,8 @@ def analyze(
     sampling = Sampling.of(arguments, 0, LayerWise().max_columns, seed, mask=mask)
     setup = time.perf_counter() - start
     nodes, skipped = _differentiable(host)
+    if not nodes:
+        raise _none(skipped)
     with torch.no_grad(), Progress(len(nodes), progress) as bar:
         found = _Passes(host, nodes, arguments, sampling, bar).run(widths, symmetric)
     layers = []
@@ -88,8 +90,7 @@ def analyze(
             reason = _NO_DERIVATIVE if node.name in found.candidates else _NOT_REACHED
             skipped.append(Skipped(node.name, node.kind, reason))
     if not layers:
-        reasons = "; ".join(f"{one.name}: {one.reason}" for one in skipped)
-        raise InvalidModelError("prepared", f"no layer can be analysed ({reasons})", "Check the model's outputs.")
+        raise _none(skipped)
     return Analysis(
         layers=layers,
         skipped=[(one.name, one.kind, one.reason) for one in skipped],
@@ -98,6 +99,12 @@ def analyze(
         seconds={"setup": setup, **found.seconds, "total": time.perf_counter() - start},
         versions={"adaround_plugin": __version__, "torch": str(torch.__version__)},
     )
+
+
+def _none(skipped: Sequence[Skipped]) -> InvalidModelError:
+    """That no layer can be analysed, and why."""
+    reasons = "; ".join(f"{one.name}: {one.reason}" for one in skipped)
+    return InvalidModelError("prepared", f"no layer can be analysed ({reasons})", "Check the model's outputs.")
 
 
 def _checked(bits: Sequence[int]) -> tuple[int, ...]:

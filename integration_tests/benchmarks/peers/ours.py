@@ -62,6 +62,8 @@ def _program(job: Job, encoder: nn.Module, samples: list[Any]) -> Weights:
     """The transformer, as the benchmark of it does it: symmetric, per channel."""
     from integration_tests.benchmarks import minilm
 
+    if job.options["affine"] or job.group is not None:
+        raise ValueError("this network is run on symmetric grids, one for a channel")
     quantizer = X86InductorQuantizer().set_global(get_adaround_x86_inductor_config(job.bits, activation_bits=None))
     prepared = prepare_pt2e(minilm.export(minilm.HiddenState(encoder), samples[0]), quantizer)
     with torch.no_grad():

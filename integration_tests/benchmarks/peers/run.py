@@ -96,7 +96,8 @@ def _failed(peer: str, script: str, environments: Path, folder: Path) -> str | N
         text=True,
         check=False,
     )
-    return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1][:300]
+    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    return None if done.returncode == 0 else lines[-1][:300]
 
 
 def allocate(job: Job, environments: Path) -> tuple[dict[str, int], float]:
