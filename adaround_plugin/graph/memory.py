@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,6 +37,8 @@ T = TypeVar("T")
 
 # of what is free, the part that values may take where nobody said how much
 _SHARE = 0.5
+# so many bytes go to files before freed memory is given back, which takes a part of a second
+_GIVEN_BACK = 2**30
 # where the limit and the use of a container stand, and what of it are pages of files, in both versions of cgroups
 _CGROUP = Path("/sys/fs/cgroup")
 _CGROUPS = (
@@ -92,6 +96,8 @@ class Memory:
         # of each storage in memory: how many values lie in it, and its bytes
         self._storages: dict[int, list[int]] = {}
         self._used = self._on_disk = 0
+        # bytes that went to files since what they had taken in memory was given back
+        self._freed = 0
 
     @classmethod
     def of(cls, budget: Any, devices: Iterable[torch.device] = (), sharing: int = 1) -> Memory:
@@ -197,6 +203,10 @@ class Memory:
         weakref.finalize(file, self._remove, path, file.size)
         self._on_disk += file.size
         self.use = replace(self.use, spilled=max(self.use.spilled, self._on_disk), written=self.use.written + file.size)
+        self._freed += file.size
+        if self._freed >= _GIVEN_BACK:
+            self._freed = 0
+            _give_back()
         return kept
 
     def _remove(self, path: Path, size: int) -> None:
@@ -204,6 +214,17 @@ class Memory:
         # some systems keep a file that is mapped: it goes with the folder then
         with suppress(OSError):
             path.unlink()
+
+
+def _give_back() -> None:
+    """Give memory that was freed back to the system.
+
+    glibc keeps freed blocks of less than 32 MB where others lie behind them: with values of many batches, which come
+    and go, several times what is in use.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -123,6 +125,25 @@ def test_memory_is_given_back_with_the_last_value_in_it() -> None:
         assert not memory.keep([torch.zeros(1)])[0].is_spilled
         assert not two[0].is_spilled
         assert memory.use.kept == 2 * KIB
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_of_values_in_files_goes_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where others lie behind what was freed."""
+    size, count = 2**20, 200
+    monkeypatch.setattr(memory, "_GIVEN_BACK", size)
+    # blocks of up to this size come from the heap then
+    torch.zeros(16 * size, dtype=torch.uint8)
+    values = [torch.ones(size, dtype=torch.uint8) for _ in range(2 * count)]
+    kept, process = values[1::2], psutil.Process()
+    with Memory(0) as spilling:
+        before = process.memory_info().rss
+        in_files = [spilling.keep([values[2 * number].clone()]) for number in range(count)]
+        values.clear()
+        in_files += [spilling.keep([torch.ones(size, dtype=torch.uint8)]) for _ in range(2)]
+        assert process.memory_info().rss < before - count * size / 2
+        assert len(in_files) == count + 2
+    assert all(bool(one.all()) for one in kept)
 
 
 def test_a_file_goes_with_its_last_value(folder: Path) -> None:
