@@ -138,6 +138,14 @@ def test_an_environment_whose_installation_was_cut_off_is_completed(
     assert run.install(tmp_path / "environments", "tiny") == "tiny-peer 1.5"
 
 
+def test_groups_where_there_are_none_are_a_row_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of channels would be called rows of groups."""
+    monkeypatch.setitem(TASKS, "small", _Small())
+    job = Job("ours", "nearest", "small", 4, 16, options={"method": "nearest", "affine": False}, group=32)
+    with pytest.raises(ValueError, match="one scale for each channel"):
+        ours.quantize(job, _Small().network(), _Small().samples(16, 1))
+
+
 def test_a_search_for_bits_that_fails_says_why() -> None:
     job = Job("ours", "bits", "resnet20", 8, 8, options={"widths": [2, 8], "bytes": 1000.0})
     # this package has no script for it: it is called as a library

@@ -51,4 +51,4 @@ def quantize(job: Job, network: nn.Module, samples: list[Any]) -> Weights:
 
 
 if __name__ == "__main__":
-    serve(quantize, "auto-round")
+    serve(quantize, "auto-round", has_groups=True)

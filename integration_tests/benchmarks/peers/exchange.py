@@ -117,15 +117,27 @@ def _plain(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.detach().as_subclass(Tensor).float().clone()
 
 
-def serve(quantize: Callable[[Job, nn.Module, list[Any]], Weights], distribution: str) -> None:
+def serve(
+    quantize: Callable[[Job, nn.Module, list[Any]], Weights], distribution: str, *, has_groups: bool = False
+) -> None:
     """Do the job of the folder that the command line names: only `quantize` is timed, on one thread.
 
     Args:
         quantize: takes the job, the network and the samples; returns each layer's weight as floats, and its bias.
         distribution: the package whose version is written down.
+        has_groups: whether `quantize` takes groups of columns that share a scale.
+
+    Raises:
+        ValueError: the job asks for groups, and there are none.
     """
+
+    def work(job: Job, network: nn.Module, samples: list[Any]) -> Weights:
+        if job.group is not None and not has_groups:
+            raise ValueError(f"{job.peer} is run here with one scale for each channel")
+        return quantize(job, network, samples)
+
     folder = Path(sys.argv[1])
-    made = _timed(folder, quantize, distribution)
+    made = _timed(folder, work, distribution)
     torch.save({name: (_plain(weight), _plain(bias)) for name, (weight, bias) in made.items()}, folder / "weights.pt")
 
 

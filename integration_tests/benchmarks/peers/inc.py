@@ -44,4 +44,4 @@ def quantize(job: Job, network: nn.Module, samples: list[Any]) -> Weights:
 
 
 if __name__ == "__main__":
-    serve(quantize, "neural-compressor")
+    serve(quantize, "neural-compressor", has_groups=True)

@@ -28,4 +28,4 @@ def quantize(job: Job, network: nn.Module, samples: list[Any]) -> Weights:
 
 
 if __name__ == "__main__":
-    serve(quantize, "adaround_plugin")
+    serve(quantize, "adaround_plugin", has_groups=True)

@@ -31,4 +31,4 @@ def quantize(job: Job, network: nn.Module, samples: list[Any]) -> Weights:
 
 
 if __name__ == "__main__":
-    serve(quantize, "torchao")
+    serve(quantize, "torchao", has_groups=True)
