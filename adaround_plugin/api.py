@@ -125,13 +125,10 @@ def adaround(
         ProcessError: another process of the group failed, or is gone.
     """
     start = time.perf_counter()
-    if torch.is_inference_mode_enabled():
-        raise InvalidOptionError(
-            "adaround", "is called in torch.inference_mode(), which takes no derivatives", "Call it outside."
-        )
     check_seed("seed", seed)
     for name, flag in {"progress": progress, "inplace": inplace, "integer_biases": integer_biases}.items():
         check_bool(name, flag)
+    _check_mode()
     preset = _preset(method, finetune, integer_biases)
     chosen = preset.method
     folder = None if checkpoint is None else check_folder("checkpoint", checkpoint)
@@ -238,3 +235,11 @@ def _is_module_type(entry: Any) -> bool:
 def _excluded_entries(host: Host, excluded: frozenset[str]) -> list[Skipped]:
     reason = "excluded by the caller: rounded to nearest on its grid"
     return [Skipped(node.name, node.kind, reason) for node in host.nodes if node.name in excluded]
+
+
+def _check_mode() -> None:
+    """Raise `InvalidOptionError` where torch takes no derivatives, whatever is asked."""
+    if torch.is_inference_mode_enabled():
+        raise InvalidOptionError(
+            "adaround", "is called in torch.inference_mode(), which takes no derivatives", "Call it outside."
+        )

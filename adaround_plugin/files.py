@@ -80,7 +80,7 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
 
 def is_unfinished(name: str) -> bool:
     """Whether `write_whole` left a file of this name, because its process was killed."""
-    return re.search(r"\.\d+\.[0-9a-f]{8}$", name) is not None
+    return re.search(r"\.\d+(\.[0-9a-f]{8})?$", name) is not None
 
 
 def _sync_folder(folder: Path) -> None:

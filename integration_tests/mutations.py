@@ -258,8 +258,8 @@ FAULTS: Final = (
     Fault(
         "columns are weighed alike in spite of their importance",
         "learning/columns.py",
-        "weight = self._importance[site.float_node][batch][:, chosen.order] + _EVEN_WEIGHT",
-        "weight = torch.ones_like(self._importance[site.float_node][batch])",
+        "weight = importance[:, chosen.order] + _EVEN_WEIGHT",
+        "weight = torch.ones_like(importance[:, chosen.order])",
         (f"{_WHOLE}test_column_importance.py::test_what_the_output_hardly_sees_is_given_up_for_what_it_sees",),
     ),
     Fault(
@@ -848,9 +848,9 @@ FAULTS: Final = (
     ),
     Fault(
         "a failed attempt goes on recording",
-        "inc/recording.py",
-        "        type(self).stop(model)\n",
-        "",
+        "inc/weight_only.py",
+        "            Recording.stop(model)\n",
+        "            pass\n",
         (f"{_WHOLE}test_inc_weight_only.py::test_a_second_attempt_begins_anew",),
     ),
     Fault(

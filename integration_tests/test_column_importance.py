@@ -463,25 +463,29 @@ def test_the_same_call_gives_the_same_integers():
 
 
 class TokensFirst(nn.Module):
-    """A layer whose input is (tokens, samples, channels)."""
+    """Layers whose input is (tokens, samples, channels), (tokens * samples, channels), and both ways round."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.inside, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.inside, self.folded, self.both, self.head = (nn.Linear(6, size) for size in (6, 6, 6, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.inside(x.transpose(0, 1))).mean(0))
+        x = torch.tanh(self.inside(self.both(x).transpose(0, 1)))
+        x = torch.tanh(self.folded(x.flatten(0, 1))).unflatten(0, (7, -1))
+        return self.head(torch.tanh(self.both(x)).mean(0))
 
 
+@pytest.mark.parametrize("sizes", [[16, 16], [5, 16], [16, 5]])
 @pytest.mark.parametrize("size", [16, 5])
-def test_columns_of_pieces_are_not_taken_for_those_of_the_whole(monkeypatch, size):
+def test_columns_of_pieces_are_not_taken_for_those_of_the_whole(monkeypatch, sizes, size):
     """Where the leading axis is not that of the samples, a piece of a batch has other columns than the batch."""
     monkeypatch.setattr("adaround_plugin.learning.columns.piece_size", lambda *_: size)
-    batches = list(torch.randn(32, 7, 6, generator=torch.Generator().manual_seed(0)).split(16))
+    x = torch.randn(sum(sizes), 7, 6, generator=torch.Generator().manual_seed(0))
+    batches = list(x.split(sizes))
     report = get_report(adaround(prepared_fx(TokensFirst(), batches), batches, FISHER, progress=False))
-    notes = {layer.name: layer.note for layer in report.layers}
-    assert ("leading axis" in notes["inside"]) == (size == 5)
-    assert "alike" not in notes["head"]
+    cut = {layer.name for layer in report.layers if "leading axis" in layer.note}
+    assert cut == (set() if size == 16 else {"inside", "folded", "both"})
+    assert not [layer.note for layer in report.layers if "derivative" in layer.note]
 
 
 @pytest.mark.parametrize("make", [prepared_fx, prepared_pt2e])
@@ -496,5 +500,5 @@ def test_excluded_layers_are_not_differentiated(make, monkeypatch):
     monkeypatch.setattr(OutputMoment, "__init__", counted)
     batches = list(torch.randn(32, 7, 6, generator=torch.Generator().manual_seed(0)).split(8))
     method = replace(FISHER, output_hessian=True)
-    adaround(make(TokensFirst(), batches), batches, method, exclude=["inside"], progress=False)
+    adaround(make(TokensFirst(), batches), batches, method, exclude=["inside", "folded", "both"], progress=False)
     assert seen == {3}

@@ -230,6 +230,7 @@ def test_a_second_attempt_begins_anew() -> None:
     for failing, error in ((fail, RuntimeError), (lambda _: None, InvalidBatchError)):
         with pytest.raises(error):
             quantize(model, AdaRoundConfig(**OPTIONS), run_fn=failing)
+        assert not model._forward_pre_hooks
     packed = quantize(model, AdaRoundConfig(**OPTIONS), run_fn=calibrate(CALIBRATION))
     once = quantize(other, AdaRoundConfig(**OPTIONS), run_fn=calibrate(CALIBRATION))
     assert not packed._forward_pre_hooks

@@ -189,15 +189,21 @@ def test_a_default_device_changes_nothing(host, method, data):
             assert torch.equal(value, wanted)
 
 
-def test_a_default_dtype_changes_nothing(data):
+@pytest.mark.parametrize("method", ["default", "blocks"])
+def test_a_default_dtype_changes_nothing(data, method):
     """In FX torch's own conversion makes other scales of activations."""
     prepared = PREPARE["pt2e"](Residual(), data)
-    method = LayerWise(column_weighting="fisher", output_hessian=True)
-    expected = adaround(prepared, data, method, progress=False)
+    layers = LayerWise(column_weighting="fisher", output_hessian=True)
+    options = {
+        "method": BlockWise(layers=layers, iterations=3) if method == "blocks" else layers,
+        "finetune": Finetune(iterations=2),
+        "progress": False,
+    }
+    expected = adaround(prepared, data, **options)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        found = adaround(prepared, data, method, progress=False)
+        found = adaround(prepared, data, **options)
     finally:
         torch.set_default_dtype(before)
     assert not [layer.note for layer in get_report(found).layers if "derivative" in layer.note]

@@ -16,7 +16,7 @@ from adaround_plugin.files import check_file, check_path, write_whole
 from adaround_plugin.guidance.allocation import BitAllocation, suggest_bits
 from adaround_plugin.guidance.analysis import Analysis
 from adaround_plugin.guidance.analyze import analyze
-from adaround_plugin.names import matching
+from adaround_plugin.names import matching, select
 from adaround_plugin.options import check_choice
 from adaround_plugin.report import Report, get_report
 from adaround_plugin.report.comparison import compared
@@ -53,13 +53,10 @@ def quantize_model(options: argparse.Namespace) -> Iterator[str]:
     layers = _layer_bits(options.layer_bits)
     if options.widths is not None and not _has_budget(options):
         raise InvalidOptionError("--widths", "are those to choose from under a budget", "Pass one, or leave it out.")
-    if _has_budget(options) and (others := set(layers.values()).difference(options.widths or _WIDTHS)):
-        raise InvalidOptionError("--layer-bits", f"{others.pop()} is not among --widths", "Add it there.")
     flow = _flow(options)
     if _has_budget(options):
         analysis = _analysis(options, flow)
-        names = [layer.name for layer in analysis.layers]
-        fixed = {pattern: bits for pattern, bits in layers.items() if matching(pattern, names, "--layer-bits")}
+        fixed = _fixed(layers, analysis)
         allocation = _suggested(options, analysis, fixed)
         yield f"suggested bits: {allocation.summary}"
         if analysis.skipped:
@@ -137,6 +134,21 @@ def _suggested(options: argparse.Namespace, analysis: Analysis, fixed: Mapping[s
         max_loss=options.max_loss,
         fixed=fixed,
     )
+
+
+def _fixed(layers: Mapping[str, int], analysis: Analysis) -> dict[str, int]:
+    """Of the bits that were given, those of layers that were analyzed.
+
+    Raises:
+        InvalidOptionError: an entry matches no layer, or has bits that were not analyzed.
+    """
+    names = [name for layer in analysis.layers for name in (layer.name, *layer.tied)]
+    for pattern in layers:
+        select(pattern, [*names, *(name for name, _, _ in analysis.skipped)], "--layer-bits")
+    fixed = {pattern: bits for pattern, bits in layers.items() if matching(pattern, names, "--layer-bits")}
+    if others := set(fixed.values()).difference(analysis.bits):
+        raise InvalidOptionError("--layer-bits", f"{others.pop()} is not among --widths", "Add it there.")
+    return fixed
 
 
 def _layer_bits(given: Sequence[str]) -> dict[str, int]:

@@ -166,7 +166,7 @@ def take_over(model: fx.GraphModule, changed: fx.GraphModule, entry: str) -> Non
 
 def learnable_fake_quantize(x: Tensor, scale: Tensor, zero_point: int, low: int, high: int) -> Tensor:
     """Fake quantization with gradients by the value and, as in LSQ (arXiv 1902.08153), by the scale `()`."""
-    offset = torch.tensor([float(zero_point)], device=x.device)
+    offset = torch.tensor([float(zero_point)], dtype=torch.float32, device=x.device)
     found: Tensor = torch._fake_quantize_learnable_per_tensor_affine(
         x, scale.to(x.device).reshape(1), offset, low, high, 1.0
     )

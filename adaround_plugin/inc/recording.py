@@ -58,19 +58,20 @@ class Recording:
 
     @classmethod
     def taken(cls, model: nn.Module) -> list[Batch]:
-        """The batches, taken out of `model`, which records no more, whatever comes of it.
+        """The batches, taken out of `model`, which records no more.
 
         Raises:
             InvalidModelError: nothing was started.
             InvalidBatchError: no data went through the model.
         """
-        recording = cls.stop(model)
+        recording = cls.of(model)
         if recording is None:
             raise InvalidModelError("model", "was not prepared with AdaRoundConfig", "Call prepare first, or quantize.")
         if not recording.batches:
             raise InvalidBatchError(
                 "run_fn", "ran no data through the prepared model", "Call the model it is given, once per batch."
             )
+        cls.stop(model)
         return recording.batches
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

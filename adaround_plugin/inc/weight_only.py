@@ -33,6 +33,13 @@ class WeightOnlyQuantizer(Quantizer):
         quant_config: the part of the configuration for each layer, as `AdaRoundConfig.to_config_mapping` gives it.
     """
 
+    def quantize(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Prepare, calibrate and convert; `model` records no more, whatever comes of it."""
+        try:
+            return super().quantize(model, *args, **kwargs)
+        finally:
+            Recording.stop(model)
+
     def prepare(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         """`model` itself, recording its inputs; what it has on the device `meta` is there while it runs.
 

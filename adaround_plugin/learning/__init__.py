@@ -1,5 +1,5 @@
 """The pass over a network: methods that decide its layers, blocks, and in the end scales and biases of all of it.
 
 Imports `report`, `regions`, `hosts`, `graph`, `solvers`, `rounding`, `processes`, `process_memory`, `storage`,
-`digests`, `options` and `errors`.
+`files`, `digests`, `options` and `errors`.
 """

@@ -17,7 +17,7 @@ from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.processes import ALONE, Processes
 from adaround_plugin.regions.calibration import Sampling
-from adaround_plugin.regions.importance import OutputMoment, Sensitivity, sensitivities, tempered
+from adaround_plugin.regions.importance import OutputMoment, Probe, Sensitivity, sensitivities, tempered
 from adaround_plugin.regions.pieces import piece, piece_size
 from adaround_plugin.rounding.across import JoinedMoments, shape_of_sets
 from adaround_plugin.rounding.linear_op import Patches
@@ -40,6 +40,7 @@ class _Chosen:
     Attributes:
         index, position: `(n,)`, as of `Sampling.columns`, those to learn from first.
         order: `(n,)`, their numbers there.
+        count: of all there.
         sample: `(n,)`, the numbers of their samples among this process's.
         is_odd: `(n,)`, whether the number of the sample among all is.
         learning: how many are to learn from.
@@ -48,6 +49,7 @@ class _Chosen:
     index: Tensor
     position: Tensor
     order: Tensor
+    count: int
     sample: Tensor
     is_odd: Tensor
     learning: int
@@ -204,10 +206,10 @@ class Columns:
         self._chosen_rows = chosen_rows(run.streams[1])
         # by call site, for each batch the importance of its columns
         self._importance: dict[fx.Node, list[Tensor]] = {}
-        # by call site, for each batch the length of the input's leading axis, as its pieces had it
-        self._lengths: dict[fx.Node, list[int]] = {}
-        # by layer, why its columns are not weighed by their importance, where there is one
-        self._unweighed: dict[str, str] = {}
+        # by call site, for each batch what tells its columns from others
+        self._probes: dict[fx.Node, list[Probe]] = {}
+        # layers some of whose columns are not weighed, because those of the pieces of a batch are others
+        self._unweighed: set[str] = set()
         self._known: dict[tuple[int, int, tuple[int | str, ...]], _Chosen] = {}
         self.outputs: dict[str, Tensor] = {}
         if not decided and (weighting == "fisher" or with_outputs):
@@ -241,7 +243,7 @@ class Columns:
             sites = sites_of[node.name]
             if weighs and self.is_paired(node):
                 of_node = [{site: one.pop(site) for site in sites} for one in found]
-                self._lengths |= {site: [one[site].length for one in of_node] for site in sites}
+                self._probes |= {site: [one[site].probe for one in of_node] for site in sites}
                 self._importance |= _relative(of_node, run.sampling)
             if outputs is not None and sites[0] in outputs:
                 moment = outputs.pop(sites[0])
@@ -274,13 +276,13 @@ class Columns:
             x_float = exact_stream.value(input_of(site.float_node), values[0])
             exact = self._float_columns(node, site, batch, x_float, index, position)
         weight = None
-        if site.float_node in self._importance and self._lengths[site.float_node][batch] != patches.samples:
-            # of a batch that was taken in pieces, these have other columns than the whole
-            self._unweighed[node.name] = "the leading axis of its input is not that of the samples"
-            for one in node.sites:
-                del self._importance[one.float_node]
         if site.float_node in self._importance:
-            weight = self._importance[site.float_node][batch][:, chosen.order] + _EVEN_WEIGHT
+            importance = self._importance[site.float_node][batch]
+            if not self._probes[site.float_node][batch].is_of(exact, chosen.order, chosen.count):
+                # a batch that was taken in pieces had other columns in them: what a column counts on the mean
+                self._unweighed.add(node.name)
+                importance = torch.ones_like(importance[:, :1]).expand(-1, chosen.count)
+            weight = importance[:, chosen.order] + _EVEN_WEIGHT
         into.add(_Gathered(exact, quantized, chosen, patches.samples, weight))
 
     def _chosen(self, batch: int, patches: Patches, sites: int) -> _Chosen:
@@ -292,11 +294,12 @@ class Columns:
             held = sampling.held_out(batch, patches.samples, index.device)[index]
             # those to learn from first, so that either are a run; trials judge nothing
             learning = (~held).nonzero().squeeze(1)
+            count = len(index)
             order = learning if self._run.is_trial else torch.cat([learning, held.nonzero().squeeze(1)])
             index, position = index[order], position[order]
             sample = sampling.own_numbers(batch, patches.samples, index.device)[index]
             is_odd = (sample + sampling.first[0]) % 2 == 1
-            self._known[key] = _Chosen(index, position, order, sample, is_odd, len(learning))
+            self._known[key] = _Chosen(index, position, order, count, sample, is_odd, len(learning))
         return self._known[key]
 
     def _float_columns(
@@ -315,9 +318,9 @@ class Columns:
         """Free what was kept for a layer; why its columns were not weighed by their importance, if they were not."""
         self.outputs.pop(node.name, None)
         found = [self._importance.pop(site.float_node, None) for site in node.sites]
-        if all(one is not None for one in found):
-            return None
-        return self._unweighed.get(node.name, "the network's output has no finite derivative by this layer's output")
+        if any(one is None for one in found):
+            return "the network's output has no finite derivative by this layer's output"
+        return "the leading axis of its input is not that of the samples" if node.name in self._unweighed else None
 
 
 def _joined(parts: list[dict[fx.Node, Sensitivity]]) -> dict[fx.Node, Sensitivity]:
@@ -326,7 +329,7 @@ def _joined(parts: list[dict[fx.Node, Sensitivity]]) -> dict[fx.Node, Sensitivit
         site: Sensitivity(
             joined([part[site].columns for part in parts]),
             torch.cat([part[site].samples for part in parts]),
-            sum(part[site].length for part in parts),
+            Probe.joined([part[site].probe for part in parts]),
         )
         for site in parts[0]
         if all(site in part for part in parts)

@@ -204,7 +204,8 @@ class _Network:
             for init, soft, output_scale in zip(inits, softs, output_scales, strict=True)
         ]
         self._softs = [soft for soft in softs if soft is not None]
-        self._logarithms = [torch.zeros((), requires_grad=True, device="cpu") for _ in range(activations)]
+        zeros = torch.zeros(activations, dtype=torch.float32, device="cpu")
+        self._logarithms = [zero.clone().requires_grad_() for zero in zeros]
 
     def _factors(self) -> list[Tensor]:
         return [logarithm.exp() for logarithm in self._logarithms]

@@ -257,5 +257,6 @@ class Forward:
         """`quantized`, or with the probability of dropping, entry by entry, `exact`."""
         if generator is None or not self._drop or not isinstance(quantized, Tensor) or not isinstance(exact, Tensor):
             return quantized
-        chosen = (torch.rand(quantized.shape, generator=generator, device="cpu") < self._drop).to(quantized.device)
+        drawn = torch.rand(quantized.shape, generator=generator, dtype=torch.float32, device="cpu")
+        chosen = (drawn < self._drop).to(quantized.device)
         return torch.where(chosen, exact, quantized)

@@ -27,6 +27,8 @@ __all__ = ["OutputMoment", "Sensitivity", "importance", "sensitivities", "temper
 # random projections of the network's output for each entry of a region's exits; of columns there are so many that two
 # bring no more than the noise
 _PROJECTIONS = 8
+# columns of a set that are looked at to know it again, about
+_PROBES = 4
 # ridge on the moment of derivatives, relative to its mean diagonal: at least, and for odds of 1 that it is noise
 _OUTPUT_RIDGE, _RIDGE_PER_ODDS = 0.2, 10.0
 # samples that count, at least this share of all, by their weights
@@ -74,6 +76,51 @@ def importance(
     return [one if one is not None and bool(torch.isfinite(one).all()) else None for one in total]
 
 
+@dataclass(frozen=True)
+class Probe:
+    """Some columns of a set, by which it is known again: a batch that is taken in pieces has the columns of the whole
+    only where the leading axis of a layer's input is that of the samples.
+
+    Attributes:
+        count: of the columns in the set.
+        numbers: `(m,)` int64 of those that were looked at.
+        power: `(m,)` float64, their sums of squares.
+    """
+
+    count: int
+    numbers: Tensor
+    power: Tensor
+
+    @classmethod
+    def of(cls, count: int, columns: Callable[[Tensor], Tensor]) -> Probe:
+        """A few evenly spread ones of so many; `columns` gives `(G, m, D)` of their numbers."""
+        numbers = torch.arange(0, count, max(1, count // _PROBES))
+        return cls(count, numbers, _power(columns(numbers)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Probe]) -> Probe:
+        """Of the sets one after the other."""
+        starts = [sum(part.count for part in parts[:number]) for number in range(len(parts) + 1)]
+        numbers = torch.cat([part.numbers + start for part, start in zip(parts, starts, strict=False)])
+        return cls(starts[-1], numbers, torch.cat([part.power for part in parts]))
+
+    def is_of(self, columns: Tensor, order: Tensor, count: int) -> bool:
+        """Whether `(G, n, D)` columns with the numbers `(n,)`, of so many in all, are from this set."""
+        if count != self.count:
+            return False
+        place = order.new_full((count,), -1)
+        place[order] = torch.arange(len(order), device=order.device)
+        place = place[self.numbers.to(order.device)]
+        found, expected = _power(columns[:, place[place >= 0]]), self.power[(place >= 0).to(self.power.device)]
+        # batches of other sizes differ in the last digits
+        return bool(((found - expected).abs() <= 1e-3 * expected).all())
+
+
+def _power(columns: Tensor) -> Tensor:
+    """`(n,)` float64, the sum of squares of `(G, n, D)` columns."""
+    return columns.detach().double().square().sum((0, 2))
+
+
 @dataclass
 class Sensitivity:
     """How the network's output depends on what a weighted operator gives, in one batch.
@@ -82,21 +129,20 @@ class Sensitivity:
         columns: `(G, n)`, the squared derivative by each column's outputs, summed over them, and over the groups of one
             output that are put together.
         samples: `(n,)` int64, the number of each column's sample among this process's.
-        length: of the leading axis of the layer's input.
+        probe: what tells these columns from others.
     """
 
     columns: Tensor
     samples: Tensor
-    length: int
+    probe: Probe
 
 
 class _Columns(NamedTuple):
-    """Columns of a layer's input: indices along the leading axis, positions and samples, and that axis' length."""
+    """Columns of a layer's input: indices along the leading axis, positions, and samples."""
 
     rows: Tensor
     positions: Tensor
     samples: Tensor
-    length: int
 
 
 class OutputMoment:
@@ -185,13 +231,19 @@ def sensitivities(
         key = len(node.sites), patches.geometry
         if key not in known:
             index, position = sampling.columns(batch, patches, len(node.sites))
-            numbers = sampling.own_numbers(batch, patches.samples, index.device)[index]
-            known[key] = _Columns(index, position, numbers, patches.samples)
+            known[key] = _Columns(index, position, sampling.own_numbers(batch, patches.samples, index.device)[index])
         if outputs is not None and site not in outputs:
             groups, rows, _ = shape_of_coupled(*node.op.rows(node.weight).shape)
             if rows > 1:
                 outputs[site] = OutputMoment(groups, rows, sampling.own, x.device)
-        return _adder(site, node, known[key], total, None if outputs is None else outputs.get(site))
+        index, position, samples = known[key]
+        probe = Probe.of(len(index), lambda some: patches.columns(index[some], position[some]))
+        moment = None if outputs is None else outputs.get(site)
+
+        def keep(square: Tensor) -> None:
+            total[site] = Sensitivity(square, samples, probe)
+
+        return _adder(node, known[key], keep, moment)
 
     differentiate(stream, nodes, values, sampling.numbers(batch), watch, mask=sampling.mask_of(batch))
     return total
@@ -222,14 +274,10 @@ def tempered(totals: Tensor) -> Tensor:
 
 
 def _adder(
-    site: fx.Node,
-    weighted: WeightedNode,
-    columns: _Columns,
-    total: dict[fx.Node, Sensitivity],
-    moment: OutputMoment | None,
+    weighted: WeightedNode, columns: _Columns, keep: Callable[[Tensor], None], moment: OutputMoment | None
 ) -> Callable[[Tensor], None]:
-    """What puts the sensitivity to an output into `total`, if there is a derivative by it, and into its moment."""
-    index, position, samples, _ = columns
+    """What keeps the sensitivity to an output, if there is a derivative by it, and adds to its moment."""
+    index, position, samples = columns
     joined = shape_of_sets(*weighted.op.rows(weighted.weight).shape)
 
     def add(gradient: Tensor) -> None:
@@ -238,7 +286,7 @@ def _adder(
         if joined is not None:
             by_output = put_together(by_output, joined[0])
         square = by_output.square().sum(-1)
-        total[site] = Sensitivity(square.repeat_interleave(groups // len(square), 0), samples, columns.length)
+        keep(square.repeat_interleave(groups // len(square), 0))
         if moment is not None:
             moment.add(_of_one_sum(by_output, square, samples - samples[:1]), samples)
 

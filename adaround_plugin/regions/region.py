@@ -256,8 +256,10 @@ class Region:
         with torch.no_grad():
             weights, none = [node.weight for node in self.nodes], [None] * len(self.nodes)
             self._forward(part.entries, weights, none, squares=squares, mask=mask)
-        nothing = [torch.zeros((), device="cpu")]
-        scales = [torch.stack(squares.get(node.name, nothing)).mean().sqrt() for node in self.nodes]
+        scales = []
+        for node in self.nodes:
+            nothing = torch.zeros((), dtype=torch.float32, device=node.weight.device)
+            scales.append(torch.stack(squares.get(node.name, [nothing])).mean().sqrt())
         return [float(scale) for scale in self.processes.averaged("the outputs of a region", scales)]
 
 

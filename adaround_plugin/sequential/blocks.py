@@ -100,10 +100,10 @@ def _quantizers(
     """The quantizer of each block's program: of its linear layers, by those of the names that are there.
 
     Raises:
-        InvalidOptionError: an entry of `layers` matches nothing in any block.
+        InvalidOptionError: an entry of `layers` matches no linear layer of any block.
     """
-    parameters = (entry for block in blocks.values() for entry in block.named_parameters(remove_duplicate=False))
-    known = dict.fromkeys(INSIDE + name.removesuffix(".weight") for name, value in parameters if value.dim() > 1)
+    modules = (entry for block in blocks.values() for entry in block.named_modules())
+    known = dict.fromkeys(INSIDE + name for name, module in modules if isinstance(module, nn.Linear))
     for pattern in quantizer.layers:
         select(pattern, known, _entry(pattern))
 
@@ -126,12 +126,19 @@ def _entry(pattern: str) -> str:
 
 
 def _restored(made: nn.Module, name: str, block: nn.Module, stored: StoredWeights | None) -> nn.Module:
-    """A block that was worked on in float32, each tensor where it was, or is to be, and in its dtype; what is new, such
-    as a bias, as the weight beside it."""
+    """A block that was worked on in float32, each tensor where it was, or is to be, and in its dtype.
+
+    What did not change is the tensor that was there; what is new, such as a bias, is as the weight beside it.
+    """
     former: dict[str, tuple[torch.dtype, torch.device]] = {}
+    same: dict[str, Tensor] = {}
+    worked_on = dict(named_tensors(made))
     for inside, tensor in named_tensors(block):
         if not tensor.is_meta:
             former[inside] = tensor.dtype, tensor.device
+            new = worked_on.get(inside)
+            if type(new) in (Tensor, nn.Parameter) and new is not None and torch.equal(tensor.to(new), new):
+                same[inside] = tensor
         elif stored is not None:
             kind = stored.dtype_of(f"{name}.{inside}") if tensor.is_floating_point() else tensor.dtype
             former[inside] = kind, stored.device
@@ -140,6 +147,7 @@ def _restored(made: nn.Module, name: str, block: nn.Module, stored: StoredWeight
         parent, _, _ = inside.rpartition(".")
         kind, device = former.get(inside) or former[f"{parent}.weight" if parent else "weight"]
         if id(tensor) not in moved:
-            moved[id(tensor)] = like(tensor, tensor.to(device=device, dtype=kind))
+            value = same[inside] if inside in same else tensor.to(device=device, dtype=kind)
+            moved[id(tensor)] = like(tensor, value)
     put(made, {inside: moved[id(tensor)] for inside, tensor in named_tensors(made)})
     return made

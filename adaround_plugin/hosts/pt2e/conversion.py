@@ -21,7 +21,7 @@ def converted(prepared: fx.GraphModule) -> fx.GraphModule:
     """What `convert_pt2e(prepared, fold_quantize=False)` returns; it uses the prepared program up.
 
     In a program with a batch norm, the host looks for the convolutions that `prepare_qat_pt2e` made, and exports their
-    96 patterns anew at every conversion, which takes half a minute. It is spared that where none can be found.
+    96 patterns anew at every conversion, which takes twenty seconds. It is spared that where none can be found.
     """
     norms = [node for node in prepared.graph.nodes if _is_batch_norm(node)]
     hidden = [] if any(_is_trained(norm) for norm in norms) else norms
