@@ -11,6 +11,7 @@ from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import Progress, ReportBuilder
 from adaround_plugin.regions.blocks import layer_exits
 from adaround_plugin.regions.calibration import Sampling
+from adaround_plugin.regions.learnable import WeightInit, slopes
 from adaround_plugin.regions.minibatches import Minibatch
 from adaround_plugin.regions.region import Drawing, Region
 from integration_tests.models import batches, prepared_model
@@ -64,3 +65,20 @@ def test_a_share_of_the_activations_is_left_unquantized_in_a_step() -> None:
     left = (some - target).abs() < 1e-6
     assert torch.equal(some[~left], quantized[row][~left])
     assert 0.15 < float(left.float().mean()) < 0.35
+
+
+def test_with_a_gradient_no_more_samples_are_taken_at_once_than_in_a_step() -> None:
+    """What training on a minibatch takes is all the memory that there may be."""
+    net = nn.Sequential(nn.Linear(6, 6))
+    region = region_of(net, 0, batches(6, sizes=(20, 20)), Drawing(batch_size=16))
+    assert [batch.samples for batch in region.all(held_out=False)] == [40]
+    assert [batch.samples for batch in region.all(held_out=False, with_gradient=True)] == [16, 16, 8]
+    sizes = []
+    take = region._taken
+    region._taken = lambda index, generator: sizes.append(len(index)) or take(index, generator)  # type: ignore[method-assign]
+    node = region.nodes[0]
+    integers = node.grid.nearest(node.weight)
+    low, high = (torch.full_like(integers, bound) for bound in (node.grid.quant_min, node.grid.quant_max))
+    init = WeightInit(node.weight, node.grid, integers, low, high, 6, None, moves_bias=False, moves_scale=False)
+    slopes(region, [init], ("method", "remedy"))
+    assert sizes == [16, 16, 8]
