@@ -79,6 +79,16 @@ def test_with_a_gradient_no_more_samples_are_taken_at_once_than_in_a_step() -> N
     node = region.nodes[0]
     integers = node.grid.nearest(node.weight)
     low, high = (torch.full_like(integers, bound) for bound in (node.grid.quant_min, node.grid.quant_max))
-    init = WeightInit(node.weight, node.grid, integers, low, high, 6, None, moves_bias=False, moves_scale=False)
+    init = WeightInit(
+        weight=node.weight,
+        grid=node.grid,
+        integers=integers,
+        lowest=low,
+        highest=high,
+        outputs=6,
+        correction=None,
+        moves_bias=False,
+        moves_scale=False,
+    )
     slopes(region, [init], ("method", "remedy"))
     assert sizes == [16, 16, 8]
