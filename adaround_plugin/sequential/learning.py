@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -144,6 +145,9 @@ def learned_blocks(
             # a learned program has its weights on the grid, so that it computes what the converted one does
             pairs = [(paired(**batch), learned(**{**batch, "hidden": batch["other"]})) for batch in data]
         yield LearnedBlock(name, paired, learned)
+        # graphs are in cycles with their nodes: those of several blocks would wait for the collector
+        del paired, program, prepared, learned
+        gc.collect()
 
 
 def together(reports: list[Report]) -> Report:
