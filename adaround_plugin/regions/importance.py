@@ -92,9 +92,9 @@ class Probe:
     power: Tensor
 
     @classmethod
-    def of(cls, count: int, columns: Callable[[Tensor], Tensor]) -> Probe:
+    def of(cls, count: int, device: torch.device, columns: Callable[[Tensor], Tensor]) -> Probe:
         """A few evenly spread ones of so many; `columns` gives `(G, m, D)` of their numbers."""
-        numbers = torch.arange(0, count, max(1, count // _PROBES))
+        numbers = torch.arange(0, count, max(1, count // _PROBES), device=device)
         return cls(count, numbers, _power(columns(numbers)))
 
     @classmethod
@@ -237,7 +237,7 @@ def sensitivities(
             if rows > 1:
                 outputs[site] = OutputMoment(groups, rows, sampling.own, x.device)
         index, position, samples = known[key]
-        probe = Probe.of(len(index), lambda some: patches.columns(index[some], position[some]))
+        probe = Probe.of(len(index), index.device, lambda some: patches.columns(index[some], position[some]))
         moment = None if outputs is None else outputs.get(site)
 
         def keep(square: Tensor) -> None:
