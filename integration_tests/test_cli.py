@@ -148,7 +148,7 @@ def test_demo_shows_that_learned_rounding_keeps_the_accuracy(tmp_path: Path) -> 
         (
             [
                 *("quantize", "some_nets:make", "--data", "some_nets:batches", "--output", "a.pt2"),
-                *("--average-bits", "4", "--layer-bits", "0=5"),
+                *("--average-bits", "4", "--layer-bits", "0=5", "--quiet"),
             ],
             "--layer-bits: 5 is not among --widths",
         ),

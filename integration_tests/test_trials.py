@@ -26,6 +26,7 @@ from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import Progress, ReportBuilder
 from adaround_plugin.learning.shared import Shared
 from adaround_plugin.learning.trials import NO_MASSIVE, _Trials, _Tried
+from adaround_plugin.processes import ALONE
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.pieces import piece
 from adaround_plugin.report import Report
@@ -228,6 +229,7 @@ class HandMade(_Trials):
     def __init__(self, *rounds: Sequence[OutputError], total: int = 512) -> None:
         self._total, self._rounds = total, list(rounds)
         self._report, self._shared = ReportBuilder(Progress(0, False)), Shared()
+        self._processes = ALONE
         self.asked: list[list[Recipe]] = []
 
     def _errors(self, recipes: Sequence[Recipe], offset: float = 0.5) -> list[OutputError]:
