@@ -26,9 +26,10 @@ from adaround_plugin.rounding.grid import check_bits
 if TYPE_CHECKING:
     from adaround_plugin.cli.flow import Flow
 
-_WIDTHS = (2, 3, 4, 6, 8)
-
 __all__ = ["analyze_model", "compare_reports", "demo", "quantize_model", "show_report"]
+
+# bits that are looked at unless others are named
+_WIDTHS = (2, 3, 4, 6, 8)
 
 
 def demo(options: argparse.Namespace) -> Iterator[str]:
