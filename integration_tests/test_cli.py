@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from adaround_plugin import Analysis
-from adaround_plugin.cli import main, sources
-from adaround_plugin.cli.sources import Images, load_data, load_model
+from adaround_plugin.cli import main
+from adaround_plugin.cli.sources import Images, importing_from_here, load_data, load_model
 from adaround_plugin.errors import InvalidBatchError, InvalidModelError, InvalidOptionError
 from adaround_plugin.report import LayerReport, Report
 
@@ -66,6 +66,16 @@ def wide():
 
 def singles():
     return [torch.rand(1, 3, 6, 6), *batches()]
+
+def made_beside():
+    from sibling_nets import make
+
+    return make()
+
+def batches_beside():
+    from sibling_nets import batches
+
+    yield from batches()
 
 class Halves(nn.Module):
     # the bias of one is computed, so that it cannot be analyzed
@@ -178,8 +188,11 @@ def test_what_is_refused_is_named_in_one_line(
         (["quantize", "some_nets:make", "--output", "a.pt2"], "--data"),
         (["analyze", "m:f", "--data", "d", "--size", "1", "--average-bits", "3"], "not allowed with"),
         (["analyze", "m:f", "--data", "d", "--image-size", "224"], "is not HxW"),
-        (["analyze", "m:f", "--data", "d", "--batch-size", "0"], "less than 1"),
-        (["analyze", "m:f", "--data", "d", "--average-bits", "-1"], "is not above 0"),
+        (["analyze", "m:f", "--data", "d", "--batch-size", "0"], "'0' is not a whole number above 0"),
+        (["analyze", "m:f", "--data", "d", "--batch-size", "x"], "'x' is not a whole number above 0"),
+        (["analyze", "m:f", "--data", "d", "--average-bits", "-1"], "is not a finite number above 0"),
+        (["analyze", "m:f", "--data", "d", "--size", "inf"], "'inf' is not a finite number above 0"),
+        (["analyze", "m:f", "--data", "d", "--max-loss", "low"], "'low' is not a finite number above 0"),
         (["analyze", "m:f", "--data", "d", "--backend", "tpu"], "tpu"),
     ],
 )
@@ -386,16 +399,27 @@ def test_images_that_cannot_be_read_are_named(here: Path) -> None:
 
 def test_the_path_of_modules_is_as_before(here: Path) -> None:
     before = list(sys.path)
-    assert isinstance(load_model("some_nets:make")(), torch.nn.Sequential)
+    with importing_from_here():
+        assert isinstance(load_model("some_nets:make")(), torch.nn.Sequential)
+        with pytest.raises(InvalidModelError, match="gives a int"):
+            load_model("some_nets:ready")()
     assert sys.path == before
-    with pytest.raises(InvalidModelError, match="gives a int"):
-        load_model("some_nets:ready")()
 
 
-@pytest.mark.parametrize("make", [sources.load_model, lambda name: load_data(name, 1, Images())])
+def test_functions_import_their_neighbours_when_they_are_called(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "sibling_nets.py").write_text(NETS, encoding="utf-8")
+    monkeypatch.delitem(sys.modules, "sibling_nets", raising=False)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(here))])
+    run("analyze", "some_nets:made_beside", "--data", "some_nets:batches_beside", "--quiet")
+    assert "Linear" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("make", [load_model, lambda name: load_data(name, 1, Images())])
 def test_errors_of_an_imported_module_are_its_own(here: Path, make: Callable[[str], object]) -> None:
     (here / "failing_nets.py").write_text("import none_such_package\n", encoding="utf-8")
-    with pytest.raises(ModuleNotFoundError, match="none_such_package"):
+    with importing_from_here(), pytest.raises(ModuleNotFoundError, match="none_such_package"):
         make("failing_nets:make")
 
 

@@ -502,3 +502,19 @@ def test_excluded_layers_are_not_differentiated(make, monkeypatch):
     method = replace(FISHER, output_hessian=True)
     adaround(make(TokensFirst(), batches), batches, method, exclude=["inside", "folded", "both"], progress=False)
     assert seen == {3}
+
+
+def test_a_group_without_derivatives_leaves_the_others_theirs() -> None:
+    by_output = torch.randn(2, 40, 4, generator=torch.Generator().manual_seed(0))
+    by_output[1] = 0
+    both, alone = (OutputMoment(groups, 4, 40, torch.device("cpu")) for groups in (2, 1))
+    both.add(by_output, torch.arange(40))
+    alone.add(by_output[:1], torch.arange(40))
+    found, expected = (moment.pooled(lambda *_: None) for moment in (both, alone))
+    assert found is not None
+    assert expected is not None
+    off = ~torch.eye(4, dtype=torch.bool)
+    torch.testing.assert_close(found[0][off], expected[0][off])
+    assert torch.equal(found[1], found[1, 0, 0] * torch.eye(4))
+    assert found[1, 0, 0] > 0
+    assert OutputMoment(2, 4, 40, torch.device("cpu")).pooled(lambda *_: None) is None

@@ -17,6 +17,7 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
 from adaround_plugin import (
     BlockWise,
+    Finetune,
     InvalidBatchError,
     InvalidModelError,
     InvalidOptionError,
@@ -433,3 +434,73 @@ def test_a_block_may_be_left_in_float_through_neural_compressor() -> None:
     assert ("model.layers.1.mlp.up_proj", "Linear", "left in float by the quantizer") in report.skipped
     assert type(packed.model.layers[1].mlp.up_proj) is nn.Linear
     assert type(packed.model.layers[0].mlp.up_proj).__name__ == "INCWeightOnlyLinear"
+
+
+class Crossing(nn.Module):
+    """Reads another sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return x + self.layer((x @ other.transpose(1, 2) / 4).softmax(2) @ other)
+
+
+def test_other_tensors_than_the_hidden_states_may_vary_in_length() -> None:
+    lengths = iter([3, 3, 5, 3, 5])  # the first batch goes through twice
+
+    def other(x: Tensor) -> Tensor:
+        return torch.randn(len(x), next(lengths), 16, generator=torch.Generator().manual_seed(1))
+
+    data = [one[:, :5] for one in hidden(16)]
+    learned = adaround_blocks(Stack(Crossing(), Crossing(), other=other).eval(), data, "blocks", QUANTIZER, **OPTIONS)
+    assert len(get_report(learned).layers) == 2
+
+
+class Halving(nn.Module):
+    """Writes to its hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(x.mul_(0.5)))
+
+
+class Half(Halving):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(x * 0.5))
+
+
+def test_blocks_may_write_to_their_inputs() -> None:
+    learned: list[Any] = []
+    for kind in (Halving, Half):
+        torch.manual_seed(0)
+        data = hidden(16)
+        learned.append(adaround_blocks(Stack(kind(), kind()).eval(), data, "blocks", QUANTIZER, **OPTIONS))
+        assert all(map(torch.equal, data, hidden(16)))
+    one, other = (get_report(model) for model in learned)
+    assert one.output_error == other.output_error
+    assert [layer.learned_error for layer in one.layers] == [layer.learned_error for layer in other.layers]
+
+
+def test_the_report_has_what_was_done_to_each_block() -> None:
+    layers = LayerWise(**{**RECIPE, "column_weighting": "auto"})
+    options = {**OPTIONS, "method": BlockWise(layers=layers, iterations=3), "finetune": Finetune(iterations=2)}
+    report = get_report(adaround_blocks(Stack(Plain(), Plain()).eval(), hidden(16), "blocks", QUANTIZER, **options))
+    assert {layer for block in report.blocks for layer in block.layers} == {"blocks.0.up", "blocks.1.up"}
+    assert [block.name for block in report.blocks if "network" in block.name] == [
+        "blocks.0.network",
+        "blocks.1.network",
+    ]
+    assert report.finetuning is None
+    taken = [trial.recipe for trial in report.trials if trial.taken]
+    assert [name.partition(":")[0] for name in taken] == ["blocks.0", "blocks.1"]
+    if report.recipe == "chosen for each block":
+        assert report.settings == {}
+    else:
+        assert all(name.endswith(report.recipe) for name in taken)
+    assert report.memory["written"] == 0
+    assert "reconstruct" in report.seconds

@@ -586,3 +586,45 @@ def test_a_grid_per_tensor_fits_the_equalized_mobilenet_better():
     plain, better = (outputs(rounded_per_tensor(model), x) for model in (network, equalized))
     assert (better - exact).pow(2).mean() < 0.7 * (plain - exact).pow(2).mean()
     assert (better.argmax(1) == labels).sum() > (plain.argmax(1) == labels).sum()
+
+
+class Named(nn.Module):
+    """An activation that has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU6()
+        self.first, self.second = nn.Sequential(nn.Conv2d(3, 6, 3), self.act), nn.Conv2d(6, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def test_caps_take_every_name_of_an_activation():
+    model, x = randomized(Named()).double(), 20 * images(4, 3, 8, 8).double()
+    equalized = equalize(model, (x,))
+    assert [(pair.first, pair.second) for pair in get_equalization_report(equalized).pairs] == [("first.0", "second")]
+    assert equalized.act is equalized.first[1]
+    torch.testing.assert_close(outputs(equalized, x), outputs(model, x), rtol=1e-10, atol=1e-10)
+
+
+class Optional(nn.Module):
+    """Takes another path where an input is left out, which a trace does not see."""
+
+    def __init__(self, shape: str) -> None:
+        super().__init__()
+        self.a, self.b, self.shape = nn.Linear(3, 4), nn.Linear(4, 3), shape
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        x = self.a(x)
+        if self.shape == "fails" and other is not None:
+            x = x * other
+        if self.shape == "computes something else" and other is None:
+            x = torch.tanh(x)
+        return self.b(torch.relu(x))
+
+
+@pytest.mark.parametrize("problem", ["fails", "computes something else"])
+def test_a_trace_that_is_not_the_model_is_refused(problem):
+    with pytest.raises(InvalidModelError, match=f"model: {problem}.* when torch.fx has traced it"):
+        equalize(Optional(problem).eval(), (images(2, 3),))

@@ -11,9 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.ao.quantization import MinMaxObserver, QConfig, QConfigMapping
+from torch.ao.quantization.quantize_fx import prepare_fx
 from torch.func import functional_call
+from torch.nn.utils import prune
 
-from adaround_plugin import AdaRoundObserver, InvalidBatchError, InvalidOptionError
+from adaround_plugin import (
+    AdaRoundObserver,
+    InvalidBatchError,
+    InvalidOptionError,
+    get_adaround_qconfig_mapping,
+    get_weight_only_backend_config,
+)
 from adaround_plugin.hosts.base import open_streams
 from adaround_plugin.hosts.learned import learned_weights
 from adaround_plugin.paper.cross_entropy import CrossEntropy
@@ -219,3 +227,12 @@ def test_what_cannot_be_posed_is_refused():
         forms.local([])
     with pytest.raises(InvalidBatchError, match="batches"):
         forms.task_loss(task_loss, [])
+
+
+def test_a_weight_that_is_computed_is_refused():
+    torch.manual_seed(0)
+    net = nn.Sequential(prune.identity(nn.Linear(4, 3), "weight"), nn.Linear(3, 2)).eval()
+    mapping = get_adaround_qconfig_mapping(activation_bits=None)
+    prepared = prepare_fx(net, mapping, (batches(4)[0],), backend_config=get_weight_only_backend_config())
+    with pytest.raises(InvalidOptionError, match="the weight of '0' is no parameter of the model"):
+        LayerForms.of(prepared, "0")

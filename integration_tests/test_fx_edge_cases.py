@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao.quantization import QConfigMapping
-from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx
+from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx
 
 from adaround_plugin import (
     AdaRoundObserver,
@@ -500,3 +500,112 @@ def test_gradients_and_grad_mode_are_left_alone():
         assert torch.is_grad_enabled()
     assert all(batch.grad is None for batch in data)
     assert all(parameter.grad is None for parameter in result.parameters())
+
+
+class TiedHead(nn.Module):
+    """A head on the weight of an embedding, or of a layer that stays in float."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.embedding, self.fc, self.body = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(self.embedding(x))
+        return F.linear(h, self.embedding.weight if self.kind == "embedding" else self.fc.weight) + self.fc(h)[..., :1]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("embedding", "embedding.weight"), ("layer", "fc.weight")])
+def test_a_functional_weight_of_a_module_in_float_stays_so(kind: str, name: str) -> None:
+    model = TiedHead(kind).eval()
+    data = [torch.randint(9, (8, 5), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    mapping = get_adaround_qconfig_mapping(weight_bits=2, activation_bits=None).set_module_name("fc", None)
+    mapping.set_module_name("embedding", None)
+    prepared = prepared_model(model, data, mapping=mapping, activation_bits=None)
+    result = learn(prepared, data)
+    report = get_report(result)
+    assert [layer.name for layer in report.layers] == ["body"]
+    assert (name, "its parameter is also used without quantization") in {(one, why) for one, _, why in report.skipped}
+    reference = convert_to_reference_fx(result, backend_config=get_weight_only_backend_config())
+    assert torch.equal(reference.get_submodule(kind if kind == "embedding" else "fc").weight, model.get_parameter(name))
+
+
+class ByKeyword(nn.Module):
+    """What has no weight is called by keyword; an activation writes to the input of the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.drop, self.same = nn.SiLU(inplace=True), nn.Dropout(), nn.Identity()
+        self.flat, self.a, self.b = nn.Flatten(), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, unused: Tensor | None = None, **others: Tensor) -> Tensor:
+        x = self.flat(input=self.act(input=x))
+        x = F.relu(input=self.a(self.drop(input=x)), inplace=True)
+        return self.b(self.same(input=x))
+
+
+class ByPosition(ByKeyword):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(self.drop(self.flat(F.silu(x)))))
+        return self.b(self.same(x))
+
+
+@pytest.mark.parametrize("activation_bits", [None, 8])
+def test_modules_may_be_called_by_keyword(activation_bits: int | None) -> None:
+    data, reports = batches(2, 4), []
+    before = [batch.clone() for batch in data]
+    for kind in (ByKeyword, ByPosition):
+        torch.manual_seed(0)
+        reports.append(get_report(learn(prepared_model(kind(), data, activation_bits=activation_bits), data)))
+        assert all(map(torch.equal, data, before))
+    assert [layer.learned_error for layer in reports[0].layers] == [layer.learned_error for layer in reports[1].layers]
+
+
+class LayerByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(input=self.a(x))
+
+
+def test_a_layer_that_the_host_cannot_convert_by_keyword_is_named():
+    prepared = prepared_model(LayerByKeyword(), batches(4), activation_bits=None)
+    with pytest.raises(InvalidModelError, match="layer 'b': is called with its input by keyword"):
+        learn(prepared, batches(4))
+
+
+class Reading(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, **others: Tensor) -> Tensor:
+        return self.layer(x) + others["shift"]
+
+
+def test_inputs_without_a_name_that_are_read_are_refused() -> None:
+    prepared = prepare_fx(Reading().eval(), get_adaround_qconfig_mapping(), (batches(4)[0],))
+    with torch.no_grad():
+        prepared(batches(4)[0], shift=torch.ones(3))
+    with pytest.raises(InvalidModelError, match=r"input '\*\*others': is read by the model"):
+        learn(prepared, batches(4))
+
+
+class OwnOperator(nn.Module):
+    """An operator of torch's library called as such."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.ops.aten.gelu.default(self.a(x)))
+
+
+@pytest.mark.parametrize("activation_bits", [None, 8])
+def test_operators_called_as_exported_programs_do_are_no_such_program(activation_bits: int | None) -> None:
+    data = batches(4)
+    prepared = prepared_model(OwnOperator(), data, activation_bits=activation_bits)
+    assert len(get_report(learn(prepared, data)).layers) == 2

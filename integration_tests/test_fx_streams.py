@@ -750,3 +750,10 @@ def test_a_nan_inside_the_network_names_the_layer_and_changes_nothing():
     with pytest.raises(NonFiniteError, match="'b'"):
         learn(prepared, huge)
     assert_unchanged(state, prepared)
+
+
+def test_values_whose_products_overflow_name_the_layer():
+    data = [1e20 * batch for batch in batches(4)]
+    prepared = prepared_model(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), data, activation_bits=None)
+    with pytest.raises(NonFiniteError, match="layer '0': its input is too large"):
+        learn(prepared, data)

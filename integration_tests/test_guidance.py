@@ -17,6 +17,7 @@ import adaround_plugin
 from adaround_plugin import (
     AdaRoundObserver,
     Analysis,
+    BitAllocation,
     InvalidBatchError,
     InvalidModelError,
     InvalidOptionError,
@@ -318,6 +319,23 @@ def test_bits_go_where_they_gain_most():
 def test_bad_budgets_are_refused_by_name(arguments: dict[str, Any], told: str) -> None:
     with pytest.raises(InvalidOptionError, match=told):
         suggest_bits(made((9.0, 3.0, 1.0), (0.9, 0.3, 0.1), (0.09, 0.03, 0.01)), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("bits", "rounding", "told"),
+    [
+        ({"body.0": 4, "body.1": 5}, "learned", r"5 was not analysed for 'body\.1'.*\[2, 3, 4\]"),
+        ({"body.0": 4}, "learned", r"\['body\.1'\] are in one"),
+        ({"body.0": 4, "body.1": 4, "tail": 4}, "learned", r"\['tail'\] are in one"),
+        ([4, 4], "learned", "bits"),
+        ({"body.0": 4, "body.1": 4}, "nearst", "rounding"),
+    ],
+)
+def test_bits_chosen_by_hand_are_checked(bits: Any, rounding: Any, told: str) -> None:
+    analysis = made((9.0, 3.0, 1.0), (0.9, 0.3, 0.1))
+    assert BitAllocation(analysis, {"body.0": 4, "body.1": 2}).predicted_loss == pytest.approx(1.9)
+    with pytest.raises(InvalidOptionError, match=told):
+        BitAllocation(analysis, bits, rounding)
 
 
 def test_fx_takes_the_bits():

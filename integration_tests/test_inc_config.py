@@ -311,3 +311,11 @@ def test_a_dictionary_of_two_algorithms_is_refused() -> None:
     registry = ConfigRegistry.get_cls_configs()["torch"]
     with pytest.raises(InvalidOptionError, match="Name one algorithm"):
         ComposableConfig.from_dict({"adaround": {"bits": 4}, "rtn": {"bits": 8}}, config_registry=registry)
+
+
+def test_lists_reach_the_layers_of_a_white_list_from_a_file_too(tmp_path: Path) -> None:
+    config = AdaRoundConfig(bits=[3, 4], white_list=["conv"]).set_local("head", AdaRoundConfig(bits=8))
+    config.to_json_file(str(tmp_path / "config.json"))
+    for one in (config, AdaRoundConfig.from_json_file(str(tmp_path / "config.json"))):
+        expanded = [{key: part.bits for key, part in each.local_config.items()} for each in one.expand()]
+        assert expanded == [{"conv": 3, "head": 8}, {"conv": 4, "head": 8}]

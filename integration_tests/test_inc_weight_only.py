@@ -254,3 +254,97 @@ def test_a_second_attempt_with_activations_sees_all_layers() -> None:
     config.set_local("conv", AdaRoundConfig(bits=8))
     report = get_report(quantize(model, config, run_fn=calibrate(CALIBRATION)))
     assert {layer.name: layer.bits for layer in report.layers} == {"conv": 8, "linear": 4}
+
+
+class Writing(Untied):
+    """Shifts its inputs in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.sub_(0.5)
+        return super().forward(x)
+
+
+class Shifting(Untied):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - 0.5)
+
+
+def test_a_model_that_writes_to_its_inputs_learns_from_what_came() -> None:
+    config = AdaRoundConfig(bits=3, **OPTIONS)
+    one, other = (
+        quantize(kind().eval(), config, run_fn=calibrate([batch.clone() for batch in CALIBRATION[:1]]))
+        for kind in (Writing, Shifting)
+    )
+    assert get_report(one).output_error == pytest.approx(get_report(other).output_error)
+    for name, value in other.state_dict().items():
+        assert torch.equal(one.state_dict()[name], value)
+
+
+class Gained(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_layer_that_computes_more_than_packed_ones_stays_in_float() -> None:
+    model = Untied().eval()
+    model.first = Gained(32, 48)
+    expected = copy.deepcopy(model.first)
+    packed: Any = quantize(model, AdaRoundConfig(**OPTIONS), run_fn=calibrate(CALIBRATION))
+    report = get_report(packed)
+    assert [layer.name for layer in report.layers] == ["second"]
+    assert [name for name, _, _ in report.skipped] == ["first"]
+    assert torch.equal(packed.first(CALIBRATION[0]), expected(CALIBRATION[0]))
+
+
+class Twins(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.twin = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.twin.weight = self.up.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.twin(torch.relu(self.up(x)))
+
+
+def test_layers_that_share_a_weight_share_their_part() -> None:
+    config = AdaRoundConfig(bits=4, **OPTIONS)
+    assert len(get_report(quantize(Twins().eval(), config, run_fn=calibrate(CALIBRATION))).layers) == 1
+    config.set_local("twin", AdaRoundConfig(bits=8))
+    with pytest.raises(InvalidOptionError, match=r"layers 'up' and 'twin': share a weight"):
+        quantize(Twins().eval(), config, run_fn=calibrate(CALIBRATION))
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Convolved()
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return self.inner(*args) * kwargs["scale"]
+
+
+def test_inputs_without_a_name_beside_others_with_one_are_refused() -> None:
+    def run(model: nn.Module) -> None:
+        model(CALIBRATION[0], scale=torch.ones(1))
+
+    with pytest.raises(InvalidBatchError, match=r"both inputs by name and inputs .*\*args"):
+        quantize(Wrapped().eval(), AdaRoundConfig(**OPTIONS), run_fn=run)
+
+
+@pytest.mark.parametrize("options", [OPTIONS, RECIPE], ids=["packed", "integer kernels"])
+def test_an_interrupted_convert_can_be_called_again(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AdaRoundConfig(**options)
+    prepared = prepare(Untied().eval(), config)
+    calibrate(CALIBRATION)(prepared)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("adaround_plugin.inc.weight_only.adaround", stop)
+        patch.setattr("adaround_plugin.inc.native.adaround", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(prepared)
+    prepared(CALIBRATION[0])  # is not recorded any more
+    expected = quantize(Untied().eval(), config, run_fn=calibrate(CALIBRATION))
+    assert get_report(convert(prepared)).output_error == get_report(expected).output_error

@@ -86,3 +86,8 @@ def test_an_example_that_is_no_tuple_is_refused() -> None:
 def test_what_is_not_converted_is_refused() -> None:
     with pytest.raises(InvalidModelError, match=r"converted: is Linear.*convert_pt2e"):
         lower_to_executorch(nn.Linear(2, 2), (DATA[0],), [XnnpackPartitioner()])  # type: ignore[arg-type]
+
+
+def test_an_example_that_does_not_fit_is_named() -> None:
+    with pytest.raises(InvalidOptionError, match="example: the program cannot be exported with it"):
+        lower_to_executorch(converted(), (DATA[0], DATA[0]))

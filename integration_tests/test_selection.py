@@ -289,3 +289,22 @@ def test_every_method_takes_such_networks(host: str, net: type[nn.Module], metho
     assert report.output_error <= report.nearest_output_error
     layers = {layer.name: layer for layer in report.layers}
     assert all("no finite derivative" not in layers[name].note or "rows apart" in layers[name].note for name in chosen)
+
+
+class Entries(nn.Module):
+    """Entries of the last axis are chosen by what is computed, of all samples at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score, self.head = nn.Linear(6, 6), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        best = self.score(x).mean(0).topk(3).indices
+        return self.head(x[:, best])
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_computed_index_may_stand_behind_all_of_the_samples(host: str) -> None:
+    data = tokens(96)
+    report = get_report(adaround(prepared_by(host, None, seeded(Entries), data, 2), data, QUICK, progress=False))
+    assert len(report.layers) == 2

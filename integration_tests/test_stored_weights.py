@@ -326,3 +326,18 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     model().save_pretrained(tmp_path)
     file.write_bytes(file.read_bytes()[:-1])
     refused(file, r"model\.safetensors' cannot be read", InvalidOptionError)
+
+
+def test_an_interrupt_leaves_nothing_lent(tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path)
+    network: Any = empty()
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = network.model.layers[0].mlp.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        by_block(network, weights=tmp_path)
+    handle.remove()
+    assert all(parameter.is_meta for parameter in network.parameters())
+    assert len(get_report(by_block(network, weights=tmp_path)).layers) == 14

@@ -263,3 +263,24 @@ def test_options_out_of_range_are_refused():
         best_of_draws(prepared, lambda model: float("nan"), 1)
     with pytest.raises(InvalidModelError):
         round_weights(Network(), "floor")
+
+
+def test_integers_may_be_unsigned_and_are_given_once_for_tied_layers():
+    values = torch.arange(24).reshape(3, 8) % 8
+    written = write_integers(fx_model(), {"head": values.to(torch.uint8)})
+    assert torch.equal(learned(written, "head").integers, values)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.other.weight = self.one.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.other(torch.relu(self.one(x)))
+
+    prepared = prepared_model(Tied(), batches(4), mapping=mapping())
+    zeros, ones = torch.zeros(4, 4).long(), torch.ones(4, 4).long()
+    assert torch.equal(learned(write_integers(prepared, {"one": ones, "other": ones}), "other").integers, ones)
+    with pytest.raises(InvalidOptionError, match="'other': are others than those of a layer that it is tied to"):
+        write_integers(prepared, {"one": zeros, "other": ones})

@@ -113,6 +113,8 @@ class Flow:
         try:
             module = self._program(model).module()
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             first = str(error).strip().partition("\n")[0]
             problem = f"torch.export cannot export it ({type(error).__name__}: {first})"
             raise InvalidModelError("model", problem, "Export it yourself, and pass the .pt2 file.") from error

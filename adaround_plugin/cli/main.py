@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from adaround_plugin._version import __version__
 from adaround_plugin.cli.commands import analyze_model, compare_reports, demo, quantize_model, show_report
 from adaround_plugin.cli.printing import show
+from adaround_plugin.cli.sources import importing_from_here
 from adaround_plugin.errors import AdaRoundError, InvalidOptionError
 from adaround_plugin.learning.methods import METHODS
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     options = _parser().parse_args(argv)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), importing_from_here():
             # torch's advice on its own quantization flow, at every call of it
             warnings.simplefilter("ignore")
             for told in options.run(options):
@@ -165,16 +166,18 @@ def _add_budget(parser: argparse.ArgumentParser, said: str) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _amount(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
     return value
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from adaround_plugin.errors import InvalidBatchError, InvalidModelError, InvalidOptionError, MissingDependencyError
 from adaround_plugin.files import check_file
 
-__all__ = ["Images", "load_data", "load_model"]
+__all__ = ["Images", "importing_from_here", "load_data", "load_model"]
 
 # samples in a batch from files
 _BATCH = 32
@@ -185,13 +185,12 @@ def _joined(files: Sequence[Path], parts: Sequence[Tensor]) -> Tensor:
 
 
 def _attribute(argument: str, source: str) -> Any:
-    """What `module:name` names; modules are looked for in the working directory too."""
+    """What `module:name` names."""
     module, _, name = source.partition(":")
     if not module or module.startswith("."):
         raise InvalidOptionError(argument, f"{source!r} names no module", "Pass module:function.")
     try:
-        with _from_here():
-            found: Any = importlib.import_module(module)
+        found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
@@ -204,8 +203,8 @@ def _attribute(argument: str, source: str) -> Any:
 
 
 @contextmanager
-def _from_here() -> Iterator[None]:
-    """Let modules of the working directory be imported."""
+def importing_from_here() -> Iterator[None]:
+    """Let modules of the working directory be imported, by functions that are called later too."""
     sys.path.insert(0, "")
     try:
         yield

@@ -16,6 +16,7 @@ from torch import fx
 
 from adaround_plugin.deployment.ranges import quantized_weights
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError, MissingDependencyError, is_out_of_memory
+from adaround_plugin.graph.compat import exports_forgotten
 from adaround_plugin.graph.operators import is_linear
 from adaround_plugin.hosts.pt2e.nodes import innermost_module
 from adaround_plugin.options import check_bool
@@ -52,7 +53,8 @@ def lower_to_executorch(
         ExecuTorch's program: `buffer` is the content of the `.pte` file.
 
     Raises:
-        InvalidOptionError: `example` is no tuple, `partitioners` are none, or `partial` is no bool.
+        InvalidOptionError: `example` is no tuple of inputs that the program takes, `partitioners` are none, or
+            `partial` is no bool.
         InvalidModelError: the program has no quantized weights, a backend fails at a layer, or no backend takes one and
             `partial` is not set. Backend, layer and remedy are named, the backend's own error is the cause.
     """
@@ -65,7 +67,7 @@ def lower_to_executorch(
         )
     layers = {str(node.all_input_nodes[0].target): call for node, call in quantized_weights(converted).items()}
     backends = ", ".join(type(one).__name__ for one in partitioners) or "portable kernels"
-    program = torch.export.export(converted, example, strict=True)
+    program = _exported(converted, example)
     try:
         edge = to_edge_transform_and_lower(program, partitioner=list(partitioners) or None)
     except Exception as error:
@@ -85,6 +87,18 @@ def lower_to_executorch(
         # registers quantize and dequantize operators; programs without them do not need it
         importlib.import_module("executorch.kernels.quantized")
     return edge.to_executorch()
+
+
+def _exported(converted: fx.GraphModule, example: tuple[Any, ...]) -> torch.export.ExportedProgram:
+    try:
+        with exports_forgotten():
+            return torch.export.export(converted, example, strict=True)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise InvalidOptionError(
+            "example", f"the program cannot be exported with it ({error})", "Pass a tuple of its inputs."
+        ) from error
 
 
 def _name(call: fx.Node) -> str:

@@ -61,7 +61,8 @@ def to_torchao(
     Raises:
         InvalidOptionError: an argument is none of these, or `"int8"` for a grid that it cannot hold.
         InvalidModelError: `learned` carries no report or is converted, holds a weight that is no linear layer's or a
-            grid that no tensor of torchao has, or `model` is not the one that was learned.
+            grid that no tensor of torchao has, or `model` has other layers than the one that was learned. (Their values
+            are not compared: what is learned twice begins with learned weights.)
     """
     check_choice("tensor", tensor, ("intx", "int8"))
     check_bool("dynamic_activations", dynamic_activations)

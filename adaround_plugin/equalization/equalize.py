@@ -23,12 +23,16 @@ from adaround_plugin.equalization.layer_pairs import LayerPair, PairFinder
 from adaround_plugin.equalization.report import KEY, EqualizationReport, EqualizedPair, difference, spread
 from adaround_plugin.equalization.scaled_layers import ScaledLayer
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError, NonFiniteError, is_out_of_memory
+from adaround_plugin.graph.arguments import replace_module
 from adaround_plugin.graph.compat import is_observed
 from adaround_plugin.options import check_alone, check_bool, check_choice, check_integer, check_number
 
 __all__ = ["equalize"]
 
 ReLU6 = Literal["cap", "replace", "keep"]
+
+# largest change of an output relative to its largest magnitude: the same operators, in the same order
+_TRACE_TOLERANCE = 1e-5
 
 
 @torch.no_grad()
@@ -87,8 +91,8 @@ def equalize(
     Raises:
         InvalidOptionError: an option is out of range, the model does not run on `example_inputs`, or there are
             `activations` in one of several processes of `torch.distributed`.
-        InvalidModelError: in train mode, in half precision, prepared already, or one that cannot be copied or traced;
-            in float64, with `activations`.
+        InvalidModelError: in train mode, in half precision, prepared already, or one that cannot be copied, or
+            traced so that the trace does the same on `example_inputs`; in float64, with `activations`.
         InvalidBatchError: no batches in `activations`, or one that does not fit the model.
         NonFiniteError: a weight or an activation is NaN or infinite.
     """
@@ -103,7 +107,8 @@ def equalize(
     if relu6 == "replace":
         _replace_relu6(equalized)
     graph = _trace(equalized)
-    pairs, skipped = PairFinder(equalized, graph, _shapes(equalized, graph, example_inputs), relu6 == "cap").find()
+    shapes = _shapes(equalized, graph, example_inputs)
+    pairs, skipped = PairFinder(equalized, graph, shapes, relu6 == "cap").find()
     layers = {pair.first.name: pair.first for pair in pairs} | {pair.second.name: pair.second for pair in pairs}
     order = {name: position for position, name in enumerate(layers)}
     links = [Link(order[pair.first.name], order[pair.second.name], pair.repeat) for pair in pairs]
@@ -219,9 +224,24 @@ class _Shapes(fx.Interpreter):
 
 
 def _shapes(model: nn.Module, graph: fx.Graph, example_inputs: Sequence[Any]) -> dict[fx.Node, torch.Size]:
-    """The shape of every node whose value is a tensor."""
-    interpreter = _Shapes(model, graph)
-    interpreter.run(*copy.deepcopy(tuple(example_inputs)))
+    """The shape of every node whose value is a tensor.
+
+    Raises:
+        InvalidModelError: the trace does not compute what the model does, as where that asks whether an input is None.
+    """
+    exact, interpreter, problem = _run(model, example_inputs), _Shapes(model, graph), "computes something else"
+    try:
+        change = difference(exact, interpreter.run(*copy.deepcopy(tuple(example_inputs))))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        change, problem = math.inf, f"fails ({str(error).partition(chr(10))[0]})"
+    if change > _TRACE_TOLERANCE:
+        raise InvalidModelError(
+            "model",
+            f"{problem} on example_inputs when torch.fx has traced it",
+            "Give it one path for all inputs, or equalize the submodules that have one.",
+        )
     return interpreter.found
 
 
@@ -247,7 +267,7 @@ def _scale(model: nn.Module, pair: LayerPair, scale: Tensor) -> list[CappedReLU]
     for cap in pair.caps:
         limits = (cap.limit / scale).repeat_interleave(cap.repeat).to(pair.first.module.weight)
         modules.append(CappedReLU(limits.reshape(-1, *[1] * cap.positions)).eval())
-        model.set_submodule(cap.name, modules[-1])
+        replace_module(model, model.get_submodule(cap.name), modules[-1])
     return modules
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from adaround_plugin.graph.arguments import input_of
 from adaround_plugin.graph.compat import operator_name, returns_view, tree_flatten, tree_map
 
 __all__ = ["Aliases", "strided_copy"]
@@ -63,8 +64,8 @@ class Aliases:
         """Take in the next node, which writes to nothing and reads the newest values."""
         if node.op == "get_attr":
             self._name[node] = self._attributes.setdefault(str(node.target), node)
-        elif node.args and isinstance(node.args[0], fx.Node) and _is_view(self._module, node):
-            self._parent[node] = self._named(node.args[0])
+        elif isinstance(source := input_of(node), fx.Node) and _is_view(self._module, node):
+            self._parent[node] = self._named(source)
             self._made[node] = self._writes[self._whole(node)]
 
     def has_others(self, node: fx.Node) -> bool:
@@ -126,7 +127,8 @@ class Aliases:
         target: Any = name.target
         if name.op == "call_module":
             target = self._module.get_submodule(str(name.target))
-        step = (target, name.args[1:], name.kwargs)
+        kwargs = name.kwargs if name.args else {key: value for key, value in name.kwargs.items() if key != "input"}
+        step = (target, name.args[1:], kwargs)
         inserted = self._module.graph.call_function(function, (one, other, step))
         self.inserted[inserted] = name, self._last[self._whole(name)]
         return inserted

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
-__all__ = ["argument", "attribute", "input_of", "owner_of", "set_argument"]
+__all__ = ["argument", "attribute", "input_of", "owner_of", "replace_module", "set_argument"]
 
 
 def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
@@ -38,3 +38,10 @@ def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def attribute(model: nn.Module, name: str) -> Any:
     """The submodule, parameter, buffer or other attribute of a qualified name."""
     return getattr(*owner_of(model, name))
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of one, in place, under each of its names."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            model.set_submodule(name, new)

@@ -33,6 +33,7 @@ __all__ = [
     "flatten_inputs",
     "forget_models",
     "guards_of",
+    "has_export_inputs",
     "is_guards",
     "is_observed",
     "is_observer",
@@ -233,6 +234,11 @@ def export_inputs(program: fx.GraphModule) -> tuple[list[str], int]:
     names = list(program.graph._codegen.pytree_info.orig_args)  # type: ignore[attr-defined]
     positional, _ = program._in_spec.children()
     return names, positional.num_children
+
+
+def has_export_inputs(program: fx.GraphModule) -> bool:
+    """Whether a graph takes its inputs as an exported program's module does."""
+    return hasattr(program.graph._codegen, "pytree_info")
 
 
 def is_guards(node: fx.Node) -> bool:

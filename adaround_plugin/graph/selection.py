@@ -103,7 +103,7 @@ def _keeps_samples(node: fx.Node, computed: set[fx.Node]) -> bool:
         index = node.args[1]
         leading = index[0] if isinstance(index, list | tuple) else index
         # all of the axis, or entries that are not computed, such as those of `arange`
-        return isinstance(index, list | tuple) and leading not in computed
+        return isinstance(index, list | tuple) and not (isinstance(leading, fx.Node) and leading in computed)
     axis = _along(node)
     return axis is not None and axis != 0
 

@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 
 from adaround_plugin.errors import InvalidModelError
 from adaround_plugin.graph.aliases import Aliases, strided_copy
-from adaround_plugin.graph.arguments import owner_of
+from adaround_plugin.graph.arguments import input_of, owner_of
 from adaround_plugin.graph.compat import Dropout, operator_name, take_outs
 from adaround_plugin.graph.reparametrized import is_reparametrized, make_plain
 
@@ -141,7 +141,7 @@ def strip(module: fx.GraphModule, is_stripped: Callable[[nn.Module], bool]) -> f
             continue
         submodule = module.get_submodule(node.target)
         if isinstance(submodule, nn.Identity | Dropout) or is_stripped(submodule):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(input_of(node))
             module.graph.erase_node(node)
     return module
 
@@ -181,7 +181,7 @@ def functionalize(module: fx.GraphModule) -> fx.GraphModule:
             newest = aliases.now(source, before=node)
             if newest is not source:
                 node.replace_input_with(source, newest)
-        target = node.args[0] if node.args else None
+        target = input_of(node)
         if not _is_inplace(module, node) or not isinstance(target, fx.Node):
             aliases.add(node)
             continue

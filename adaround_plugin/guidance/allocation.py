@@ -20,6 +20,7 @@ from adaround_plugin.report.text import number
 __all__ = ["BitAllocation", "suggest_bits"]
 
 Kind = Literal["learned", "nearest"]
+_ROUNDINGS = ("learned", "nearest")
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,24 @@ class BitAllocation:
         analysis: what they were chosen from.
         bits: by name of the layer, in graph order.
         rounding: whose losses were added up, `"learned"` or `"nearest"`.
+
+    Raises:
+        InvalidOptionError: the names are not those of the layers, bits that were not analysed, or another `rounding`.
     """
 
     analysis: Analysis
     bits: Mapping[str, int]
     rounding: Kind = "learned"
+
+    def __post_init__(self) -> None:
+        _check_analysis(self.analysis)
+        check_mapping("bits", self.bits)
+        check_choice("rounding", self.rounding, _ROUNDINGS)
+        if apart := self.bits.keys() ^ {layer.name for layer in self.analysis.layers}:
+            problem = f"{sorted(map(str, apart))} are in one of the bits and the analysis alone"
+            raise InvalidOptionError("bits", problem, "Pass bits for every layer of the analysis, by name.")
+        for layer in self.analysis.layers:
+            layer.at(self.bits[layer.name])
 
     @property
     def widths(self) -> list[Width]:
@@ -130,9 +144,8 @@ def suggest_bits(
         InvalidOptionError: not one budget of the three, one that nothing fits, a name that matches no layer, or bits
             that were not analysed.
     """
-    if not isinstance(analysis, Analysis):
-        raise InvalidOptionError("analysis", f"is a {type(analysis).__name__}", "Pass what analyze(...) returned.")
-    check_choice("rounding", rounding, ("learned", "nearest"))
+    _check_analysis(analysis)
+    check_choice("rounding", rounding, _ROUNDINGS)
     budgets = {"size": size, "average_bits": average_bits, "max_loss": max_loss}
     given = {name: value for name, value in budgets.items() if value is not None}
     if len(given) != 1:
@@ -163,6 +176,11 @@ def suggest_bits(
             "Pass more, or more bits.",
         )
     return BitAllocation(analysis, found, rounding)
+
+
+def _check_analysis(analysis: Analysis) -> None:
+    if not isinstance(analysis, Analysis):
+        raise InvalidOptionError("analysis", f"is a {type(analysis).__name__}", "Pass what analyze(...) returned.")
 
 
 def _choices(analysis: Analysis, fixed: Mapping[str, int] | None) -> dict[str, list[Width]]:

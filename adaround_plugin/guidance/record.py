@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from adaround_plugin.errors import InvalidOptionError
+
 __all__ = ["LayerAnalysis", "Record", "Width"]
 
 
@@ -43,8 +45,16 @@ class LayerAnalysis:
     widths: tuple[Width, ...]
 
     def at(self, bits: int) -> Width:
-        """The layer at a width that was asked for."""
-        return next(width for width in self.widths if width.bits == bits)
+        """The layer at one of its widths.
+
+        Raises:
+            InvalidOptionError: it is none of them.
+        """
+        for width in self.widths:
+            if width.bits == bits:
+                return width
+        known = [width.bits for width in self.widths]
+        raise InvalidOptionError("bits", f"{bits!r} was not analysed for {self.name!r}", f"Pass one of {known}.")
 
 
 @dataclass(frozen=True)

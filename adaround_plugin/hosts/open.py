@@ -7,7 +7,7 @@ from torch import fx, nn
 from torch.ao.quantization.backend_config import BackendConfig
 
 from adaround_plugin.errors import InvalidOptionError
-from adaround_plugin.graph.compat import operator_name
+from adaround_plugin.graph.compat import has_export_inputs, operator_name
 from adaround_plugin.hosts.base import Host
 from adaround_plugin.hosts.biases import with_integer_bias
 from adaround_plugin.hosts.fx.host import PreparedFX
@@ -70,7 +70,10 @@ def host_type(prepared: nn.Module) -> type[Host]:
 
 
 def is_exported(model: nn.Module) -> bool:
-    """Whether a model is a graph of ATen operators."""
-    return isinstance(model, fx.GraphModule) and any(
-        node.op == "call_function" and operator_name(node)[1] for node in model.graph.nodes
+    """Whether a model is a graph of ATen operators, as torch.export makes them: `torch.fx` keeps operators that the
+    model itself calls so."""
+    return (
+        isinstance(model, fx.GraphModule)
+        and has_export_inputs(model)
+        and any(node.op == "call_function" and operator_name(node)[1] for node in model.graph.nodes)
     )

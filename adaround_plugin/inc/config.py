@@ -36,7 +36,7 @@ class AdaRoundConfig(SoleConfig):
     """Learned rounding, as a configuration of Intel Neural Compressor.
 
     Every parameter but `checkpoint`, `model_path` and `white_list` also takes a list of values, which `autotune` tries
-    one by one.
+    one by one. Local parts take single values.
 
     Args:
         dtype: `"int"`, or `"fp32"` to leave layers in float.
@@ -161,15 +161,16 @@ class AdaRoundConfig(SoleConfig):
         lists = {name: value for name, value in self.get_params_dict().items() if isinstance(value, list)}
         if not lists:
             return [self]
-        listed = type(self)(**self.get_params_dict(), white_list=None)
-        own = {key: part for key, part in self.local_config.items() if part != listed}
+        own = {key: part for key, part in self.local_config.items() if part.get_params_dict() != self.get_params_dict()}
         expanded = []
         for number, values in enumerate(product(*lists.values())):
             chosen = {**self.get_params_dict(), **dict(zip(lists, values, strict=True))}
             if self.checkpoint is not None:
                 chosen["checkpoint"] = f"{self.checkpoint}/{number}"
             config = type(self)(**chosen, white_list=self.white_list)
-            config.local_config.update(copy.deepcopy(own))
+            # those that a white list made, after a file was read too
+            listed = {key: type(self)(**chosen, white_list=None) for key in self.local_config.keys() - own.keys()}
+            config.local_config = {key: copy.deepcopy({**own, **listed}[key]) for key in self.local_config}
             expanded.append(config)
         return expanded
 

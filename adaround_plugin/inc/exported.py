@@ -61,8 +61,8 @@ class ExportedQuantizer(W8A8PT2EQuantizer):
             InvalidModelError: `prepare` did not make this model.
             InvalidBatchError: no data went through it.
         """
-        batches = Recording.taken(model)
-        learned = adaround(model, batches, **pass_options(self.parts))
+        with Recording.taken(model) as batches:
+            learned = adaround(model, batches, **pass_options(self.parts))
         quantized: Any = super().convert(learned, **kwargs)
         quantized.dynamic_shapes = learned.meta[_SHAPES]
         quantized.qconfig = {STATIC_QUANT: next(iter(self.parts.values()))}

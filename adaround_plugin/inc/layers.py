@@ -22,6 +22,7 @@ WEIGHTED: tuple[type[nn.Module], ...] = (nn.Linear, Convolution)
 def weighted_layers(model: nn.Module, linear_only: bool = False) -> list[Layer]:
     """The linear layers and, if wanted, the convolutions; those of the float model, where `model` is prepared.
 
+    Linear layers alone are those to be packed: of a class that computes something of its own, nothing would be left.
     In an exported program both count, and a functional call as its module's own: name and type are of that module.
 
     Raises:
@@ -40,8 +41,13 @@ def weighted_layers(model: nn.Module, linear_only: bool = False) -> list[Layer]:
     return [
         (name, type(module).__name__)
         for name, module in model.named_modules(remove_duplicate=False)
-        if name and isinstance(module, nn.Linear if linear_only else WEIGHTED)
+        if name and (_is_packed(module) if linear_only else isinstance(module, WEIGHTED))
     ]
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Whether INC's packed layer computes what a module does."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def text(key: str | type) -> str:

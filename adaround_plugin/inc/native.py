@@ -47,8 +47,8 @@ class NativeQuantizer(Quantizer):
             InvalidModelError: `prepare` did not make this model.
             InvalidBatchError: no data went through it.
         """
-        batches = Recording.taken(model)
-        learned = adaround(model, batches, **pass_options(self.quant_config))
+        with Recording.taken(model) as batches:
+            learned = adaround(model, batches, **pass_options(self.quant_config))
         quantized: Any = convert_fx(learned.cpu())
         forget_models()
         quantized.meta[KEY] = get_report(learned)

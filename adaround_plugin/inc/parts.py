@@ -72,7 +72,9 @@ def _completed(part: TorchBaseConfig, whole: TorchBaseConfig) -> TorchBaseConfig
     completed = type(part)(**{**part.get_params_dict(), **shared}, white_list=None)
     for name, value in completed.get_params_dict().items():
         if isinstance(value, list):
-            raise InvalidOptionError(name, f"is the list {value}", "Pass one value; lists are for autotune.")
+            raise InvalidOptionError(
+                name, f"is the list {value}", "Pass one value: autotune tries lists of the global part."
+            )
     if completed.group_size != -1 and completed.act_dtype != "fp32":
         raise InvalidOptionError("group_size", "integer kernels know no groups", "Pass act_dtype='fp32', or -1.")
     if completed.blocks is not None and completed.act_dtype != "fp32":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.graph.arguments import argument
 from adaround_plugin.graph.operators import is_weighted_function
 from adaround_plugin.hosts.learned import learned_weights
@@ -21,12 +22,22 @@ __all__ = ["integer_linears", "weight_only_quantizer"]
 
 
 def weight_only_quantizer(program: fx.GraphModule, parts: Parts) -> AdaRoundWeightOnlyQuantizer:
-    """The quantizer that gives each layer of a program the observer its part asks for, with scales float16 has."""
+    """The quantizer that gives each layer of a program the observer its part asks for, with scales float16 has.
+
+    Raises:
+        InvalidOptionError: layers that share a weight have different parts.
+    """
     layers = {".*": _options(parts[ROOT]) if ROOT in parts else None}
     named = {name: part for (name, _), part in parts.items()}
+    owners: dict[str, str] = {}
     for layer, weight, _ in _calls(program):
         if layer in named:
-            layers[weight] = _options(named[layer])
+            options = _options(named[layer])
+            if weight in layers and options != layers[weight]:
+                raise InvalidOptionError(
+                    f"layers {owners[weight]!r} and {layer!r}", "share a weight and have different parts", "Pass one."
+                )
+            layers[weight], owners[weight] = options, layer
     return AdaRoundWeightOnlyQuantizer(layers, scale_dtype=torch.float16)
 
 

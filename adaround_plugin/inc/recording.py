@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from torch import Tensor, fx, nn
-from torch.utils.hooks import RemovableHandle
+from torch import fx, nn
 
 from adaround_plugin.errors import InvalidBatchError, InvalidModelError
+from adaround_plugin.sequential.inputs import copied
+from adaround_plugin.sequential.weights import Handle
 
 __all__ = ["Batch", "Layer", "Recording"]
 
@@ -35,7 +37,7 @@ class Recording:
 
     layers: list[Layer]
     batches: list[Batch] = field(default_factory=list)
-    handles: list[RemovableHandle] = field(default_factory=list)
+    handles: list[Handle] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: nn.Module) -> Self | None:
@@ -57,8 +59,9 @@ class Recording:
         return recording
 
     @classmethod
-    def taken(cls, model: nn.Module) -> list[Batch]:
-        """The batches, taken out of `model`, which records no more.
+    @contextmanager
+    def taken(cls, model: nn.Module) -> Iterator[list[Batch]]:
+        """The batches, taken out of `model`, which records no more; put back where what is done inside fails.
 
         Raises:
             InvalidModelError: nothing was started.
@@ -72,17 +75,31 @@ class Recording:
                 "run_fn", "ran no data through the prepared model", "Call the model it is given, once per batch."
             )
         cls.stop(model)
-        return recording.batches
+        try:
+            yield recording.batches
+        except BaseException:
+            _place(model)[_KEY] = recording
+            raise
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.batches.append(_copied(_by_name(model, args, kwargs) if kwargs else args))
+        self.batches.append(copied(_by_name(model, args, kwargs) if kwargs else args))
 
 
 def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by the names of the parameters of `forward`."""
+    """The arguments of a call by the names of the parameters of `forward`.
+
+    Raises:
+        InvalidBatchError: some have none.
+    """
     signature = inspect.signature(model.forward)
     named = dict(signature.bind(*args, **kwargs).arguments)
     for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL and named.get(parameter.name):
+            raise InvalidBatchError(
+                "run_fn",
+                f"passes the model both inputs by name and inputs that its forward takes as *{parameter.name}",
+                "Pass all by name, or all by position.",
+            )
         if parameter.kind is parameter.VAR_KEYWORD:
             named.update(named.pop(parameter.name, {}))
     return named
@@ -91,14 +108,3 @@ def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _place(model: nn.Module) -> dict[str, Any]:
     """Where a model keeps what a deep copy takes along: attributes, but of a GraphModule only `meta`."""
     return model.meta if isinstance(model, fx.GraphModule) else vars(model)
-
-
-def _copied(value: Any) -> Any:
-    """A nested input with its tensors cloned: the caller may reuse a buffer, the model may write to it."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping):
-        return {key: _copied(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_copied, value)) if type(value) in (list, tuple) else type(value)(*map(_copied, value))
-    return value

@@ -19,6 +19,7 @@ from adaround_plugin.inc.parts import ROOT, Parts, blocks_of, model_path_of, pas
 from adaround_plugin.inc.programs import integer_linears, weight_only_quantizer
 from adaround_plugin.inc.recording import Batch, Recording
 from adaround_plugin.report import KEY, Report, get_report
+from adaround_plugin.sequential.inputs import copied
 from adaround_plugin.sequential.learning import INSIDE, find_blocks, learned_blocks, together
 from adaround_plugin.sequential.programs import Call, exported
 from adaround_plugin.sequential.weights import StoredWeights, stored_weights
@@ -69,15 +70,15 @@ class WeightOnlyQuantizer(Quantizer):
             InvalidModelError: `prepare` did not make this model, or torch.export fails on it.
             InvalidBatchError: no data went through it.
         """
-        batches = Recording.taken(model)
         # functional calls cannot be packed
         parts = {layer: part for layer, part in self.quant_config.items() if layer != ROOT}
         blocks, options = blocks_of(self.quant_config), pass_options(self.quant_config)
-        stored = _stored(model, self.quant_config)
-        if blocks is None:
-            linears, report = _as_a_whole(model, batches, parts, options)
-        else:
-            linears, report = _by_blocks(model, batches, parts, blocks, {"weights": stored, **options})
+        with Recording.taken(model) as batches:
+            stored = _stored(model, self.quant_config)
+            if blocks is None:
+                linears, report = _as_a_whole(model, batches, parts, options)
+            else:
+                linears, report = _by_blocks(model, batches, parts, blocks, {"weights": stored, **options})
         packed = pack(model, linears)
         if stored is not None:
             stored.fill(packed)
@@ -97,8 +98,9 @@ def _as_a_whole(
     program = exported(model, [_call(batch) for batch in batches])
     prepared = prepare_pt2e(program, weight_only_quantizer(program, parts))
     with torch.no_grad():
-        args, kwargs = _call(batches[0])
-        prepared(*args, **kwargs)  # weight observers see their weights
+        # weight observers see their weights; the model may write to its inputs
+        args, kwargs = _call(copied(batches[0]))
+        prepared(*args, **kwargs)
     learned = adaround(prepared, batches, **options)
     return integer_linears(learned, parts), get_report(learned)
 

@@ -114,7 +114,7 @@ class BlockWise:
             name=block.name,
             nodes=nodes,
             exits=block.exits,
-            drawing=Drawing(self.batch_size, self.drop, self.weighs_outputs, run.seed),
+            drawing=Drawing(self.batch_size, self.drop, self.weighs_outputs),
             phase="reconstruct",
             learns_scale=self.learns_scale,
             propagate_error=self.layers.recipe.propagate_error,

@@ -178,6 +178,12 @@ class LayerMoments:
             raise NonFiniteError(
                 f"layer {node.name!r}", "its input holds NaN or infinity", "Check the model and the calibration data."
             )
+        if not bool(torch.isfinite(self.learning.hessian.sum() + self.learning.cross.sum())):
+            raise NonFiniteError(
+                f"layer {node.name!r}",
+                "its input is too large: products of its values overflow float32",
+                "Check the model and the calibration data.",
+            )
         if self._spread is not None:
             self.damping = self._spread.damping(self.learning, partial(processes.add, "what the samples differ by"))
 

@@ -104,7 +104,7 @@ class Finetune:
             name="network",
             nodes=run.nodes,
             exits=output_exits(run.streams),
-            drawing=Drawing(self.batch_size, seed=run.seed),
+            drawing=Drawing(self.batch_size),
             phase="finetune",
             learns_scale=True,
             propagate_error=True,

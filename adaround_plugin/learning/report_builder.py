@@ -138,11 +138,8 @@ class ReportBuilder:
             columns: how many entered its moments.
             seconds: that it took.
         """
-        grid = rounding.grid
-        real = grid.coordinates(node.weight)
-        total = max(1, rounding.integers.numel())
-        clipped = float(((real < grid.quant_min - 0.5) | (real > grid.quant_max + 0.5)).sum()) / total
-        entry = _Layer(node, rounding, list(notes), columns, seconds, _flipped(node, rounding), clipped)
+        flipped, clipped = _flipped(node, rounding), _clipped(node, rounding)
+        entry = _Layer(node, rounding, list(notes), columns, seconds, flipped, clipped)
         self._layers[node.name] = entry
         self.progress.layer(entry.report())
 
@@ -168,7 +165,9 @@ class ReportBuilder:
             bias_correction=rounding.bias_correction,
             learned=rounding.learned,
         )
-        if not torch.equal(rounding.integers, before.integers):
+        if why_nearest:
+            entry.clipped = _clipped(node, rounding)
+        if why_nearest or not torch.equal(rounding.integers, before.integers):
             entry.flipped = _flipped(node, rounding)
 
     def steps(self, name: str) -> Callable[[int, float], None]:
@@ -199,7 +198,7 @@ class ReportBuilder:
             recipe=recipe,
             layers=[entry.report() for entry in self._layers.values()],
             skipped=[(entry.name, entry.kind, entry.reason) for entry in skipped],
-            trials=self.trials,
+            trials=[replace(trial, taken=trial.recipe == recipe) for trial in self.trials],
             blocks=self.blocks,
             finetuning=self.finetuning,
             output_error=output_error,
@@ -219,3 +218,11 @@ def _flipped(node: WeightedNode, rounding: LayerRounding) -> float:
     """Share of the weights whose integer is not the nearest on the grid."""
     total = max(1, rounding.integers.numel())
     return float((rounding.integers != rounding.grid.nearest(node.weight)).sum()) / total
+
+
+def _clipped(node: WeightedNode, rounding: LayerRounding) -> float:
+    """Share of the weights that lie outside the grid by more than half a step."""
+    grid = rounding.grid
+    real = grid.coordinates(node.weight)
+    total = max(1, rounding.integers.numel())
+    return float(((real < grid.quant_min - 0.5) | (real > grid.quant_max + 0.5)).sum()) / total

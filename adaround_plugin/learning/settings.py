@@ -51,7 +51,7 @@ def state_of(argument: str, value: object) -> str:
         raise InvalidOptionError(
             argument,
             f"this {type(value).__name__} cannot be told from another one ({error})",
-            "Let it hold numbers, texts, tensors and the like, or leave checkpoint= out.",
+            "Let it hold numbers, texts, tensors and the like. Without checkpoint=, in one process, any will do.",
         ) from error
 
 

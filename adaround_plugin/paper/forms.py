@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.ao.quantization.backend_config import BackendConfig
 
+from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.graph.arguments import input_of
 from adaround_plugin.graph.streams import Stream
 from adaround_plugin.hosts.base import Host, WeightedNode
@@ -52,13 +53,19 @@ class LayerForms:
         """The layer of that name in a calibrated model from `prepare_fx` or `prepare_pt2e`.
 
         Raises:
-            InvalidOptionError: the host quantizes no layer of that name.
+            InvalidOptionError: the host quantizes no layer of that name, or its weight is no parameter of the model.
             InvalidModelError: the model is not ready, see `adaround`.
         """
         host = open_host(prepared, backend_config)
         node = named_node(host, name)
         parameters = host.prepared.named_parameters()
-        parameter = next(own for own, values in parameters if values.data_ptr() == node.weight.data_ptr())
+        own = (own for own, values in parameters if values.data_ptr() == node.weight.data_ptr())
+        if (parameter := next(own, None)) is None:
+            raise InvalidOptionError(
+                "name",
+                f"the weight of {name!r} is no parameter of the model, but computed or a buffer",
+                "Take out its parametrization, or make it a parameter, and prepare the model again.",
+            )
         return cls(host, node, _without_observers(host.copy()), parameter)
 
     def local(

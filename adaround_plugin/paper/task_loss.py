@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -131,6 +132,8 @@ def expand_task_loss(model: nn.Module, name: str, loss: Loss, batches: Iterable[
     if not count:
         raise InvalidBatchError("batches", "holds no data", "Pass batches of at least one sample.")
     hessian = (hessian + hessian.T) / (2 * count)
+    if not isfinite(value):
+        raise NonFiniteError(f"layer {name!r}", "the loss is not finite", "Check the loss and the batches.")
     if not (torch.isfinite(hessian).all() and torch.isfinite(gradient).all()):
         raise NonFiniteError(f"layer {name!r}", "the loss has a derivative that is not finite", "Check the loss.")
     return TaskLoss(weight, value / count, gradient / count, hessian)

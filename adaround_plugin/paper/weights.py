@@ -83,7 +83,11 @@ def write_integers(
     for name, values in integers.items():
         node = named_node(host, name, "integers")
         _check_fits(name, values, node)
-        given[node.name] = values.to(node.weight.device, torch.int64)
+        found = values.to(node.weight.device, torch.int64)
+        if not torch.equal(given.setdefault(node.name, found), found):
+            raise InvalidOptionError(
+                f"integers of {name!r}", "are others than those of a layer that it is tied to", "Pass them once."
+            )
     return _written(host, given, inplace)
 
 
@@ -180,6 +184,8 @@ def _check_fits(name: str, values: Tensor, node: WeightedNode) -> None:
         problem = f"have shape {tuple(values.shape)}, the weight has {tuple(node.weight.shape)}"
         raise InvalidOptionError(f"integers of {name!r}", problem, "Pass one integer for each weight.")
     low, high = node.grid.quant_min, node.grid.quant_max
+    # torch compares unsigned integers with negative numbers in their own range
+    values = values.to(torch.int64)
     if bool(((values < low) | (values > high)).any()):
         raise InvalidOptionError(f"integers of {name!r}", f"leave the range [{low}, {high}]", "Clip them to it.")
 

@@ -177,7 +177,8 @@ class OutputMoment:
     def pooled(self, add: Callable[..., None]) -> Tensor | None:
         """`(G, R, R)` over its mean diagonal, and a ridge; None where no output has a derivative that is a number.
 
-        What the samples say about two outputs together counts less where it differs from sample to sample.
+        Of a group without any derivative there is the ridge alone. What the samples say about two outputs together
+        counts less where it differs from sample to sample.
 
         Args:
             add: puts the sums over all processes into the tensors that it is given, in place.
@@ -186,9 +187,9 @@ class OutputMoment:
         diagonal = self.sum.diagonal(dim1=1, dim2=2)
         shrinkage = self.spread.shrinkage(diagonal.sum(1, dtype=torch.float64), add=add)
         mean = diagonal.mean(1)
-        if not (bool(torch.isfinite(self.sum).all()) and bool((mean > 0).all())):
+        if not (bool(torch.isfinite(self.sum).all()) and bool((mean > 0).any())):
             return None
-        sides = self.sum / mean[:, None, None]
+        sides = self.sum / torch.where(mean > 0, mean, 1.0)[:, None, None]
         ridge = max(_OUTPUT_RIDGE, _RIDGE_PER_ODDS * shrinkage / max(1 - shrinkage, 1e-3))
         sides.diagonal(dim1=1, dim2=2).add_(three_digits(ridge))
         return sides

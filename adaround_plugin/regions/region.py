@@ -45,13 +45,11 @@ class Drawing:
             (QDrop, Wei et al. 2022, arXiv 2203.05740).
         weighs_outputs: weigh the entries at the exits by their squared derivative of the network's output (BRECQ, Li et
             al. 2021, arXiv 2102.05426, with the output's own squared error in place of labels).
-        seed: of the random projections for these derivatives.
     """
 
     batch_size: int = 32
     drop: float = 0.0
     weighs_outputs: bool = False
-    seed: int = 0
 
 
 class Region:

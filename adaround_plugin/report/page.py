@@ -110,7 +110,7 @@ def _trials(record: Record) -> str:
     rows = [
         (
             number(trial.output_error),
-            "yes" if trial.recipe == record.recipe else "",
+            "yes" if trial.taken else "",
             f"{trial.recipe}: {trial.note}" if trial.note else trial.recipe,
         )
         for trial in record.trials
@@ -131,8 +131,11 @@ def _time(record: Record) -> str:
 
 def _memory(record: Record) -> str:
     rows = [(name, f"{used / 1e6:,.0f} MB") for name, used in record.memory.items()]
-    said = "The most that was in use since the process began, and when learning did."
-    return section("Memory", paragraph(said, "faint") if rows else "", table(("", "most in use"), rows))
+    said = (
+        "process and GPUs: the most that was in use since the process began, and before learning did. What is kept of "
+        "the batches: within its budget, the most in memory (kept) and in files (spilled), and all that was written."
+    )
+    return section("Memory", paragraph(said, "faint") if rows else "", table(("", ""), rows))
 
 
 def _repeat(record: Record) -> str:

@@ -86,11 +86,13 @@ class RecipeTrial:
         output_error: the error of the network's output that the trial predicts for the run; None if it could not be
             tried, or is no number.
         note: why it could not be tried.
+        taken: whether it was used.
     """
 
     recipe: str
     output_error: float | None
     note: str = ""
+    taken: bool = False
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ __all__ = ["SampleSpread", "three_digits"]
 _PAIRS, _MOST_GROUPS = 64, 32
 # ridge of a hessian relative to its mean diagonal: for what it has of noise, and its bounds
 _DAMPING_PER_NOISE, _LEAST_DAMPING, _MOST_DAMPING = 0.2, 0.01, 10.0
+# variance of columns relative to their power, below which it is float32's rounding error of constants
+_LEAST_VARIANCE = 1e-12
 
 
 class SampleSpread:
@@ -68,13 +70,20 @@ class SampleSpread:
         """Take in the columns of another one, of the same samples."""
         self.sums += other.sums
 
-    def shrinkage(self, trace: Tensor, mean: Tensor | None = None, add: Callable[..., None] | None = None) -> float:
+    def shrinkage(
+        self,
+        trace: Tensor,
+        mean: Tensor | None = None,
+        add: Callable[..., None] | None = None,
+        known: Tensor | None = None,
+    ) -> float:
         """The share of the identity in the best mixture with it, from 0 to 1; 1 for less than two samples.
 
         Args:
             trace: `(G,)` float64, of `M`, of all machines.
             mean: `(G, D)` float64, `mu`; None for 0.
             add: puts the sums over all machines into the tensors that it is given, in place; None for one machine.
+            known: `(G,)`, the groups whose `M` is no rounding error; None for those with a trace above 0.
         """
         left, right = self._left.double(), self._right.double()
         product, by_left, by_right, weight = torch.split(self.sums, [*[left.shape[1]] * 3, 1], 2)
@@ -86,7 +95,7 @@ class SampleSpread:
         if add is not None:
             add(count, found, square)
         level = trace[self._groups].unsqueeze(1) / len(left)
-        known = level.squeeze(1) > 0
+        known = level.squeeze(1) > 0 if known is None else known[self._groups]
         if count < 2 or not known.any():
             return 1.0
         noise = (square - found.square() / count) * count / (count - 1)
@@ -107,10 +116,10 @@ class SampleSpread:
         """
         hessian = moments.hessian
         level = hessian.diagonal(dim1=1, dim2=2).mean(1)
-        shrinkage = self.shrinkage(level * hessian.shape[1] * moments.total, moments.mean, add)
-        known = level > 0
+        known = level > _LEAST_VARIANCE * moments.power_of_columns.mean(1)
         if not known.any():
             return _LEAST_DAMPING
+        shrinkage = self.shrinkage(level * hessian.shape[1] * moments.total, moments.mean, add, known)
         power = torch.linalg.vector_norm(hessian, dim=(1, 2)).square() / (hessian.shape[1] * level.square())
         noise = shrinkage * (float(power[known].mean()) - 1)
         return three_digits(min(_MOST_DAMPING, max(_LEAST_DAMPING, _DAMPING_PER_NOISE * noise)))

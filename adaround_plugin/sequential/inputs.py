@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from adaround_plugin.errors import InvalidBatchError, InvalidModelError
-from adaround_plugin.graph.compat import tree_flatten, tree_names
+from adaround_plugin.graph.compat import tree_flatten, tree_map, tree_names
 from adaround_plugin.sequential.programs import Call, without_cache
 
-__all__ = ["BlockCall", "first_calls"]
+__all__ = ["BlockCall", "copied", "first_calls"]
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,21 @@ def first_calls(
     return found
 
 
+def copied(value: Any) -> Any:
+    """A nested input with its tensors cloned: a model may write to it, and a caller use its memory again."""
+
+    def leaf(one: Any) -> Any:
+        if isinstance(one, Tensor):
+            return one.detach().clone()
+        # of classes that torch does not look into
+        return {key: copied(entry) for key, entry in one.items()} if isinstance(one, Mapping) else one
+
+    return tree_map(leaf, value)
+
+
 def _run(model: nn.Module, batch: Any) -> None:
-    """Call a model on a batch: a mapping by name, a tuple or list by position."""
+    """Call a model on a copy of a batch: a mapping by name, a tuple or list by position."""
+    batch = copied(batch)
     if isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, tuple | list):

@@ -16,12 +16,13 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 from adaround_plugin.api import adaround
 from adaround_plugin.errors import InvalidModelError
 from adaround_plugin.files import check_folder
+from adaround_plugin.graph.compat import tree_flatten
 from adaround_plugin.graph.reparametrized import deep_copy
 from adaround_plugin.hosts.pt2e.host import PAIR
 from adaround_plugin.hosts.pt2e.layer_options import layer_names
 from adaround_plugin.hosts.pt2e.nodes import LEFT_IN_FLOAT, described, is_torchao_observer
 from adaround_plugin.report import Report, get_report
-from adaround_plugin.sequential.inputs import BlockCall, first_calls
+from adaround_plugin.sequential.inputs import BlockCall, copied, first_calls
 from adaround_plugin.sequential.programs import PairedBlock, exported
 from adaround_plugin.sequential.weights import StoredWeights
 
@@ -55,9 +56,20 @@ class LearnedBlock:
             skipped = [(self.outside(name), kind, LEFT_IN_FLOAT) for name, kind in self.layers]
             return Report(method="", solver="", recipe="", layers=[], skipped=skipped)
         report = get_report(self.program)
+
+        def named(names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(map(self.outside, names))
+
         return replace(
             report,
-            layers=[replace(layer, name=self.outside(layer.name)) for layer in report.layers],
+            layers=[replace(layer, name=self.outside(layer.name), tied=named(layer.tied)) for layer in report.layers],
+            # what is the whole network there is a block here
+            blocks=[
+                replace(block, name=self.outside(block.name), layers=named(block.layers))
+                for block in report.learned_on_samples
+            ],
+            finetuning=None,
+            trials=[replace(trial, recipe=f"{self.name}: {trial.recipe}") for trial in report.trials],
             skipped=[(self.outside(name), kind, reason) for name, kind, reason in report.skipped],
             weights={self.outside(name): digest for name, digest in report.weights.items()},
         )
@@ -132,18 +144,18 @@ def learned_blocks(
         assert isinstance(prepared, fx.GraphModule)
         if not any(map(is_torchao_observer, prepared.modules())):
             with torch.no_grad():
-                pairs = [(paired(**batch), paired(**{**batch, "hidden": batch["other"]})) for batch in data]
+                pairs = [(_run(paired, batch, "hidden"), _run(paired, batch, "other")) for batch in data]
             yield LearnedBlock(name, paired, None, layers)
             continue
         with torch.no_grad():
-            prepared(**data[0])  # weight observers see their weights
+            _run(prepared, data[0], "hidden")  # weight observers see their weights
         prepared.meta[PAIR] = "hidden", "other"
         mask = None if token_mask is None else _MASK
         kept = None if folder is None else folder / name
         learned = adaround(prepared, data, token_mask=mask, checkpoint=kept, **options)
         with torch.no_grad():
             # a learned program has its weights on the grid, so that it computes what the converted one does
-            pairs = [(paired(**batch), learned(**{**batch, "hidden": batch["other"]})) for batch in data]
+            pairs = [(_run(paired, batch, "hidden"), _run(learned, batch, "other")) for batch in data]
         yield LearnedBlock(name, paired, learned)
         # graphs are in cycles with their nodes: those of several blocks would wait for the collector
         del paired, program, prepared, learned
@@ -153,19 +165,31 @@ def learned_blocks(
 def together(reports: list[Report]) -> Report:
     """What was done to all blocks, in one report: the error is that of the output of the last one that was learned.
 
+    Where trials chose different recipes, no settings repeat all of it without trials, and there are none.
+
     Raises:
         InvalidModelError: none was.
     """
     learned = [report for report in reports if report.layers]
     if not learned:
         raise InvalidModelError("blocks", "have no layer that is quantized", "Check the quantizer's configuration.")
+    recipes = {report.recipe for report in learned}
+    phases = dict.fromkeys(phase for report in reports for phase in report.seconds)
     return replace(
         learned[-1],
+        recipe=recipes.pop() if len(recipes) == 1 else "chosen for each block",
+        settings=learned[-1].settings if all(one.settings == learned[-1].settings for one in learned) else {},
+        trials=[trial for report in reports for trial in report.trials],
+        blocks=[block for report in reports for block in report.blocks],
+        memory={
+            name: (sum if name == "written" else max)(report.memory.get(name, 0) for report in learned)
+            for name in learned[-1].memory
+        },
         layers=[layer for report in reports for layer in report.layers],
         skipped=[entry for report in reports for entry in report.skipped],
         weights={name: digest for report in reports for name, digest in report.weights.items()},
         recalled=sum(report.recalled for report in reports),
-        seconds={phase: sum(report.seconds.get(phase, 0.0) for report in reports) for phase in learned[-1].seconds},
+        seconds={phase: sum(report.seconds.get(phase, 0.0) for report in reports) for phase in phases},
     )
 
 
@@ -185,5 +209,11 @@ def _data(call: BlockCall, exact: Tensor, quantized: Tensor) -> dict[str, Any]:
     return batch if call.mask is None else {**batch, _MASK: call.mask}
 
 
+def _run(program: nn.Module, batch: dict[str, Any], hidden: str) -> Any:
+    """What a block makes of the hidden states of one of the streams, on a copy: it may write to its inputs."""
+    return program(**copied({**batch, "hidden": batch[hidden]}))
+
+
 def _one_of_each_shape(data: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return list({batch["hidden"].shape: batch for batch in data}.values())
+    """One batch of each combination of shapes, of all tensors."""
+    return list({tuple(leaf.shape for leaf in tree_flatten(batch)[0]): batch for batch in data}.values())

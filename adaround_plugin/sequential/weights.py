@@ -7,20 +7,26 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.utils.hooks import RemovableHandle
 
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError
 from adaround_plugin.sequential.stored import FLOATS, Entry, located, named_tensors
 
-__all__ = ["StoredWeights", "empty_weights", "is_empty", "like", "put", "stored_weights"]
+__all__ = ["Handle", "StoredWeights", "empty_weights", "is_empty", "like", "put", "stored_weights"]
 
 _META = torch.device("meta")
+
+
+class Handle(Protocol):
+    """Ends what a module was given for a while, such as torch's handle of a hook."""
+
+    def remove(self) -> None:
+        """End it; a second time does nothing."""
 
 
 @contextmanager
@@ -102,7 +108,7 @@ class StoredWeights:
         put(root, {inside: made[id(tensor)] for inside, tensor in former.items()})
         return former
 
-    def lend(self, model: nn.Module, blocks: str, names: Iterable[str]) -> list[RemovableHandle]:
+    def lend(self, model: nn.Module, blocks: str, names: Iterable[str]) -> list[Handle]:
         """Let a model run: what is outside of the blocks is there while it runs, each block's weights while that runs.
 
         Args:
@@ -111,15 +117,16 @@ class StoredWeights:
             names: of the blocks.
 
         Returns:
-            Handles that end it.
+            Handles that end it, also where a call was interrupted.
         """
         loans = [_Loan(self, "", blocks), *(_Loan(self, name) for name in names)]
-        handles = []
+        handles: list[Handle] = []
         for loan in loans:
             module = model.get_submodule(loan.name)
             handles += [
                 module.register_forward_pre_hook(loan.before),
                 module.register_forward_hook(loan.behind, always_call=True),
+                _Return(loan, module),
             ]
         return handles
 
@@ -139,6 +146,17 @@ class _Loan:
     def behind(self, module: nn.Module, _: Any, __: Any) -> None:
         put(module, self.former)
         self.former = {}
+
+
+@dataclass
+class _Return:
+    """Ends a loan that an interrupt left: torch runs hooks that are always called behind errors alone."""
+
+    loan: _Loan
+    module: nn.Module
+
+    def remove(self) -> None:
+        self.loan.behind(self.module, None, None)
 
 
 def is_empty(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from adaround_plugin.errors import InvalidOptionError, taking_derivatives
 from adaround_plugin.options import check_integer, check_number, check_solver, named
 from adaround_plugin.rounding.problem import Rounding, RoundingProblem, Solver, solved
+from adaround_plugin.rounding.qubo import two_levels
 from adaround_plugin.rounding.soft_rounding import RectifiedSigmoid, SoftRounding, bracket
 
 __all__ = ["Relaxation", "Schedule", "check_exponents", "check_soft_rounding", "descend"]
@@ -79,8 +80,8 @@ class Relaxation(Schedule):
     The paper's own form, on minibatches and with the activation function, is `adaround_plugin.Paper`.
 
     Attributes:
-        start: None, so that `h(V)` starts at the fraction of `W / s` as in the paper; or a solver whose integers are
-            the start: a weight may then move one step from them, to the side to which the loss falls.
+        start: None, so that `h(V)` starts at the fraction of the target, which is `W / s` in the paper; or a solver
+            whose integers are the start: a weight may then move a step from them, to the side to which the loss falls.
     """
 
     start: Solver | None = None
@@ -98,8 +99,7 @@ class Relaxation(Schedule):
         scale = problem.loss(found).float().clamp_min(torch.finfo(torch.float32).tiny)
         if self.start is None:
             inside = problem.clamp(problem.target)
-            lower = inside.floor().long()
-            upper = problem.clamp(lower + 1)
+            lower, upper = two_levels(problem)
         else:
             inside = found.double()
             slope = ((found.float() - target) * step) @ matrix * step

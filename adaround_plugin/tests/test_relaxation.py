@@ -85,3 +85,20 @@ def test_bad_settings_are_refused_by_name(kind, field, value):
 def test_a_start_that_is_no_solver_is_refused(start):
     with pytest.raises(InvalidOptionError, match=r"Relaxation\.start"):
         Relaxation(start=start)
+
+
+def test_targets_outside_of_two_levels_leave_both_open():
+    """As where roundings are up or down, and the target makes up for what came before."""
+    best = found = nearest = 0.0
+    for seed in range(6):
+        problem = small_problem(seed)
+        target = problem.target + 2 * (
+            torch.rand(problem.target.shape, generator=torch.Generator().manual_seed(seed)) - 0.5
+        )
+        lower = problem.target.floor().long().clamp(problem.lower, problem.upper - 1)
+        moved = replace(problem, target=target, lower=lower, upper=lower + 1)
+        moved = replace(moved, nearest=moved.clamp(target.round()).long())
+        best += float(optimum(moved).sum())
+        nearest += float(moved.loss(moved.nearest).sum())
+        found += float(FAST.solve(moved).loss.sum())
+    assert 0 <= (found - best) / (nearest - best) < 0.25

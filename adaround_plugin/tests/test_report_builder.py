@@ -230,3 +230,14 @@ def test_steps_are_shown_as_they_come(monkeypatch):
     tell(50, 0.5)
     tell(100, 0.25)
     assert shown == [("a block", 50, 0.5), ("a block", 100, 0.25)]
+
+
+def test_a_layer_that_is_taken_back_is_described_as_it_is_then(builder):
+    wide = GRID.at(0.1 * GRID.scale, GRID.zero_point)
+    chosen = replace(nearest(learned=True), grid=wide, integers=moved(wide.nearest(WEIGHT), (0, 0)))
+    of = decide(builder, chosen)
+    assert only(builder).clipped > 1 / 8
+    assert only(builder).flipped == 1 / 8
+    builder.relearned(of, chosen, nearest(), "the network's output is better so")
+    found = only(builder)
+    assert (found.clipped, found.flipped) == (1 / 8, 0)

@@ -263,3 +263,11 @@ def test_a_damping_out_of_range_is_refused(damping):
     found = expand_task_loss(*_arguments("last"))
     with pytest.raises(InvalidOptionError, match="damping"):
         found.problem(grid_of(found.weight), damping=damping)
+
+
+def test_a_loss_that_is_no_number_is_refused():
+    def broken(run: Callable[..., Any], batch: tuple[Tensor, Tensor]) -> Tensor:
+        return cross_entropy(run, batch) + torch.nan
+
+    with pytest.raises(NonFiniteError, match="the loss is not finite"):
+        expand_task_loss(seeded(smooth), "0", broken, batches((3,)))

@@ -189,7 +189,7 @@ def rows(
 ) -> Iterator[list[str]]:
     """Table rows: mode, method, images, top-1, loss against float, divergence, CPU seconds of `adaround`, recipe.
 
-    With several sets of test images, top-1 and loss are means, and the loss on each set follows.
+    With several sets of test images, figures are means, and loss and divergence on each set follow.
     """
     calibration, _ = glyphs.load("train", IMAGES[0], seed=1)
     for name, preset in methods.items():
@@ -203,12 +203,15 @@ def rows(
             converted = case.convert(learned)
             scores = [accuracy(converted, *test) for test in tests]
             losses = [before - after for before, after in zip(exact, scores, strict=True)]
-            loss = f"{mean(losses):.2f}"
-            if len(losses) > 1:
-                loss += f" ({', '.join(f'{one:.2f}' for one in losses)})"
-            apart = mean(divergence(case.network, converted, images) for images, _ in tests)
-            figures = [f"{mean(scores):.2f}", loss, f"{apart:.4f}", f"{seconds:.0f}"]
+            apart = [divergence(case.network, converted, images) for images, _ in tests]
+            figures = [f"{mean(scores):.2f}", _with_each(losses, 2), _with_each(apart, 4), f"{seconds:.0f}"]
             yield [str(case), name, str(count), *figures, recipe]
+
+
+def _with_each(values: list[float], digits: int) -> str:
+    """The mean, and the values behind it if there are several."""
+    each = f" ({', '.join(f'{value:.{digits}f}' for value in values)})" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{each}"
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:

@@ -47,7 +47,7 @@ __all__ = ["GROWTH", "Products", "cells", "draw", "floor_seconds", "measure", "p
 PHASES: Final = ("setup", "forward", "moments", "solve", "trials")
 HEAD: Final = (
     *("network", "images", "floor s (float + quantized + products)", "total s", "ratio"),
-    *(*PHASES, "other", "peak GB (before)", "output error"),
+    *(*PHASES, "other", "peak GiB (before)", "output error"),
 )
 # what the stack of convolutions is given, of one dimension at a time
 GROWTH: Final = {

@@ -4,8 +4,8 @@ Random images are written to a file, and a loader reads them from there, batch b
 own, whose largest resident memory is the peak; pages of mapped files count for it, though the system may take them
 back. The last column is a digest of all integers and scales: the same for every budget.
 
-python -m integration_tests.benchmarks.memory_budget resnet50 --images 1024 --gigabytes 64 1
-python -m integration_tests.benchmarks.memory_budget resnet50 --images 4096 --gigabytes 1
+python -m integration_tests.benchmarks.memory_budget resnet50 --images 1024 --gib 64 1
+python -m integration_tests.benchmarks.memory_budget resnet50 --images 4096 --gib 1
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from integration_tests.benchmarks.floor_models import NETWORKS, Setting, load
 __all__ = ["FileImages", "measure"]
 
 HEAD = (
-    *("network", "images", "budget GB", "seconds", "peak GB (before)", "kept in memory GB", "in files GB"),
-    *("written GB", "output error", "digest"),
+    *("network", "images", "budget GiB", "seconds", "peak GiB (before)", "kept in memory GiB", "in files GiB"),
+    *("written GiB", "output error", "digest"),
 )
 _GIB = 2**30
 
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--size", type=int, help="height and width of an image")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--gigabytes", type=float, nargs="+", default=[64.0, 1.0], help="the budgets")
+    parser.add_argument("--gib", type=float, nargs="+", default=[64.0, 1.0], help="the budgets")
     parser.add_argument("--method", default="default")
     parser.add_argument("--threads", type=int)
     options: Any = parser.parse_args()
@@ -107,7 +107,7 @@ def main() -> None:
         shape = (setting.images, 3, setting.size or 0, setting.size or 0)
         images = FileImages(Path(folder) / "images", shape, options.batch)
         images.write()
-        budgets = [int(gigabytes * _GIB) for gigabytes in options.gigabytes]
+        budgets = [int(gib * _GIB) for gib in options.gib]
         runs = (in_own_process(measure, setting, options.method, budget, images, options.threads) for budget in budgets)
         table(HEAD, runs)
     print(f"\n{options.threads or torch.get_num_threads()} threads; load average {os.getloadavg()[0]:.1f}")

@@ -18,7 +18,8 @@ from torch.ao.quantization.backend_config import BackendConfig
 from torch.ao.quantization.observer import PlaceholderObserver
 from torch.ao.quantization.quantize_fx import convert_to_reference_fx
 
-from adaround_plugin.graph.arguments import argument, attribute, owner_of
+from adaround_plugin.errors import InvalidModelError
+from adaround_plugin.graph.arguments import argument, attribute, owner_of, replace_module
 from adaround_plugin.graph.clamps import is_clamp
 from adaround_plugin.graph.compat import (
     convert_to_decomposed_fx,
@@ -71,6 +72,7 @@ class PreparedFX:
         self.signature = placeholder_signature(prepared)
         self.inputs = list(self.signature.parameters)
         graph = inline(prepared, is_observed)
+        _drop_variadic_inputs(graph)
         remove_clamps(graph)
         if backend_config is None and not _observes_activations(graph):
             backend_config = get_weight_only_backend_config()
@@ -82,6 +84,7 @@ class PreparedFX:
             if path and is_observed(module)
         }
         flat_reference = inline(reference, lambda module: id(module) in inlined, shared=True)
+        _drop_variadic_inputs(flat_reference)
         self.nodes, self.skipped = FXFinder(graph, flat_reference).find()
         # while every value that is quantized still has its origin
         self.quantizers = activation_quantizers(graph, flat_reference)
@@ -114,10 +117,7 @@ class PreparedFX:
     @staticmethod
     def freeze(model: fx.GraphModule, observer: str, grid: Grid) -> None:
         """Put a frozen observer in the place of one, under each of its names."""
-        old, new = model.get_submodule(observer), FrozenObserver(grid)
-        for name, module in list(model.named_modules(remove_duplicate=False)):
-            if module is old:
-                model.set_submodule(name, new)
+        replace_module(model, model.get_submodule(observer), FrozenObserver(grid))
 
     def decomposed(self) -> fx.GraphModule:
         """The host's reference conversion with the operators of PT2E in place of quantized tensors."""
@@ -168,6 +168,19 @@ def placeholder_signature(model: fx.GraphModule) -> inspect.Signature:
     ]
     # keyword-only arguments without a default may follow others with one
     return unordered_signature(parameters)
+
+
+def _drop_variadic_inputs(graph: fx.GraphModule) -> None:
+    """Take out, in place, the inputs `*args` and `**kwargs`, of which a batch never has any.
+
+    Raises:
+        InvalidModelError: the model reads them.
+    """
+    for node in list(graph.graph.nodes):
+        if node.op == "placeholder" and str(node.target).startswith("*"):
+            if node.users:
+                raise InvalidModelError(f"input {node.target!r}", "is read by the model", "Name its inputs in forward.")
+            graph.graph.erase_node(node)
 
 
 def _observes_activations(graph: fx.GraphModule) -> bool:

@@ -76,6 +76,12 @@ class FXFinder(Finder):
                 "is called with output_size, which torch's reference conversion cannot run",
                 "Set output_padding in the module instead.",
             )
+        if not node.args:
+            raise InvalidModelError(
+                f"layer {name!r}",
+                "is called with its input by keyword, which torch's converted modules do not take",
+                "Pass it by position.",
+            )
         observer = outer.qconfig.weight().to(module.weight.device)  # type: ignore[operator,union-attr]
         yield Use(name, kind, op, module.weight, observer, CallSite(node, counterpart, module_call(outer)))
 
@@ -89,9 +95,22 @@ class FXFinder(Finder):
         if observer is None or _weight_quantizer(counterpart) is None:
             return _FLOAT
         reads = [node for node in self.graph.graph.nodes if node.op == "get_attr" and node.target == parameter]
-        if any(user.op != "call_module" for read in reads for user in read.users):
+        if any(user.op != "call_module" for read in reads for user in read.users) or self._is_float_modules(parameter):
             return "its parameter is also used without quantization"
         return None
+
+    def _is_float_modules(self, parameter: str) -> bool:
+        """Whether a parameter is that of a module which is called, and stays in float."""
+        owner, _ = owner_of(self.graph, parameter)
+        for node in self.graph.graph.nodes:
+            if node.op != "call_module" or owner not in self.graph.get_submodule(node.target).modules():
+                continue
+            counterpart = self.counterpart.get(origin(node))
+            if counterpart is not None:
+                converted = self.converted.get_submodule(str(counterpart.target))
+                if not is_quantized(unfused(converted)):
+                    return True
+        return False
 
     def qparams(self, use: Use) -> tuple[Any, Any]:
         counterpart = use.site.quantized_node

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torchao.quantization.pt2e import DerivedObserverOrFakeQuantize
 
 from adaround_plugin.errors import InvalidModelError
-from adaround_plugin.graph.arguments import argument, attribute, owner_of, set_argument
+from adaround_plugin.graph.arguments import argument, attribute, owner_of, replace_module, set_argument
 from adaround_plugin.graph.compat import (
     export_inputs,
     flatten_inputs,
@@ -119,9 +119,8 @@ class PreparedPT2E:
     def freeze(model: fx.GraphModule, observer: str, grid: Grid) -> None:
         """Put a frozen observer in the place of one, also where another observer derives its scale from it."""
         old, new = model.get_submodule(observer), frozen_observer(grid)
-        for name, module in list(model.named_modules(remove_duplicate=False)):
-            if module is old:
-                model.set_submodule(name, new)
+        replace_module(model, old, new)
+        for module in model.modules():
             if isinstance(module, DerivedObserverOrFakeQuantize):
                 module.obs_or_fqs = [new if one is old else one for one in module.obs_or_fqs]
 
