@@ -134,7 +134,8 @@ def test_keywords_are_recorded_by_the_names_of_forward() -> None:
     Recording([]).start(model)
     model(one)
     model(one, y=2 * one, z=3 * one)
-    assert Recording.taken(model) == [(one,), {"x": one, "y": 2 * one, "z": 3 * one}]
+    with Recording.taken(model) as found:
+        assert found == [(one,), {"x": one, "y": 2 * one, "z": 3 * one}]
 
 
 def test_inputs_are_recorded_as_they_were() -> None:
