@@ -76,12 +76,11 @@ def module_op(module: nn.Module) -> LinearOp | None:
         return LinearOp("linear")
     if not isinstance(module, Convolution):
         return None
+    padding = _both_sides(module.padding, module.kernel_size, module.dilation)
     if module.transposed:
-        padding = _both_sides(module.padding, module.kernel_size, module.dilation)
         return LinearOp(
             "conv_transpose", module.stride, padding, module.dilation, module.output_padding, groups=module.groups
         )
-    padding = _both_sides(module.padding, module.kernel_size, module.dilation)
     return LinearOp(
         "conv", module.stride, padding, module.dilation, padding_mode=module.padding_mode, groups=module.groups
     )

@@ -119,11 +119,21 @@ class AdaRoundWeightMixin(nn.Module):
 
 
 class FrozenMixin(MoveListener):
-    """Holds a grid that was decided elsewhere; observing changes nothing."""
+    """Holds a grid that was decided elsewhere; observing changes nothing.
+
+    Args:
+        grid: what it reports.
+        **kwargs: of the host's base class.
+    """
 
     ch_axis: int
 
-    def _freeze(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, **kwargs: Any) -> None:
+        # whatever torch's default device is
+        with torch.device("cpu"):
+            super().__init__(
+                dtype=grid.dtype, qscheme=grid.qscheme, quant_min=grid.quant_min, quant_max=grid.quant_max, **kwargs
+            )
         self._grid = grid
         self.ch_axis = 0 if grid.ch_axis is None else grid.ch_axis
         # the buffers of the base class too: a host may ask for one device

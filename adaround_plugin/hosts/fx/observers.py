@@ -10,7 +10,7 @@ from torch.ao.quantization.observer import HistogramObserver, UniformQuantizatio
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.hosts.activation_observers import AdaRoundActivationMixin
 from adaround_plugin.hosts.weight_observers import AdaRoundWeightMixin, FrozenMixin, check_weight_range
-from adaround_plugin.rounding.grid import Grid, check_bits, integer_range
+from adaround_plugin.rounding.grid import check_bits, integer_range
 
 __all__ = ["AdaRoundActivationObserver", "AdaRoundObserver", "FrozenObserver"]
 
@@ -91,11 +91,3 @@ class AdaRoundObserver(AdaRoundWeightMixin, UniformQuantizationObserverBase):
 
 class FrozenObserver(FrozenMixin, UniformQuantizationObserverBase):
     """The observer that `adaround` leaves behind: reports the learned scale and zero point, whatever it sees."""
-
-    def __init__(self, grid: Grid, **kwargs: Any) -> None:
-        # whatever torch's default device is
-        with torch.device("cpu"):
-            super().__init__(
-                dtype=grid.dtype, qscheme=grid.qscheme, quant_min=grid.quant_min, quant_max=grid.quant_max, **kwargs
-            )
-        self._freeze(grid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -103,13 +104,15 @@ class AdaRoundObserver(AdaRoundWeightMixin, UniformQuantizationObserverBase):
 class FrozenObserver(FrozenMixin, UniformQuantizationObserverBase):
     """The observer that `adaround` leaves behind: reports the learned scale and zero point, whatever it sees."""
 
-    def __init__(self, grid: Grid, **kwargs: Any) -> None:
-        # whatever torch's default device is
-        with torch.device("cpu"):
-            super().__init__(
-                dtype=grid.dtype, qscheme=grid.qscheme, quant_min=grid.quant_min, quant_max=grid.quant_max, **kwargs
-            )
-        self._freeze(grid)
+
+class _GroupConversion:
+    """What torchao asks observers that write their own operators; the others must not have it."""
+
+    chosen: Callable[[], Grid]
+
+    def convert(self, model: fx.GraphModule, observer_node: fx.Node) -> None:
+        """Called by `convert_pt2e`."""
+        _convert_groups(self.chosen(), model, observer_node)
 
 
 def _convert_groups(grid: Grid, model: fx.GraphModule, node: fx.Node) -> None:
@@ -138,8 +141,7 @@ def _convert_groups(grid: Grid, model: fx.GraphModule, node: fx.Node) -> None:
     model.graph.erase_node(node)
 
 
-# torchao lets observers that have a method `convert` write their own operators; the others must not have one
-class AdaRoundGroupObserver(AdaRoundObserver):
+class AdaRoundGroupObserver(_GroupConversion, AdaRoundObserver):
     """An `AdaRoundObserver` of a matrix `(out, in)` with one scale per `group_size` entries of a row.
 
     Converted programs hold torchao's affine operators. torchao's blocks are whole: `group_size` divides `in`.
@@ -167,17 +169,9 @@ class AdaRoundGroupObserver(AdaRoundObserver):
             )
         return super().forward(x)
 
-    def convert(self, model: fx.GraphModule, observer_node: fx.Node) -> None:
-        """Called by `convert_pt2e`."""
-        _convert_groups(self.chosen(), model, observer_node)
 
-
-class FrozenGroupObserver(FrozenObserver):
+class FrozenGroupObserver(_GroupConversion, FrozenObserver):
     """The frozen form of `AdaRoundGroupObserver`."""
-
-    def convert(self, model: fx.GraphModule, observer_node: fx.Node) -> None:
-        """Called by `convert_pt2e`."""
-        _convert_groups(self.chosen(), model, observer_node)
 
 
 def frozen_observer(grid: Grid) -> FrozenObserver:
