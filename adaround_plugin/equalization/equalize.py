@@ -235,7 +235,8 @@ def _shapes(model: nn.Module, graph: fx.Graph, example_inputs: Sequence[Any]) ->
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        change, problem = math.inf, f"fails ({str(error).partition(chr(10))[0]})"
+        first = str(error).strip().partition("\n")[0]
+        change, problem = math.inf, f"fails ({first})"
     if change > _TRACE_TOLERANCE:
         raise InvalidModelError(
             "model",

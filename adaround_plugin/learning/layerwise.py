@@ -38,7 +38,7 @@ class LayerWise:
         solver: of each layer's rounding problem: `"annealing"`, `"coordinate_descent"`, `"gptq"`, `"nearest"`,
             `"relaxation"`, or an object with `solve`.
         search_scale: choose scale and zero point under the layer's data, else keep the observer's. `"auto"` searches
-            for AdaRound's weight observers, and keeps the scale of other observers and for `"nearest"`.
+            for AdaRound's weight observers, and keeps the scale of other observers and for the method `"nearest"`.
         propagate_error: imitate the float output from the quantized input, so that a layer makes up for errors of those
             before it; else from the same input.
         correct_bias: let biases absorb the mean error; a module without a bias gets one.
