@@ -37,8 +37,8 @@ T = TypeVar("T")
 
 # of what is free, the part that values may take where nobody said how much
 _SHARE = 0.5
-# so many bytes go to files before freed memory is given back, which takes a part of a second
-_GIVEN_BACK = 2**30
+# so many bytes are freed before they are given back, which takes a part of a second: amid a stage, and at its end
+_GIVEN_BACK, _GIVEN_BACK_AFTER = 2**30, 2**28
 # where the limit and the use of a container stand, and what of it are pages of files, in both versions of cgroups
 _CGROUP = Path("/sys/fs/cgroup")
 _CGROUPS = (
@@ -96,7 +96,7 @@ class Memory:
         # of each storage in memory: how many values lie in it, and its bytes
         self._storages: dict[int, list[int]] = {}
         self._used = self._on_disk = 0
-        # bytes that went to files since what they had taken in memory was given back
+        # bytes that were freed since freed memory was given back
         self._freed = 0
 
     @classmethod
@@ -156,6 +156,15 @@ class Memory:
             kept = self._spilled(lambda path: write_joined(path, parts))
         return KeptRows(kept, one.device)
 
+    def settle(self) -> None:
+        """Give back what is free, at the end of a stage; nothing where all fits."""
+        self._give_back(_GIVEN_BACK_AFTER)
+
+    def _give_back(self, least: int) -> None:
+        if self.use.written and self._freed >= least:
+            self._freed = 0
+            _give_back()
+
     def fits(self, values: Sequence[Any]) -> bool:
         """Whether these values may be in memory, too."""
         return self._has_room(storages(tree_flatten(list(values))[0]))
@@ -184,6 +193,7 @@ class Memory:
             entry[0] -= 1
             if not entry[0]:
                 self._used -= entry[1]
+                self._freed += entry[1]
                 del self._storages[pointer]
 
     def _spilled(self, write: Callable[[Path], tuple[ValueFile, T]]) -> T:
@@ -204,9 +214,7 @@ class Memory:
         self._on_disk += file.size
         self.use = replace(self.use, spilled=max(self.use.spilled, self._on_disk), written=self.use.written + file.size)
         self._freed += file.size
-        if self._freed >= _GIVEN_BACK:
-            self._freed = 0
-            _give_back()
+        self._give_back(_GIVEN_BACK)
         return kept
 
     def _remove(self, path: Path, size: int) -> None:

@@ -181,6 +181,7 @@ class Pass:
             for of_batch, keep in zip(values, needed, strict=True):
                 for dead in of_batch.keys() - keep:
                     del of_batch[dead]
+        self.memory.settle()
         self.values.read_ahead(*needed)
 
     @staticmethod

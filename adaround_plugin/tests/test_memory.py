@@ -146,6 +146,26 @@ def test_memory_of_values_in_files_goes_back_to_the_system(monkeypatch: pytest.M
     assert all(bool(one.all()) for one in kept)
 
 
+def test_what_was_freed_is_given_back_at_the_end_of_a_stage_where_memory_is_short(monkeypatch) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(memory, "_give_back", lambda: calls.append(None))
+    monkeypatch.setattr(memory, "_GIVEN_BACK_AFTER", KIB)
+    with Memory(2 * KIB) as tight, Memory() as ample:
+        kept = [one.keep([torch.zeros(KIB // 4)]) for one in (tight, ample)]
+        del kept
+        for one in (tight, ample):
+            one.settle()
+        assert not calls  # nothing was written to files
+        kept = [tight.keep([torch.zeros(KIB // 4)]), tight.keep([torch.zeros(KIB)])]
+        tight.settle()
+        assert len(calls) == 1
+        tight.settle()
+        assert len(calls) == 1
+        del kept
+        tight.settle()
+        assert len(calls) == 2
+
+
 def test_a_file_goes_with_its_last_value(folder: Path) -> None:
     with Memory(0) as memory:
         one, two = memory.keep([torch.ones(8), torch.ones(9)])
