@@ -211,6 +211,19 @@ def test_exits_are_behind_the_activation_function():
     assert [ends[0].inner for ends in layer_exits(host, host.nodes, False).values()].count(True) == 1
 
 
+@every_case
+def test_auto_learns_blocks_where_activations_have_few_bits_and_layers_elsewhere(host, activation_bits):
+    found = adaround(prepared_net(host, activation_bits), samples(), replace(QUICK, blocks="auto"), progress=False)
+    other = QUICK if activation_bits == 4 else QUICK.layers
+    expected = adaround(prepared_net(host, activation_bits), samples(), other, progress=False)
+    assert [one.layers for one in get_report(found).blocks] == [one.layers for one in get_report(expected).blocks]
+    assert bool(get_report(found).blocks) == (activation_bits == 4)
+    weights = learned_weights(expected)
+    assert weights.keys() == learned_weights(found).keys()
+    for name, (integers, _) in learned_weights(found).items():
+        assert torch.equal(integers, weights[name][0])
+
+
 def test_blocks_can_be_named_and_the_rest_is_learned_one_by_one():
     report = report_of(prepared_net(), replace(QUICK, blocks=["a|b|short"]))
     assert [block.layers for block in report.blocks if block.iterations] == [("a", "b", "short")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.hosts.base import Host
@@ -20,12 +21,14 @@ from adaround_plugin.solvers.relaxation import Schedule
 
 __all__ = ["BlockWise"]
 
+# values of an activation, at most, for which blocks pay (docs/benchmarks.md)
+_FEW_LEVELS = 16
 _REGULARIZATION, _BETA = 30.0, (8.0, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockWise:
-    """Decide the layers of a block one by one, then learn all of its roundings together; for 2 bits.
+    """Decide the layers of a block one by one, then learn all of its roundings together; for activations of 4 bits.
 
     A block is learned by the error of its output on samples (BRECQ, Li et al. 2021, arXiv 2102.05426), each weight
     between the integer that was decided and the neighbour on whose side the error falls, by AdaRound's relaxation
@@ -33,8 +36,9 @@ class BlockWise:
 
     Attributes:
         layers: how layers are decided before that.
-        blocks: None for blocks found in the graph (a residual block, layers of a chain in threes); or names of modules
-            or patterns, each a block: other layers are then decided one by one.
+        blocks: None for blocks found in the graph (a residual block, layers of a chain in threes); `"auto"` for these
+            where AdaRound's observers watch activations of at most 4 bits, and for none elsewhere; or names of modules
+            or patterns, each a block. Other layers are decided one by one.
         iterations: steps of Adam for each block; fewer if every weight has settled before.
         batch_size: samples in a step; a program exported for one batch size has that.
         learning_rate: of Adam, for the shares between two integers.
@@ -49,7 +53,7 @@ class BlockWise:
     """
 
     layers: LayerWise = field(default_factory=lambda: LayerWise(column_weighting="fisher"))
-    blocks: Sequence[str] | None = None
+    blocks: Sequence[str] | Literal["auto"] | None = None
     iterations: int = 1000
     batch_size: int = 32
     learning_rate: float = 0.1
@@ -68,9 +72,9 @@ class BlockWise:
         check_bool(*named(self, "learns_scale"))
         blocks = self.blocks
         is_list = isinstance(blocks, Sequence) and not isinstance(blocks, str) and len(blocks) > 0
-        if blocks is not None and not (is_list and all(isinstance(name, str) for name in blocks)):
+        if blocks not in (None, "auto") and not (is_list and all(isinstance(name, str) for name in blocks or ())):
             raise InvalidOptionError(
-                "BlockWise.blocks", f"{blocks!r} is not a list of names", "Pass None or a list of names."
+                "BlockWise.blocks", f"{blocks!r} is not a list of names", "Pass None, 'auto' or a list of names."
             )
 
     @property
@@ -83,7 +87,9 @@ class BlockWise:
         self._blocks(host)
 
     def _blocks(self, host: Host) -> list[Block]:
-        return find_blocks(host) if self.blocks is None else named_blocks(host, self.blocks)
+        if self.blocks is None or isinstance(self.blocks, str):
+            return find_blocks(host) if self.blocks is None or _has_few_levels(host) else []
+        return named_blocks(host, self.blocks)
 
     def with_layers(self, layers: LayerWise) -> BlockWise:
         """The method whose layers are decided so."""
@@ -96,6 +102,7 @@ class BlockWise:
             report = self._learn_block(run, layers, block)
             if report is not None:
                 run.report.blocks.append(report)
+        layers.decide_all()
 
     def _learn_block(self, run: Pass, layers: PendingLayers, block: Block) -> BlockReport | None:
         """Decide a block's layers one by one, then all together from its entry; None if that was all."""
@@ -134,3 +141,8 @@ class BlockWise:
             regularization=_REGULARIZATION,
             beta=_BETA,
         )
+
+
+def _has_few_levels(host: Host) -> bool:
+    """Whether activations of few bits are quantized."""
+    return any(one.quant_max - one.quant_min < _FEW_LEVELS for one in host.quantizers)

@@ -55,8 +55,8 @@ METHODS: Mapping[str, Preset] = {
     "nearest": Preset(LayerWise(solver=Nearest())),
     # all roundings of a block together
     "blocks": Preset(BlockWise()),
-    # blocks with more damping, then the whole network, integers of 2 bits too (docs/benchmarks.md)
-    "best": Preset(BlockWise(layers=LayerWise(column_weighting="fisher", damping=0.1)), Finetune(integers="auto")),
+    # blocks where activations have few bits, then the whole network, integers of 2 bits too (docs/benchmarks.md)
+    "best": Preset(BlockWise(layers=LayerWise(), blocks="auto"), Finetune(integers="auto")),
     # Nagel et al. 2020 to the letter
     "paper": Preset(Paper()),
 }

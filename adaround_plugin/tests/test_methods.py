@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import FrozenInstanceError, fields, replace
+from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
 import pytest
@@ -39,7 +39,7 @@ SETTINGS: dict[type[Any], dict[str, tuple[list[Any], list[Any]]]] = {
     },
     BlockWise: {
         "layers": ([LayerWise(), LayerWise(solver="gptq")], ["default", None, LayerWise, BlockWise(), Paper()]),
-        "blocks": ([None, ["a"], ("a", "b.*")], ["a", [], (), 3, [1], ["a", None], {"a": 1}]),
+        "blocks": ([None, "auto", ["a"], ("a", "b.*")], ["a", [], (), 3, [1], ["a", None], {"a": 1}]),
         "iterations": COUNT,
         "batch_size": COUNT,
         "learning_rate": RATE,
@@ -113,7 +113,7 @@ def test_names_stand_for_methods():
     assert METHODS["paper"] == Preset(Paper())
     best = METHODS["best"]
     assert isinstance(best.method, BlockWise)
-    assert best.method == BlockWise(layers=replace(BlockWise().layers, damping=0.1))
+    assert best.method == BlockWise(layers=LayerWise(), blocks="auto")
     assert best.finetune == Finetune(integers="auto")
 
 
