@@ -210,7 +210,9 @@ def test_a_solver_of_ones_own_is_told_apart_by_what_it_consists_of(tmp_path: Pat
 def test_a_solver_that_cannot_be_told_apart_is_refused_with_a_checkpoint(tmp_path: Path) -> None:
     prepared, solver = _prepared("fx"), Own(1)
     solver.seen["file"] = threading.Lock()
-    with pytest.raises(InvalidOptionError, match=r"method: .*cannot be told from another.*leave checkpoint= out"):
+    with pytest.raises(
+        InvalidOptionError, match=r"method: .*cannot be told from another.*Without checkpoint=, in one process"
+    ):
         learned(prepared, tmp_path / "folder", method=replace(QUICK, solver=solver))
     assert list(tmp_path.iterdir()) == []
     learned(prepared, None, method=replace(QUICK, solver=solver))

@@ -49,7 +49,7 @@ def test_json_holds_everything():
     back = json.loads(REPORT.to_json())
     assert back["layers"][0] == {**vars(LAYER), "tied": [], "shape": [4, 3, 3, 3]}
     assert back["skipped"] == [["embedding", "Embedding", "not supported"]]
-    assert back["trials"] == [{"recipe": "errors not propagated", "output_error": 0.5, "note": ""}]
+    assert back["trials"] == [{"recipe": "errors not propagated", "output_error": 0.5, "note": "", "taken": False}]
     assert back["blocks"] == [{**vars(BLOCK), "layers": ["blocks.0.conv", "head"]}]
     assert back["finetuning"] is None
     assert set(back) == {"format", "version", *vars(REPORT)}

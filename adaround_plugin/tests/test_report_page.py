@@ -21,7 +21,7 @@ REPORT = Report(
     recipe="errors propagated",
     layers=[LAYER, replace(LAYER, name="head", learned=False, note="nearest kept: it is better")],
     skipped=[("embedding", "Embedding", "already optimal")],
-    trials=[RecipeTrial("errors propagated", 0.125), RecipeTrial("others", None, "no derivative")],
+    trials=[RecipeTrial("errors propagated", 0.125, taken=True), RecipeTrial("others", None, "no derivative")],
     blocks=[BlockReport("encoder", ("encoder.first", "head"), 0.5, 0.25, 0.6, 0.3, 300, 1.5, "entries weighed alike")],
     finetuning=BlockReport("network", ("encoder.first", "head"), 0.25, 0.2, iterations=7),
     output_error=0.04,
