@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from adaround_plugin.graph.paths import as_quantized
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import Progress, ReportBuilder
@@ -92,3 +93,16 @@ def test_with_a_gradient_no_more_samples_are_taken_at_once_than_in_a_step() -> N
     )
     slopes(region, [init], ("method", "remedy"))
     assert sizes == [16, 16, 8]
+
+
+@pytest.mark.parametrize("zero_point", [6, 7])
+def test_middles_between_integers_go_where_the_hosts_kernel_lets_them_go(zero_point: int) -> None:
+    x = (torch.arange(-20, 21) / 2).requires_grad_()
+    made = torch.fake_quantize_per_tensor_affine(x, 1.0, zero_point, 0, 255)
+    found = as_quantized(made, x, 1.0, zero_point, torch.quint8)
+    expected = torch.quantize_per_tensor(x.detach(), 1.0, zero_point, torch.quint8).dequantize()
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    (gradient,) = torch.autograd.grad(torch.fake_quantize_per_tensor_affine(x, 1.0, zero_point, 0, 255).sum(), x)
+    assert torch.equal(x.grad, gradient)
+    assert gradient.unique().tolist() == [0, 1]

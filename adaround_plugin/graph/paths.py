@@ -13,7 +13,7 @@ from adaround_plugin.graph.calls import CallSite
 from adaround_plugin.graph.compat import operator_name
 from adaround_plugin.graph.streams import Stream, Values, unpacks
 
-__all__ = ["Path", "fake_quantized", "quantizes", "run_node"]
+__all__ = ["Path", "as_quantized", "fake_quantized", "quantizes", "run_node"]
 
 
 class Path:
@@ -74,8 +74,10 @@ def fake_quantized(stream: Stream, node: fx.Node, values: Values) -> Tensor:
     arguments: Any = map_arg(stream.arguments(node), values.__getitem__)
     x, *settings = arguments
     if len(settings) == 3:
-        info = torch.iinfo(torch.uint8 if settings[2] == torch.quint8 else torch.int8)
-        settings[2:] = [info.min, info.max]
+        scale, zero_point, dtype = settings
+        info = torch.iinfo(torch.uint8 if dtype == torch.quint8 else torch.int8)
+        made = torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero_point), info.min, info.max)
+        return as_quantized(made, x, float(scale), int(zero_point), dtype)
     if len(settings) < 4:
         # the scale comes with each batch
         target: Any = node.target
@@ -83,3 +85,26 @@ def fake_quantized(stream: Stream, node: fx.Node, values: Values) -> Tensor:
         return x + (exact - x).detach()  # type: ignore[no-any-return]
     scale, zero_point, low, high = settings[:4]
     return torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero_point), int(low), int(high))
+
+
+def as_quantized(made: Tensor, x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
+    """What FX's kernel makes of `x`, with the gradient of `made`, a fake quantization of it.
+
+    Values in the middle between two integers go to the even integer, which the kernel looks for behind the zero point
+    and fake quantization before it. They are no exception: what is on a grid may be quantized on one of twice the step.
+    """
+    exact = torch.quantize_per_tensor(x.detach(), scale, zero_point, dtype).dequantize()
+    found: Tensor = _Valued.apply(made, exact)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Valued(torch.autograd.Function):
+    """The gradient of one tensor and the value of another."""
+
+    @staticmethod
+    def forward(_: Any, made: Tensor, exact: Tensor) -> Tensor:
+        return exact.view_as(exact)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None

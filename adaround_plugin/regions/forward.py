@@ -18,10 +18,11 @@ from torch.fx.node import map_arg
 from adaround_plugin.graph.calls import CallSite
 from adaround_plugin.graph.compat import learnable_fake_quantize
 from adaround_plugin.graph.memory import Memory
-from adaround_plugin.graph.paths import Path, fake_quantized, quantizes, run_node
+from adaround_plugin.graph.paths import Path, as_quantized, fake_quantized, quantizes, run_node
 from adaround_plugin.graph.selection import chosen_rows
 from adaround_plugin.graph.streams import BothValues, Values, unpacks
 from adaround_plugin.graph.transforms import origin
+from adaround_plugin.hosts.activation_observers import grid_ends
 from adaround_plugin.hosts.base import ActivationQuantizer, Host, Streams, WeightedNode
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.masks import counted
@@ -238,14 +239,15 @@ class Forward:
             return values[node.all_input_nodes[0]]
         if scale_factors is not None and node in self._quantizer:
             i = self._quantizer[node]
-            one = self.quantizers[i]
-            return learnable_fake_quantize(
-                values[node.all_input_nodes[0]],
-                one.scale * scale_factors[i],
-                one.zero_point,
-                one.quant_min,
-                one.quant_max,
-            )
+            one, x = self.quantizers[i], values[node.all_input_nodes[0]]
+            scale = one.scale * scale_factors[i]
+            made = learnable_fake_quantize(x, scale, one.zero_point, one.quant_min, one.quant_max)
+            if node.target is not torch.quantize_per_tensor:
+                return made
+            step = float(scale.detach())
+            ends = grid_ends(step, one.zero_point, one.quant_min, one.quant_max)
+            dtype: Any = node.args[3]
+            return as_quantized(made, x.detach().clamp(*ends), step, one.zero_point, dtype)
         if quantizes(node) and not self._stream.is_remade(node):
             exact = values[node.all_input_nodes[0]]
             return self.dropped(fake_quantized(self._stream, node, values), exact, generator)
