@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from adaround_plugin.graph.paths import as_quantized
+from adaround_plugin.hosts.activation_observers import AdaRoundActivationMixin
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.learning.report_builder import Progress, ReportBuilder
-from adaround_plugin.regions.blocks import layer_exits
+from adaround_plugin.regions.blocks import layer_exits, output_exits
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.learnable import WeightInit, slopes
 from adaround_plugin.regions.minibatches import Minibatch
@@ -106,3 +107,35 @@ def test_middles_between_integers_go_where_the_hosts_kernel_lets_them_go(zero_po
     (gradient,) = torch.autograd.grad(torch.fake_quantize_per_tensor_affine(x, 1.0, zero_point, 0, 255).sum(), x)
     assert torch.equal(x.grad, gradient)
     assert gradient.unique().tolist() == [0, 1]
+
+
+class Halved(nn.Module):
+    """Values on a grid are quantized again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) * 0.5)
+
+
+@pytest.mark.parametrize("factor", [None, 1.0])
+def test_a_region_computes_what_the_host_converts_to_where_values_are_quantized_twice(factor: float | None) -> None:
+    torch.manual_seed(0)
+    data = batches(6, sizes=(64,))
+    prepared = prepared_model(Halved(), data, weight_bits=4, activation_bits=4)
+    observers = [one for one in prepared.modules() if isinstance(one, AdaRoundActivationMixin)]
+    # of the input, the first layer, its half, and the output: every other half lies in the middle of two integers
+    for observer in observers[1:3]:
+        observer.restore(0.25, 7)
+    host = open_host(prepared)
+    assert sum(one.scale == 0.25 for one in host.quantizers) == 2
+    sampling = Sampling.of([data], 0.0, 10_000, 0)
+    run = Pass(host, [data], sampling, report=ReportBuilder(Progress(0, False)))
+    region = Region(run.place(), host.nodes, output_exits(run.streams), Drawing(64), quantizers=host.quantizers)
+    (batch,) = region.all(held_out=False)
+    factors = None if factor is None else [torch.tensor(factor) for _ in region.quantizers]
+    with torch.no_grad():
+        (found,) = batch.run([node.nearest.weight for node in region.nodes], [None for _ in region.nodes], factors)
+        torch.testing.assert_close(found, host.quantized_graph(*data), rtol=0, atol=1e-5)
