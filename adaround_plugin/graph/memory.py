@@ -163,7 +163,7 @@ class Memory:
     def _give_back(self, least: int) -> None:
         if self.use.written and self._freed >= least:
             self._freed = 0
-            _give_back()
+            _trim()
 
     def fits(self, values: Sequence[Any]) -> bool:
         """Whether these values may be in memory, too."""
@@ -224,7 +224,7 @@ class Memory:
             path.unlink()
 
 
-def _give_back() -> None:
+def _trim() -> None:
     """Give memory that was freed back to the system.
 
     glibc keeps freed blocks of less than 32 MB where others lie behind them: with values of many batches, which come

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.guidance.analysis import Analysis
@@ -20,7 +20,6 @@ from adaround_plugin.report.text import number
 __all__ = ["BitAllocation", "suggest_bits"]
 
 Kind = Literal["learned", "nearest"]
-_ROUNDINGS = ("learned", "nearest")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class BitAllocation:
     def __post_init__(self) -> None:
         _check_analysis(self.analysis)
         check_mapping("bits", self.bits)
-        check_choice("rounding", self.rounding, _ROUNDINGS)
+        check_choice("rounding", self.rounding, get_args(Kind))
         if apart := self.bits.keys() ^ {layer.name for layer in self.analysis.layers}:
             problem = f"{sorted(map(str, apart))} are in one of the bits and the analysis alone"
             raise InvalidOptionError("bits", problem, "Pass bits for every layer of the analysis, by name.")
@@ -145,7 +144,7 @@ def suggest_bits(
             that were not analysed.
     """
     _check_analysis(analysis)
-    check_choice("rounding", rounding, _ROUNDINGS)
+    check_choice("rounding", rounding, get_args(Kind))
     budgets = {"size": size, "average_bits": average_bits, "max_loss": max_loss}
     given = {name: value for name, value in budgets.items() if value is not None}
     if len(given) != 1:

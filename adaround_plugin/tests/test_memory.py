@@ -148,7 +148,7 @@ def test_memory_of_values_in_files_goes_back_to_the_system(monkeypatch: pytest.M
 
 def test_what_was_freed_is_given_back_at_the_end_of_a_stage_where_memory_is_short(monkeypatch) -> None:
     calls: list[None] = []
-    monkeypatch.setattr(memory, "_give_back", lambda: calls.append(None))
+    monkeypatch.setattr(memory, "_trim", lambda: calls.append(None))
     monkeypatch.setattr(memory, "_GIVEN_BACK_AFTER", KIB)
     with Memory(2 * KIB) as tight, Memory() as ample:
         kept = [one.keep([torch.zeros(KIB // 4)]) for one in (tight, ample)]
