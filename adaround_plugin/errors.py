@@ -1,6 +1,6 @@
 """One family of errors. Each names the node or argument it is about and says what to do."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "ProcessError",
     "is_out_of_memory",
     "taking_derivatives",
+    "told_as",
 ]
 
 
@@ -73,14 +74,27 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def taking_derivatives(option: str, remedy: str) -> Iterator[None]:
-    """Raise `InvalidOptionError` about the option that asks for derivatives where torch cannot take one.
+def told_as(
+    tell: Callable[[Exception], AdaRoundError], kinds: type[Exception] | tuple[type[Exception], ...] = Exception
+) -> Iterator[None]:
+    """Tell an error of other code as one of this package; running out of memory stays what it is.
 
-    Running out of memory stays what it is.
+    Args:
+        tell: makes an error of what was raised, which becomes its cause.
+        kinds: of the errors that are told; others pass.
     """
     try:
         yield
-    except RuntimeError as error:
+    except kinds as error:
         if is_out_of_memory(error):
             raise
-        raise InvalidOptionError(option, f"no derivative could be taken ({error})", remedy) from error
+        raise tell(error) from error
+
+
+@contextmanager
+def taking_derivatives(option: str, remedy: str) -> Iterator[None]:
+    """Raise `InvalidOptionError` about the option that asks for derivatives where torch cannot take one."""
+    with told_as(
+        lambda error: InvalidOptionError(option, f"no derivative could be taken ({error})", remedy), RuntimeError
+    ):
+        yield

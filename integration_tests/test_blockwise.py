@@ -121,6 +121,7 @@ def test_outputs_of_one_number_for_each_sample_are_learned():
     data = list(torch.randn(64, 6, generator=torch.Generator().manual_seed(0)).split(16))
     net = prepared_by("fx", None, seeded(Scalars), data, 3)
     report = get_report(adaround(net, data, replace(QUICK, weighs_outputs=True), progress=False))
+    assert any(block.iterations for block in report.blocks)
     assert report.output_error <= report.nearest_output_error
 
 

@@ -22,6 +22,7 @@ from adaround_plugin.learning.report_builder import Progress, ReportBuilder
 from adaround_plugin.learning.shared import Shared
 from adaround_plugin.regions.calibration import Sampling
 from integration_tests.models import QUICK
+from integration_tests.pairs import pairwise
 from integration_tests.region_models import Net, prepared_by, samples, seeded
 
 HOSTS = ["fx", "pt2e"]
@@ -90,9 +91,7 @@ class Chain(nn.Module):
         return self.head(torch.relu(self.b(torch.relu(self.a(x)))).mean(2))
 
 
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize("activation_bits", [None, 8])
-@pytest.mark.parametrize("count", [4, 16, 40])
+@pytest.mark.parametrize(("host", "activation_bits", "count"), pairwise(HOSTS, [None, 8], [4, 16, 40]))
 def test_never_worse_than_nearest_on_held_out_samples(host: str, activation_bits: int | None, count: int) -> None:
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
@@ -309,6 +308,10 @@ class Table(nn.Module):
 def test_a_network_that_does_not_take_one_sample_keeps_its_batches() -> None:
     data = list(rows(64).split(16))
     prepared = prepared_by("fx", None, seeded(Table), data, 3)
+    arguments = [[batch] for batch in data]
+    with torch.no_grad():
+        compared = Comparison(open_host(prepared), arguments, Sampling.of(arguments, 0.125, 1000, 0))
+    assert [len(batch) for (batch,) in compared._batches] == [16, 16, 16, 16]
     for method in ("nearest", "default"):
         report = get_report(adaround(prepared, data, method, progress=False))
         assert report.output_error <= report.nearest_output_error

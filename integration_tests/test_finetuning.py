@@ -317,14 +317,15 @@ class Compared(nn.Module):
 
 @every_case
 def test_integers_that_no_derivative_reaches_do_not_keep_the_rest_from_learning(host, activation_bits):
-    model, outcomes = prepared(host, activation_bits, Compared), []
+    model = prepared(host, activation_bits, Compared)
     for integers in (False, True):
         short = replace(INTEGERS, iterations=20, integers=integers)
-        try:
-            outcomes.append(finetuned(model, NEAREST, finetune=short).finetuning.layers)
-        except InvalidOptionError as error:
-            outcomes.append(str(error))
-    assert outcomes[0] == outcomes[1]
+        # FX quantizes sums and products too
+        if host == "fx" and activation_bits is not None:
+            assert finetuned(model, NEAREST, finetune=short).finetuning.iterations == 20
+        else:
+            with pytest.raises(InvalidOptionError, match="derivative"):
+                finetuned(model, NEAREST, finetune=short)
 
 
 def test_integers_count_as_moved_only_where_they_are_kept():
@@ -374,6 +375,7 @@ def test_layers_that_keep_nearest_or_are_excluded_say_so():
     before = get_report(learn(prepared(), exclude=["head"]))
     report = finetuned(prepared(), exclude=["head"], finetune=replace(QUICK, iterations=20))
     assert "head" not in report.finetuning.layers
+    assert [(name, "excluded" in reason) for name, _, reason in report.skipped] == [("head", True)]
     for one, other in zip(before.layers, report.layers, strict=True):
         assert (one.name, one.learned) == (other.name, other.learned)
 

@@ -181,7 +181,8 @@ def test_converted_integers_are_the_learned_ones(name, backend, per_channel, sym
     make, shape = CASES[name]
     data = batches(*shape)
     grid = {"weight_bits": bits, "per_channel": per_channel, "symmetric": symmetric}
-    prepared = prepared_model(make(), data, backend, histogram=True, **grid)
+    # weights are what this is about: the histograms of activations take time
+    prepared = prepared_model(make(), data, backend, histogram=name == "linear", **grid)
     result = learn(prepared, data, solver="gptq")
     report = get_report(result)
     assert [layer.bits for layer in report.layers] == [bits]

@@ -229,6 +229,8 @@ def test_layers_left_in_float_stay_so():
         mapping = get_adaround_qconfig_mapping(activation_bits=bits).set_module_name("b", None)
         prepared = prepared_model(Excluded(), data := batches(*SHAPE), mapping=mapping)
         converted = convert_to_reference_fx(learn(prepared, data))
+        assert type(converted.b) is nn.Conv2d
+        assert type(converted.a) is not nn.Conv2d
         return [str(node.target) for node in converted.graph.nodes if node.target is not torch.clamp]
 
     assert observed(4) == observed(8)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from adaround_plugin import BlockWise, Finetune, LayerWise, adaround, get_report, save_rounding
 from adaround_plugin.errors import InvalidBatchError, InvalidOptionError, NonFiniteError
 from adaround_plugin.regions import batches
+from integration_tests.pairs import pairwise
 from integration_tests.region_models import prepared_by, seeded
 from integration_tests.test_comparison import samples
 
@@ -96,9 +97,7 @@ class SlowLoader(Loader):
             yield batch
 
 
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize("activation_bits", [None, 8])
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(("host", "activation_bits", "call"), pairwise(HOSTS, [None, 8], list(CALLS)))
 def test_the_result_does_not_depend_on_it(
     host: str, activation_bits: int | None, call: str, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

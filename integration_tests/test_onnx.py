@@ -136,7 +136,7 @@ def test_packed_weights_hold_the_learned_integers_in_half_the_bytes(case, cast):
         one = found[tuple(integers.shape)]
         wide = grid.bits == 8
         assert one.data_type == (TensorProto.INT8 if wide else TensorProto.INT4), name
-        assert len(one.raw_data) == integers.numel() if wide else -(-integers.numel() // 2)
+        assert len(one.raw_data) == (integers.numel() if wide else -(-integers.numel() // 2))
         assert np.array_equal(numpy_helper.to_array(one).astype(np.int64), integers.numpy()), name
     assert len(found) == 4
     assert len(packed.SerializeToString()) < len(before)

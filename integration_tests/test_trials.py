@@ -31,6 +31,7 @@ from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.pieces import piece
 from adaround_plugin.report import Report
 from integration_tests.models import QUICK, prepared_model
+from integration_tests.pairs import pairwise
 from integration_tests.pt2e_models import EveryOperator
 from integration_tests.region_models import Opaque, opaque, prepared_by, samples, seeded
 
@@ -515,11 +516,13 @@ def bytes_of_a_sample(prepared: fx.GraphModule, x: Tensor) -> int:
     return sum(value.nbytes for value in values.values())
 
 
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize("at_once", [0, 1, 5, 15])
 @pytest.mark.parametrize(
-    "method",
-    [SOLVED, replace(SOLVED, output_hessian=False), replace(SOLVED, column_weighting="none", solver="annealing")],
+    ("host", "at_once", "method"),
+    pairwise(
+        HOSTS,
+        [0, 1, 5, 15],
+        [SOLVED, replace(SOLVED, output_hessian=False), replace(SOLVED, column_weighting="none", solver="annealing")],
+    ),
 )
 def test_derivatives_in_pieces_are_those_of_whole_batches(
     host: str, at_once: int, method: LayerWise, sizes: list[int], monkeypatch: pytest.MonkeyPatch
@@ -724,10 +727,8 @@ def dead_rows(dead: float) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize("symmetric", [True, False])
 # scales of 1e-30 are those whose products float32 cannot hold
-@pytest.mark.parametrize("dead", [0.0, 1e-40, 1e-30, 1e-20])
+@pytest.mark.parametrize(("host", "symmetric", "dead"), pairwise(HOSTS, [True, False], [0.0, 1e-40, 1e-30, 1e-20]))
 def test_layers_with_dead_rows_are_learned(host: str, symmetric: bool, dead: float) -> None:
     data = rows(64, 2, 4, 4).split(32)
     if host == "fx":

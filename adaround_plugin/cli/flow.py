@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
-from adaround_plugin.errors import InvalidBatchError, InvalidModelError, MissingDependencyError, is_out_of_memory
+from adaround_plugin.errors import InvalidBatchError, InvalidModelError, MissingDependencyError, told_as
 from adaround_plugin.files import write_whole
 from adaround_plugin.hosts.pt2e import (
     AdaRoundQuantizer,
     AdaRoundWeightOnlyQuantizer,
     get_adaround_x86_inductor_config,
 )
+from adaround_plugin.hosts.pt2e.exports import strictly_exported
 
 try:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -110,14 +111,8 @@ class Flow:
                 raise InvalidBatchError(
                     f"--data: batch {number}", f"does not fit the model's inputs ({error})", "Leave labels out."
                 ) from None
-        try:
+        with told_as(_not_exported):
             module = self._program(model).module()
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            first = str(error).strip().partition("\n")[0]
-            problem = f"torch.export cannot export it ({type(error).__name__}: {first})"
-            raise InvalidModelError("model", problem, "Export it yourself, and pass the .pt2 file.") from error
         assert isinstance(module, fx.GraphModule)
         return module
 
@@ -127,23 +122,28 @@ class Flow:
         shapes = [{0: Dim.AUTO} if isinstance(one, Tensor) and one.dim() else None for one in [*args, *kwargs.values()]]
         named = dict(zip(kwargs, shapes[len(args) :], strict=True))
         dynamic: Any = named if kwargs else tuple(shapes)
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=True)
+        return strictly_exported(model, args, kwargs, dynamic)
+
+
+def _not_exported(error: Exception) -> InvalidModelError:
+    first = str(error).strip().partition("\n")[0]
+    problem = f"torch.export cannot export it ({type(error).__name__}: {first})"
+    return InvalidModelError("model", problem, "Export it yourself, and pass the .pt2 file.")
 
 
 def _calibrate(prepared: fx.GraphModule, batch: Any, number: int) -> None:
     """Let the observers see a batch."""
     args, kwargs = _arguments(copy.deepcopy(batch))
-    try:
-        with torch.no_grad():
-            prepared(*args, **kwargs)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise InvalidBatchError(
+
+    def misfit(error: Exception) -> InvalidBatchError:
+        return InvalidBatchError(
             f"--data: batch {number}",
             f"does not fit the model ({type(error).__name__}: {error})",
             "Pass what it takes; a program that was exported for one batch size takes that size alone (--batch-size).",
-        ) from error
+        )
+
+    with told_as(misfit), torch.no_grad():
+        prepared(*args, **kwargs)
 
 
 def _length(batch: Any) -> int:

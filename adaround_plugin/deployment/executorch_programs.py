@@ -15,9 +15,9 @@ import torch
 from torch import fx
 
 from adaround_plugin.deployment.ranges import quantized_weights
-from adaround_plugin.errors import InvalidModelError, InvalidOptionError, MissingDependencyError, is_out_of_memory
-from adaround_plugin.graph.compat import exports_forgotten
+from adaround_plugin.errors import InvalidModelError, InvalidOptionError, MissingDependencyError, told_as
 from adaround_plugin.graph.operators import is_linear
+from adaround_plugin.hosts.pt2e.exports import strictly_exported
 from adaround_plugin.hosts.pt2e.nodes import innermost_module
 from adaround_plugin.options import check_bool
 
@@ -68,12 +68,8 @@ def lower_to_executorch(
     layers = {str(node.all_input_nodes[0].target): call for node, call in quantized_weights(converted).items()}
     backends = ", ".join(type(one).__name__ for one in partitioners) or "portable kernels"
     program = _exported(converted, example)
-    try:
+    with told_as(lambda error: _failure(backends, error, layers)):
         edge = to_edge_transform_and_lower(program, partitioner=list(partitioners) or None)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise _failure(backends, error, layers) from error
     lowered = edge.exported_program().graph_module
     left = [_name(call) for target, call in layers.items() if _is_read(lowered, target)]
     if left and partitioners and not partial:
@@ -90,15 +86,12 @@ def lower_to_executorch(
 
 
 def _exported(converted: fx.GraphModule, example: tuple[Any, ...]) -> torch.export.ExportedProgram:
-    try:
-        with exports_forgotten():
-            return torch.export.export(converted, example, strict=True)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise InvalidOptionError(
-            "example", f"the program cannot be exported with it ({error})", "Pass a tuple of its inputs."
-        ) from error
+    def misfit(error: Exception) -> InvalidOptionError:
+        problem = f"the program cannot be exported with it ({error})"
+        return InvalidOptionError("example", problem, "Pass a tuple of its inputs.")
+
+    with told_as(misfit):
+        return strictly_exported(converted, example)
 
 
 def _name(call: fx.Node) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adaround_plugin.equalization.layer_pairs import LayerPair
-from adaround_plugin.errors import InvalidBatchError, NonFiniteError, is_out_of_memory
+from adaround_plugin.errors import InvalidBatchError, NonFiniteError, told_as
 from adaround_plugin.regions.binding import bind_batches
 
 __all__ = ["activation_ranges"]
@@ -50,15 +51,9 @@ def activation_ranges(
     hooks = [one.pair.second.module.register_forward_pre_hook(one.see, with_kwargs=True) for one in totals]
     try:
         for index, (args, kwargs) in enumerate(arguments):
-            try:
+            with told_as(functools.partial(_misfit, index)):
                 # a model may write into its inputs
                 model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                raise InvalidBatchError(
-                    f"batch {index}", f"the model does not run on it ({error})", "Pass batches like the example inputs."
-                ) from error
             for one in totals:
                 if not one.is_finite:
                     raise NonFiniteError(
@@ -70,6 +65,11 @@ def activation_ranges(
         for hook in hooks:
             hook.remove()
     return [one.ranges / one.activations for one in totals]
+
+
+def _misfit(index: int, error: Exception) -> InvalidBatchError:
+    problem = f"the model does not run on it ({error})"
+    return InvalidBatchError(f"batch {index}", problem, "Pass batches like the example inputs.")
 
 
 class _Total:

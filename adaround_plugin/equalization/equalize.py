@@ -22,7 +22,7 @@ from adaround_plugin.equalization.homogeneous import cap_of
 from adaround_plugin.equalization.layer_pairs import LayerPair, PairFinder
 from adaround_plugin.equalization.report import KEY, EqualizationReport, EqualizedPair, difference, spread
 from adaround_plugin.equalization.scaled_layers import ScaledLayer
-from adaround_plugin.errors import InvalidModelError, InvalidOptionError, NonFiniteError, is_out_of_memory
+from adaround_plugin.errors import InvalidModelError, InvalidOptionError, NonFiniteError, is_out_of_memory, told_as
 from adaround_plugin.graph.arguments import replace_module
 from adaround_plugin.graph.compat import is_observed
 from adaround_plugin.options import check_alone, check_bool, check_choice, check_integer, check_number
@@ -169,29 +169,21 @@ def _check_model(model: nn.Module, dtypes: tuple[torch.dtype, ...]) -> None:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    try:
+    def refused(error: Exception) -> InvalidModelError:
+        remedy = "Make computed weights parameters, for example with torch.nn.utils.prune.remove."
+        return InvalidModelError("model", f"cannot be copied ({error})", remedy)
+
+    with told_as(refused, RuntimeError):
         return copy.deepcopy(model)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        raise InvalidModelError(
-            "model",
-            f"cannot be copied ({error})",
-            "Make computed weights parameters, for example with torch.nn.utils.prune.remove.",
-        ) from error
 
 
 def _trace(model: nn.Module) -> fx.Graph:
-    try:
+    def refused(error: Exception) -> InvalidModelError:
+        remedy = "Equalize the submodules that it can trace, and put the results in their places."
+        return InvalidModelError("model", f"torch.fx cannot trace it ({error})", remedy)
+
+    with told_as(refused):
         return fx.Tracer().trace(model)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise InvalidModelError(
-            "model",
-            f"torch.fx cannot trace it ({error})",
-            "Equalize the submodules that it can trace, and put the results in their places.",
-        ) from error
 
 
 def _run(model: nn.Module, example_inputs: Sequence[Any]) -> Any:
@@ -199,14 +191,13 @@ def _run(model: nn.Module, example_inputs: Sequence[Any]) -> Any:
         raise InvalidOptionError(
             "example_inputs", f"is a {type(example_inputs).__name__}", "Pass a tuple of arguments."
         )
-    try:
+
+    def misfit(error: Exception) -> InvalidOptionError:
+        problem = f"the model does not run on them ({error})"
+        return InvalidOptionError("example_inputs", problem, "Pass the arguments of one call.")
+
+    with told_as(misfit):
         return model(*copy.deepcopy(tuple(example_inputs)))
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise InvalidOptionError(
-            "example_inputs", f"the model does not run on them ({error})", "Pass the arguments of one call."
-        ) from error
 
 
 class _Shapes(fx.Interpreter):

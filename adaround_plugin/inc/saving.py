@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.ao.quantization.quantize_fx import convert_fx
 
-from adaround_plugin.errors import InvalidModelError, NonFiniteError, is_out_of_memory
+from adaround_plugin.errors import InvalidModelError, NonFiniteError, told_as
 from adaround_plugin.files import write_whole
 from adaround_plugin.graph.compat import forget_models
 from adaround_plugin.graph.fingerprint import differing, structure
@@ -110,14 +110,13 @@ def _read(path: Path) -> dict[str, Any]:
         raise InvalidModelError(subject, f"is damaged ({error})", damaged) from error
     if entry is not None:
         raise InvalidModelError(subject, f"is damaged in {entry!r}", damaged)
-    try:
+    unread = (RuntimeError, pickle.UnpicklingError)
+    with (
+        told_as(lambda error: InvalidModelError(subject, f"cannot be read ({error})", damaged), unread),
         # packed weights of functional calls
-        with torch.serialization.safe_globals([torch.ScriptObject]):
-            content = torch.load(io.BytesIO(data), weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise InvalidModelError(subject, f"cannot be read ({error})", damaged) from error
+        torch.serialization.safe_globals([torch.ScriptObject]),
+    ):
+        content = torch.load(io.BytesIO(data), weights_only=True)
     if not isinstance(content, dict) or content.keys() != _KEYS:
         raise InvalidModelError(subject, "is not what save writes", damaged)
     for name, values in _floats(content["state"]):

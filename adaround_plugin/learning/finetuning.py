@@ -33,10 +33,10 @@ from adaround_plugin.regions.learnable import (
     slopes,
 )
 from adaround_plugin.regions.minibatches import Samples, squared_error
-from adaround_plugin.regions.reconstruction import LAST_SHARE
+from adaround_plugin.regions.reconstruction import descend_in_turn
 from adaround_plugin.regions.region import Drawing, Region
 from adaround_plugin.rounding.soft_rounding import SoftRounding, bracket
-from adaround_plugin.solvers.relaxation import Schedule, descend
+from adaround_plugin.solvers.relaxation import Schedule
 
 __all__ = ["Finetune", "finetune"]
 
@@ -222,38 +222,24 @@ class _Network:
         processes = self._samples.processes
         # each process draws otherwise
         generator = torch.Generator().manual_seed(seed + processes.rank)
-        average = partial(processes.averaged, "a step of finetuning")
         groups = [group for one in self._weights for group in one.groups]
         if self._logarithms:
             groups.append({"params": self._logarithms, "lr": self._settings.learning_rate})
-        reached, made, iterations = groups, 0, self._iterations
+        reached = groups
         with torch.enable_grad():
             # what lies behind an operator that no derivative goes through, such as a comparison, stays as it is
             if groups:
                 reached = _reached(self._loss(torch.Generator().manual_seed(seed), None), groups, processes)
-            last = iterations if not self._softs else int(iterations * LAST_SHARE) if reached else 0
-            if self._softs:
-                made = descend(
-                    self._softs,
-                    reached,
-                    lambda progress: self._loss(generator, progress),
-                    replace(_INTEGERS, iterations=iterations - last),
-                    report=report,
-                    error_context=_ERROR_CONTEXT,
-                    average=average,
-                )
-            if last and reached:
-                first = made
-                made += descend(
-                    [],
-                    reached,
-                    lambda progress: self._loss(generator, None),
-                    Schedule(iterations=last),
-                    report=None if report is None else lambda step, value: report(first + step, value),
-                    decay=True,
-                    error_context=_ERROR_CONTEXT,
-                    average=average,
-                )
+            made = descend_in_turn(
+                self._softs,
+                reached,
+                lambda progress: self._loss(generator, progress),
+                replace(_INTEGERS, iterations=self._iterations),
+                report=report,
+                decay=True,
+                error_context=_ERROR_CONTEXT,
+                average=partial(processes.averaged, "a step of finetuning"),
+            )
         return made, _count(groups) - _count(reached)
 
     def result(self) -> tuple[list[LearnedWeight], list[Tensor]]:

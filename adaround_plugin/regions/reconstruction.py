@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +20,12 @@ from adaround_plugin.rounding.schemes import up_or_down
 from adaround_plugin.rounding.soft_rounding import SoftRounding, bracket
 from adaround_plugin.solvers.relaxation import Schedule, descend
 
-__all__ = ["LAST_SHARE", "reconstruct"]
+__all__ = ["descend_in_turn", "reconstruct"]
 
 # learning rate of scales, relative to themselves, and of biases, relative to the root mean square of the layer's output
 _RATE = 1e-3
 # share of the iterations that is kept for scales and biases, after the weights are rounded
-LAST_SHARE = 0.2
+_LAST_SHARE = 0.2
 _ERROR_CONTEXT = ("method", "Pass method='default', or blocks without the operator that has none.")
 
 
@@ -73,29 +74,15 @@ def reconstruct(
             outputs = batch.run([one.weight(progress) for one in learned], [one.correction for one in learned], None)
             return squared_error(batch, outputs) / (batch.samples * start_square)
 
-        softs = [one.soft for one in learned if one.soft is not None]
-        groups = [group for one in learned for group in one.groups]
-        # at the end only what is not rounded is learned, on the roundings as they will be
-        last = int(schedule.iterations * LAST_SHARE) if groups else 0
-        first = replace(schedule, iterations=schedule.iterations - last)
-        iterations = 0
-        average = partial(processes.averaged, "a step of a region")
-        if softs or groups:
-            iterations = descend(
-                softs, groups, loss, first, report=report, error_context=_ERROR_CONTEXT, average=average
-            )
-        if last:
-            made = iterations
-            shifted = None if report is None else lambda step, value: report(made + step, value)
-            iterations += descend(
-                [],
-                groups,
-                lambda progress: loss(None),
-                replace(schedule, iterations=last),
-                report=shifted,
-                error_context=_ERROR_CONTEXT,
-                average=average,
-            )
+        iterations = descend_in_turn(
+            [one.soft for one in learned if one.soft is not None],
+            [group for one in learned for group in one.groups],
+            loss,
+            schedule,
+            report=report,
+            error_context=_ERROR_CONTEXT,
+            average=partial(processes.averaged, "a step of a region"),
+        )
     unreached = sum(one.soft is None for one in learned)
     after = [one.result() for one in learned]
     _, learned_error = learned_errors(samples, after, held_out=False)
@@ -109,6 +96,39 @@ def reconstruct(
         iterations=iterations,
         notes=[f"no derivative reaches {unreached} of {len(inits)} weights"] if unreached else [],
     )
+
+
+def descend_in_turn(
+    softs: Sequence[SoftRounding],
+    others: Sequence[dict[str, Any]],
+    loss: Callable[[float | None], Tensor],
+    schedule: Schedule,
+    *,
+    report: Callable[[int, float], None] | None,
+    decay: bool = False,
+    **options: Any,
+) -> int:
+    """Learn roundings with all else, and in the last fifth of the iterations all else alone, on what they rounded to.
+
+    Args:
+        softs, others, schedule, report, options: as for `descend`; without `softs` all iterations are for the others.
+        loss: as there, from None once the weights are rounded.
+        decay: let the rates of the others fall to zero in the end.
+
+    Returns:
+        The number of iterations made.
+    """
+    share = _LAST_SHARE if softs else 1.0
+    last = int(schedule.iterations * share) if others else 0
+    made = 0
+    if softs:
+        first = replace(schedule, iterations=schedule.iterations - last)
+        made = descend(softs, others, loss, first, report=report, **options)
+    if not last:
+        return made
+    later = None if report is None else lambda step, value: report(made + step, value)
+    second = replace(schedule, iterations=last)
+    return made + descend([], others, lambda progress: loss(None), second, report=later, decay=decay, **options)
 
 
 def _begin(

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from adaround_plugin.errors import InvalidModelError, is_out_of_memory
-from adaround_plugin.graph.compat import exports_forgotten, tree_unflatten
+from adaround_plugin.errors import InvalidModelError, told_as
+from adaround_plugin.graph.compat import tree_unflatten
+from adaround_plugin.hosts.pt2e.exports import strictly_exported
 
 __all__ = ["Call", "PairedBlock", "exported", "without_cache"]
 
@@ -58,16 +59,13 @@ def exported(model: nn.Module, calls: Sequence[Call], name: str = "model") -> fx
     shapes: Any = torch.export.AdditionalInputs()  # type: ignore[no-untyped-call]
     for other in others:
         shapes.add(*other)
-    try:
-        with without_cache(model), exports_forgotten():
-            # without strict, functional calls inside modules are lost
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=True).module()
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise InvalidModelError(
-            name, f"torch.export fails on it ({error})", "Change what it names, or leave the code out of the model."
-        ) from error
+
+    def refused(error: Exception) -> InvalidModelError:
+        remedy = "Change what it names, or leave the code out of the model."
+        return InvalidModelError(name, f"torch.export fails on it ({error})", remedy)
+
+    with told_as(refused), without_cache(model):
+        program = strictly_exported(model, args, kwargs, shapes).module()
     assert isinstance(program, fx.GraphModule)
     return program
 

@@ -20,6 +20,7 @@ from adaround_plugin.errors import (
     ProcessError,
     is_out_of_memory,
     taking_derivatives,
+    told_as,
 )
 
 FAMILY = [
@@ -53,7 +54,8 @@ def test_errors_can_be_copied_and_pickled(kind, way):
 def test_every_error_belongs_to_one_family():
     found = [value for _, value in inspect.getmembers(errors, inspect.isclass) if issubclass(value, Exception)]
     assert set(found) == set(FAMILY)
-    assert {kind.__name__ for kind in FAMILY} | {"is_out_of_memory", "taking_derivatives"} == set(errors.__all__)
+    functions = {"is_out_of_memory", "taking_derivatives", "told_as"}
+    assert {kind.__name__ for kind in FAMILY} | functions == set(errors.__all__)
     assert all(issubclass(kind, AdaRoundError) for kind in FAMILY)
 
 
@@ -88,6 +90,17 @@ def test_running_out_of_memory_stays_what_it_is(error):
     with pytest.raises(type(error)) as caught, taking_derivatives("option", "Remedy."):
         raise error
     assert caught.value is error
+
+
+def test_an_error_that_is_told_is_the_cause_and_those_of_other_kinds_pass():
+    def tell(error):
+        return InvalidModelError("model", f"is broken ({error})", "Repair it.")
+
+    with pytest.raises(InvalidModelError, match=r"is broken \(by that\)") as caught, told_as(tell, ValueError):
+        raise ValueError("by that")
+    assert isinstance(caught.value.__cause__, ValueError)
+    with pytest.raises(KeyError), told_as(tell, ValueError):
+        raise KeyError
 
 
 def test_what_torch_raises_where_there_is_no_memory_is_known():

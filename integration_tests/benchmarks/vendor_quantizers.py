@@ -5,7 +5,9 @@ Each is imported where it is made: some need wheels of their own (`NEEDS`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,22 +168,28 @@ def calibrated(vendor: str, quantizer: Any, data: list[Tensor], build: Callable[
 
     Cortex-M takes channels-last memory only, and no check of the inputs' shapes in the graph.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = build().eval()
-    if vendor == "Cortex-M":
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    program = torch.export.export(network, (_laid_out(vendor, data[0]),), strict=True)
-    prepared: fx.GraphModule = prepare_pt2e(program.module(check_guards=False), quantizer)
+    program = copy.deepcopy(_exported(build, _layout(vendor), data[0].shape))
+    prepared: fx.GraphModule = prepare_pt2e(program, quantizer)
     with torch.no_grad():
         for batch in data:
-            prepared(_laid_out(vendor, batch))
+            prepared(batch.to(memory_format=_layout(vendor)))
     return prepared
 
 
-def _laid_out(vendor: str, batch: Tensor) -> Tensor:
-    """A batch in the memory format that a vendor takes."""
-    return batch.to(memory_format=torch.channels_last) if vendor == "Cortex-M" else batch
+def _layout(vendor: str) -> torch.memory_format:
+    """What a vendor's quantizer takes."""
+    return torch.channels_last if vendor == "Cortex-M" else torch.preserve_format
+
+
+@functools.cache
+def _exported(build: Callable[[], nn.Module], layout: torch.memory_format, shape: Sequence[int]) -> fx.GraphModule:
+    """A network as a program for inputs of a shape; not to be changed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build().eval().to(memory_format=layout)  # type: ignore[call-overload]
+    example = torch.zeros(shape).to(memory_format=layout)
+    program: fx.GraphModule = torch.export.export(network, (example,), strict=True).module(check_guards=False)
+    return program
 
 
 @dataclass(frozen=True)
@@ -208,7 +216,7 @@ def learn(
 ) -> Learned:
     """The whole flow with one quantizer, bare or in an `AdaRoundQuantizer`."""
     prepared = calibrated(vendor, quantizer, data, build)
-    learned = adaround(prepared, [_laid_out(vendor, batch) for batch in data], method, progress=False)
+    learned = adaround(prepared, [batch.to(memory_format=_layout(vendor)) for batch in data], method, progress=False)
     expected, report = learned_weights(learned).values(), get_report(learned)
     converted: fx.GraphModule = convert_pt2e(learned)
     found = integers(converted)
