@@ -2,9 +2,10 @@
 
 The conditional optimum of coordinate j, all others fixed, is `c_j = t_j - sum_{k != j} M_jk e_k / step_j` with the
 error `e = (q - t) step` and `M` a coupling with rows scaled to a unit diagonal: `H_jk / H_jj` for coordinate descent, a
-triangular factor for GPTQ. On the CPU numba compiles that as it stands. Elsewhere columns go in blocks, so that all but
-the coupling inside a block is one matrix product, as in GPTQ (Frantar et al. 2022); the inside of a block is one kernel
-on a CUDA device. Where a kernel is missing it is a loop of torch's operators.
+triangular factor for GPTQ. Columns go in blocks, so that all but the coupling inside a block is one matrix product, as
+in GPTQ (Frantar et al. 2022). The inside of a block is one kernel: numba's on the CPU, Triton's on a CUDA device, or a
+loop of torch's operators where neither runs. Small problems on the CPU are not worth the calls: there one compiled loop
+goes through all sweeps by itself.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from adaround_plugin.solvers.coordinates import Coordinates, Coupling
 __all__ = ["settle", "sweep", "visit"]
 
 _log = logging.getLogger(__name__)
-# coordinates of a block; Triton's blocks are powers of two
-_BLOCK, _CUDA_BLOCK = 48, 64
+# coordinates of a block: of the loop, of numba's kernel, and of Triton's, a power of two
+_LOOP_BLOCK, _CPU_BLOCK, _CUDA_BLOCK = 48, 96, 64
+# so many coordinates, of all rows of a group, are worth the calls of blocks on the CPU
+_WORTH_BLOCKS = 8192
 
 
 def sweep(at: Coordinates, coupling: Coupling, temperatures: Sequence[float] = (0.0,)) -> Tensor:
@@ -40,15 +43,13 @@ def sweep(at: Coordinates, coupling: Coupling, temperatures: Sequence[float] = (
     Returns:
         `(G, R)` float32 loss of a triangular coupling, zero for a full one.
     """
-    compiled = _compiled(at.error.device)
-    if compiled is not None:
-        loss: Tensor = compiled.sweep(at, coupling, temperatures)
-        return loss
+    whole = _whole_sweeps(at)
+    if whole is not None:
+        found: Tensor = whole.sweep(at, coupling, temperatures)
+        return found
     loss = torch.zeros_like(at.target[:, 0])
     # kernels and views want every value written out
-    at = at.map(Tensor.contiguous)
-    for temperature in temperatures:
-        _sweep_in_blocks(at, coupling, temperature, loss)
+    _sweep_in_blocks(at.map(Tensor.contiguous), coupling, temperatures, loss)
     return loss
 
 
@@ -62,9 +63,9 @@ def settle(at: Coordinates, coupling: Coupling, sweeps: int) -> None:
         coupling: of the coordinates, a full one.
         sweeps: how many, at most.
     """
-    compiled = _compiled(at.error.device)
-    if compiled is not None:
-        compiled.settle(at, coupling, sweeps)
+    whole = _whole_sweeps(at)
+    if whole is not None:
+        whole.settle(at, coupling, sweeps)
         return
     rows = torch.arange(at.target.shape[2], device=at.target.device)
     moving = replace(at, error=at.error.clone())
@@ -79,9 +80,14 @@ def settle(at: Coordinates, coupling: Coupling, sweeps: int) -> None:
         moving = moving.map(lambda values, changed=changed: values[..., changed].contiguous())  # type: ignore[misc]
 
 
+def _whole_sweeps(at: Coordinates) -> ModuleType | None:
+    """What goes through all sweeps by itself, where it runs and is faster than blocks."""
+    return _compiled(at.error.device) if at.error[0].numel() < _WORTH_BLOCKS else None
+
+
 @cache
 def _compiled(device: torch.device) -> ModuleType | None:
-    """The kernel of whole sweeps on this device, if there is one."""
+    """The kernels of the CPU, on a device that is one."""
     if device.type != "cpu":
         return None
     try:
@@ -92,34 +98,47 @@ def _compiled(device: torch.device) -> ModuleType | None:
     return sweep_numba
 
 
-def _sweep_in_blocks(at: Coordinates, coupling: Coupling, temperature: float, loss: Tensor) -> None:
-    """One sweep, block after block; adds to `loss`."""
+def _sweep_in_blocks(at: Coordinates, coupling: Coupling, temperatures: Sequence[float], loss: Tensor) -> None:
+    """All sweeps, block after block; adds to `loss`."""
     columns = at.target.shape[1]
     visit_block, size = _visitor(at.error.device)
+    blocks = []
     for start in range(0, columns, size):
         part = slice(start, min(start + size, columns))
         # the pull on the block of all coordinates as they are, the block's own included
         reach = columns if coupling.curvature is None else start
-        pull = torch.bmm(coupling.matrix[:, part, :reach], at.error[:, :reach])
-        visit_block(pull, at.map(lambda values, part=part: values[:, part]), coupling.block(part), temperature, loss)  # type: ignore[misc]
+        inside = at.map(lambda values, part=part: values[:, part])  # type: ignore[misc]
+        blocks.append((coupling.matrix[:, part, :reach], at.error[:, :reach], inside, coupling.block(part)))
+    for temperature in temperatures:
+        for matrix, error, inside, coupled in blocks:
+            visit_block(torch.bmm(matrix, error), inside, coupled, temperature, loss)
+
+
+def _visitor(device: torch.device) -> tuple[Callable[..., None], int]:
+    """What visits a block on this device, and the size of a block."""
+    if (kernel := _triton(device)) is not None:
+        return kernel.visit, _CUDA_BLOCK
+    if (kernel := _compiled(device)) is not None:
+        return kernel.visit, _CPU_BLOCK
+    return visit, _LOOP_BLOCK
 
 
 @cache
-def _visitor(device: torch.device) -> tuple[Callable[..., None], int]:
-    """What visits a block on this device, and the size of a block."""
-    if device.type == "cuda":
-        try:
-            from adaround_plugin.solvers import sweep_triton
+def _triton(device: torch.device) -> ModuleType | None:
+    """The kernel of CUDA, on a device that takes it."""
+    if device.type != "cuda":
+        return None
+    try:
+        from adaround_plugin.solvers import sweep_triton
 
-            sweep_triton.try_out(device)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            # not installed, no compiler, no driver that it knows: whatever it is, the loop works
-            _log.warning("Triton does not run here (%s): sweeps on the GPU are many times slower.", error)
-        else:
-            return sweep_triton.visit, _CUDA_BLOCK
-    return visit, _BLOCK
+        sweep_triton.try_out(device)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        # not installed, no compiler, no driver that it knows: whatever it is, the loop works
+        _log.warning("Triton does not run here (%s): sweeps on the GPU are many times slower.", error)
+        return None
+    return sweep_triton
 
 
 def visit(pull: Tensor, at: Coordinates, coupling: Coupling, temperature: float, loss: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adaround_plugin.rounding.problem import RoundingProblem
 from adaround_plugin.solvers import sweep as module
+from adaround_plugin.solvers import sweep_numba
 from adaround_plugin.solvers.coordinates import Coordinates, Coupling
 from adaround_plugin.solvers.sweep import settle, sweep, visit
 from adaround_plugin.tests.problems import CATALOGUE, correlated, make
@@ -31,6 +32,7 @@ PROBLEMS = {
     "several_blocks": make(correlated(1, 110, 400, 1, decay=0.5), 64, 1),
     "a_whole_block": make(correlated(1, 48, 100, 0), 3, 0),
     "one_more_than_a_block": varied(make(correlated(1, 49, 100, 0), 3, 0)),
+    "one_more_than_a_large_block": varied(make(correlated(1, 97, 200, 0), 140, 0)),
     "step_by_runs": CATALOGUE["step_varies"],
     "step_by_weight": varied(CATALOGUE["wider_than_a_block"]),
     "groups": varied(CATALOGUE["grouped"]),
@@ -39,6 +41,12 @@ PROBLEMS = {
     "targets_outside": CATALOGUE["targets_outside_the_range"],
 }
 every_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+
+
+@pytest.fixture(autouse=True, params=["blocks", "whole sweeps"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All problems go through the one or the other on the CPU, whatever their size."""
+    monkeypatch.setattr(module, "_WORTH_BLOCKS", 0 if request.param == "blocks" else 2**60)
 
 
 def in_place(values: Tensor) -> Tensor:
@@ -109,13 +117,14 @@ def test_a_triangular_sweep_feeds_errors_back_and_tells_the_loss(problem, temper
 
 
 @pytest.mark.parametrize("triangular", [False, True])
-def test_how_columns_go_in_blocks_does_not_matter(triangular, monkeypatch):
+@pytest.mark.parametrize("visitor", [visit, sweep_numba.visit])
+def test_how_columns_go_in_blocks_does_not_matter(triangular, visitor, monkeypatch):
     problem = PROBLEMS["step_by_weight"]
     coupling = Coupling(*problem.hessian.sequential) if triangular else Coupling(problem.hessian.coupling)
 
     def swept(size: int) -> Pair:
         monkeypatch.setattr(module, "_compiled", lambda device: None)
-        monkeypatch.setattr(module, "_visitor", lambda device: (visit, size))
+        monkeypatch.setattr(module, "_visitor", lambda device: (visitor, size))
         at = replace(coordinates(problem), error=start_of(problem))
         return at.error, sweep(at, coupling)
 
