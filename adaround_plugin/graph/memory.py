@@ -38,7 +38,7 @@ T = TypeVar("T")
 # of what is free, the part that values may take where nobody said how much
 _SHARE = 0.5
 # so many bytes are freed before they are given back, which takes a part of a second: amid a stage, and at its end
-_GIVEN_BACK, _GIVEN_BACK_AFTER = 2**30, 2**28
+_GIVEN_BACK, _GIVEN_BACK_AFTER = 2**29, 2**28
 # where the limit and the use of a container stand, and what of it are pages of files, in both versions of cgroups
 _CGROUP = Path("/sys/fs/cgroup")
 _CGROUPS = (
@@ -137,7 +137,9 @@ class Memory:
         """
         leaves = [tree_flatten(value)[0] for value in values]
         if self._has_room(storages(leaf for one in leaves for leaf in one)):
-            return [self._held(value, one) for value, one in zip(values, leaves, strict=True)]
+            held = [self._held(value, one) for value, one in zip(values, leaves, strict=True)]
+            self._give_back(_GIVEN_BACK)
+            return held
         return self._spilled(lambda path: write_values(path, values))
 
     def keep_rows(self, parts: Sequence[Tensor]) -> KeptRows:

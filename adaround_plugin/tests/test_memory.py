@@ -166,6 +166,21 @@ def test_what_was_freed_is_given_back_at_the_end_of_a_stage_where_memory_is_shor
         assert len(calls) == 2
 
 
+def test_what_was_freed_is_given_back_amid_a_stage_whose_values_stay_in_memory(monkeypatch) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(memory, "_trim", lambda: calls.append(None))
+    monkeypatch.setattr(memory, "_GIVEN_BACK", 2 * KIB)
+    with Memory(2 * KIB) as tight:
+        in_file = tight.keep([torch.zeros(KIB)])
+        calls.clear()
+        for _ in range(6):
+            kept = tight.keep([torch.zeros(KIB // 4)])
+            assert not kept[0].is_spilled
+        assert in_file[0].is_spilled
+    # the value before goes when the next is there
+    assert len(calls) == 2
+
+
 def test_a_file_goes_with_its_last_value(folder: Path) -> None:
     with Memory(0) as memory:
         one, two = memory.keep([torch.ones(8), torch.ones(9)])
