@@ -48,8 +48,7 @@ def sweep(at: Coordinates, coupling: Coupling, temperatures: Sequence[float] = (
         found: Tensor = whole.sweep(at, coupling, temperatures)
         return found
     loss = torch.zeros_like(at.target[:, 0])
-    # kernels and views want every value written out
-    _sweep_in_blocks(at.map(Tensor.contiguous), coupling, temperatures, loss)
+    _sweep_in_blocks(at, coupling, temperatures, loss)
     return loss
 
 
@@ -100,15 +99,25 @@ def _compiled(device: torch.device) -> ModuleType | None:
 
 def _sweep_in_blocks(at: Coordinates, coupling: Coupling, temperatures: Sequence[float], loss: Tensor) -> None:
     """All sweeps, block after block; adds to `loss`."""
-    columns = at.target.shape[1]
-    visit_block, size = _visitor(at.error.device)
+    columns, device = at.target.shape[1], at.error.device
+    visit_block, size = _visitor(device)
+
+    def written(values: Tensor) -> Tensor:
+        """As kernels want it, every value for itself; on the CPU of columns that are alike those of one block."""
+        is_alike = device.type == "cpu" and values.stride(1) == 0
+        return (values[:, :size] if is_alike else values).contiguous()
+
+    at = at.map(written)
     blocks = []
     for start in range(0, columns, size):
         part = slice(start, min(start + size, columns))
+
+        def of_block(values: Tensor, part: slice = part) -> Tensor:
+            return values[:, part] if values.shape[1] == columns else values[:, : part.stop - part.start]
+
         # the pull on the block of all coordinates as they are, the block's own included
         reach = columns if coupling.curvature is None else start
-        inside = at.map(lambda values, part=part: values[:, part])  # type: ignore[misc]
-        blocks.append((coupling.matrix[:, part, :reach], at.error[:, :reach], inside, coupling.block(part)))
+        blocks.append((coupling.matrix[:, part, :reach], at.error[:, :reach], at.map(of_block), coupling.block(part)))
     for temperature in temperatures:
         for matrix, error, inside, coupled in blocks:
             visit_block(torch.bmm(matrix, error), inside, coupled, temperature, loss)

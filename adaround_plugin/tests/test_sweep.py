@@ -171,6 +171,27 @@ def test_steps_of_one_may_be_left_out(triangular, temperature):
 
 
 @pytest.mark.parametrize("triangular", [False, True])
+@pytest.mark.parametrize("with_kernel", [False, True])
+@pytest.mark.parametrize(("groups", "columns"), [(1, 60), (2, 100), (1, 200)])
+def test_one_bound_and_one_step_may_stand_for_all(groups, columns, triangular, with_kernel, monkeypatch):
+    problem = make(correlated(groups, columns, 300, 0), 20, 0, low=-2, high=1)
+    assert (problem.lower == -2).all()
+    assert (problem.upper == 1).all()
+    coupling = Coupling(*problem.hessian.sequential) if triangular else Coupling(problem.hessian.coupling)
+    if not with_kernel:
+        without_kernel(monkeypatch)
+
+    def swept(low: Tensor, high: Tensor, step: Tensor) -> Pair:
+        at = Coordinates.of(problem.target, low, high, step)
+        return at.error, sweep(at, coupling, (0.3, 0.0))
+
+    ones = torch.full(problem.target.shape, 0.7)
+    low, high, step = (torch.tensor(end).expand(problem.target.shape) for end in (-2, 1, 0.7))
+    for one, other in zip(swept(problem.lower, problem.upper, ones), swept(low, high, step), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("triangular", [False, True])
 def test_the_coupling_of_a_block_is_what_lies_inside_it(triangular):
     hessian = CATALOGUE["grouped"].hessian
     coupling = Coupling(*hessian.sequential) if triangular else Coupling(hessian.coupling)
