@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from adaround_plugin.errors import InvalidOptionError
 
-__all__ = ["compiled", "matching", "select"]
+__all__ = ["compiled", "depth", "matching", "select"]
 
 
 def compiled(pattern: str, argument: str) -> re.Pattern[str]:
@@ -35,6 +35,11 @@ def matching(pattern: str, names: Iterable[str], argument: str) -> list[str]:
     found = [name for name in names if name == pattern or name.startswith(pattern + ".")]
     # a name that exists is meant as a name, though its dots would match other characters
     return found or [name for name in names if compiled(pattern, argument).fullmatch(name)]
+
+
+def depth(name: str) -> int:
+    """How deep a module lies. A name selects what is below it, too: where the last counts, the deepest has to be it."""
+    return name.count(".")
 
 
 def select(pattern: str, names: Iterable[str], argument: str) -> list[str]:

@@ -35,6 +35,9 @@ def make():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 5))
 
+def traced():
+    return torch.fx.symbolic_trace(make())
+
 class Branches(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x
@@ -185,6 +188,7 @@ def test_what_is_refused_is_named_in_one_line(
     [
         ([], "COMMAND"),
         (["demo", "--bits", "two"], "--bits"),
+        (["quantize", "a", "--data", "b", "--output", "c", "--memory-budget", "1.5"], "is not a number of bytes"),
         (["quantize", "some_nets:make", "--output", "a.pt2"], "--data"),
         (["analyze", "m:f", "--data", "d", "--size", "1", "--average-bits", "3"], "not allowed with"),
         (["analyze", "m:f", "--data", "d", "--image-size", "224"], "is not HxW"),
@@ -234,6 +238,12 @@ def integers(file: str) -> list[int]:
         value for value in (*program.state_dict.values(), *program.constants.values()) if value.dtype == torch.int8
     ]
     return [int(value.abs().max()) for value in found if value.dim() > 1]
+
+
+def declared(file: str) -> list[tuple[int, int]]:
+    """The range of each weight in a saved program."""
+    nodes = [node for node in torch.export.load(file).graph.nodes if "dequantize_per_channel" in str(node.target)]
+    return [tuple(node.args[4:6]) for node in nodes]
 
 
 def test_a_model_is_quantized_saved_reported_and_compared(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -311,10 +321,18 @@ def test_programs_keyword_batches_and_activations_are_taken(here: Path, capsys: 
     program = torch.export.export(some_nets.make().eval(), (torch.rand(8, 3, 6, 6),), strict=True)
     torch.export.save(program, "float.pt2")
     for backend in ("x86", "xnnpack"):
-        run("quantize", "float.pt2", "--data", "some_nets:batches", "--output", "q.pt2", "--backend", backend)
+        model = ["float.pt2", "--data", "some_nets:batches", "--output", "q.pt2", "--backend", backend]
+        run("quantize", *model, "--json", "q.json")
         targets = {str(node.target) for node in torch.export.load("q.pt2").graph.nodes}
         assert any("quantize_per_tensor" in target for target in targets)
         assert max(integers("q.pt2")) <= 8
+        settings = Report.from_json(Path("q.json").read_text(encoding="utf-8")).settings
+        # XNNPACK adds biases as integers, and has convolutions of 8 bits alone
+        assert settings["integer_biases"] == str(backend == "xnnpack")
+        assert declared("q.pt2") == ([(-127, 127), (-8, 7)] if backend == "xnnpack" else [(-8, 7)] * 2)
+        capsys.readouterr()
+        run("quantize", *model, "--finetune")
+        assert ("biases stay in float" in capsys.readouterr().out) == (backend == "xnnpack")
     capsys.readouterr()
     Path("broken.pt2").write_text("nothing", encoding="utf-8")
     assert main(["quantize", "broken.pt2", "--data", "some_nets:batches", "--output", "x.pt2", "--quiet"]) == 2
@@ -323,6 +341,22 @@ def test_programs_keyword_batches_and_activations_are_taken(here: Path, capsys: 
         archive.writestr("other/file", "nothing")
     assert main(["quantize", "broken.pt2", "--data", "some_nets:batches", "--output", "x.pt2", "--quiet"]) == 2
     assert "is no exported program (" in capsys.readouterr().err
+
+
+def test_a_traced_model_is_exported(here: Path) -> None:
+    """A graph of torch.fx is no exported program."""
+    run("quantize", "some_nets:traced", "--data", "some_nets:batches", "--output", "q.pt2", "--json", "q.json")
+    assert [layer.bits for layer in Report.from_json(Path("q.json").read_text(encoding="utf-8")).layers] == [4, 4]
+
+
+def test_a_run_goes_on_from_its_checkpoint_within_a_memory_budget(here: Path) -> None:
+    model = ["some_nets:make", "--data", "some_nets:batches", "--checkpoint", "kept", "--memory-budget", "0"]
+    for name in ("one", "two"):
+        run("quantize", *model, "--output", f"{name}.pt2", "--json", f"{name}.json")
+    one, two = (Report.from_json(Path(f"{name}.json").read_text(encoding="utf-8")) for name in ("one", "two"))
+    assert one.recalled == 0 < two.recalled
+    assert one.memory["budget"] == 0 < one.memory["spilled"]
+    assert [layer.learned_error for layer in one.layers] == [layer.learned_error for layer in two.layers]
 
 
 def test_progress_goes_to_stderr(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

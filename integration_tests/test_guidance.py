@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.export import Dim
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
 import adaround_plugin
@@ -36,7 +37,7 @@ from adaround_plugin.hosts.pt2e import (
 )
 from integration_tests.benchmarks.bits_prediction import predictions
 from integration_tests.models import Branches, Functional, batches, call, images, prepared_model, snapshot
-from integration_tests.pt2e_models import prepared_pt2e
+from integration_tests.pt2e_models import calibrated, exported, prepared_pt2e
 
 BITS = (2, 4, 8)
 
@@ -136,6 +137,32 @@ def test_data_split_otherwise_and_layers_gathered_otherwise_give_the_same(monkey
             moved += width.learned_loss != pytest.approx(wanted.learned_loss, rel=0.05)
     # another order of sums can decide between two scales that are equally good
     assert moved <= 1
+
+
+class TokensFirst(nn.Module):
+    """An attention, whose layers have tokens along the leading axis, or tokens and samples in turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def test_samples_are_told_apart_where_the_leading_axis_is_that_of_tokens():
+    """As many tokens as there are samples in a batch, twice as many, and others: what samples give alone is known."""
+    torch.manual_seed(0)
+    net, generator = TokensFirst().eval(), torch.Generator().manual_seed(1)
+    for tokens in (4, 8, 5):
+        data = torch.randn(12, tokens, 8, generator=generator)
+        program = exported(net, data[:4], ({0: Dim.AUTO},), strict=True)
+        prepared = calibrated(program, data.split(4), AdaRoundWeightOnlyQuantizer(symmetric=True))
+        one, whole = (analyze(prepared, data.split(size), bits=(2, 4), progress=False) for size in (1, 4))
+        assert len(whole.layers) == 3
+        for alone, together in zip(one.layers, whole.layers, strict=True):
+            for width, other in zip(alone.widths, together.widths, strict=True):
+                assert other.nearest_loss == pytest.approx(width.nearest_loss, rel=1e-3), (alone.name, tokens)
 
 
 def test_an_analysis_is_the_same_every_time_and_leaves_model_data_and_generator_alone():
@@ -365,6 +392,31 @@ def test_the_quantizers_of_pt2e_take_the_bits(vendor):
         quantizer = AdaRoundQuantizer(quantizer, layers=found.layers)
     report = get_report(adaround(prepared_pt2e(net, data, quantizer, strict=True), data, progress=False))
     assert {layer.name: layer.bits for layer in report.layers} == dict(found.bits)
+
+
+class Outer(nn.Linear):
+    """A linear layer with another one inside."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.inside = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.relu(self.inside(x)))
+
+
+def test_a_layer_inside_of_another_has_its_own_bits():
+    """Whatever order the graph has them in: a name selects what is below it, too."""
+    net, data = nn.Sequential(Outer(), nn.ReLU()).eval(), batches(8, sizes=(6,))
+    prepared = prepared_pt2e(net, data, strict=True)
+    found = BitAllocation(analyze(prepared, data, bits=(2, 8), progress=False), {"0.inside": 8, "0": 2})
+    learned = adaround(
+        prepared_pt2e(net, data, AdaRoundWeightOnlyQuantizer(layers=found.layers), strict=True),
+        data,
+        "nearest",
+        progress=False,
+    )
+    assert {layer.name: layer.bits for layer in get_report(learned).layers} == {"0.inside": 8, "0": 2}
 
 
 def test_neural_compressor_takes_the_bits():

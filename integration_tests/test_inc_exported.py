@@ -99,6 +99,35 @@ def test_parts_reach_their_layers() -> None:
     assert {name: high for name, (_, _, high) in weights(quantized).items()} == {"0.0.weight": 127, "5.weight": 3}
 
 
+class Residual(nn.Module):
+    """Operators that torchao quantizes together: a convolution with a sum and a ReLU, and pooling behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.head = nn.Linear(27, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        x = torch.max_pool2d(torch.relu(self.second(x) + x), 2)
+        return self.head(x.flatten(1))
+
+
+def test_operators_are_quantized_together_as_the_pt2e_flow_does() -> None:
+    torch.manual_seed(0)
+    model, batches = Residual().eval(), [torch.rand(6, 3, 6, 6) for _ in range(2)]
+    quantizer = X86InductorQuantizer().set_global(get_adaround_x86_inductor_config(4))
+    prepared = prepare_pt2e(torch.export.export(model, (batches[0],), strict=True).module(), quantizer)
+    calibrate(batches)(prepared)
+    expected = convert_pt2e(learn(prepared, batches), fold_quantize=False)(batches[0])
+    config = AdaRoundConfig(bits=4, **RECIPE)
+    quantized = quantize(export(model, (batches[0],)), config, run_fn=calibrate(batches))
+    assert torch.equal(quantized(batches[0]), expected)
+    config.set_local("head", AdaRoundConfig(bits=8))
+    mixed = quantize(export(model, (batches[0],)), config, run_fn=calibrate(batches))
+    assert {layer.name: layer.bits for layer in get_report(mixed).layers} == {"first": 4, "second": 4, "head": 8}
+
+
 def test_a_white_list_of_types_leaves_the_rest_in_float() -> None:
     config = AdaRoundConfig(bits=2, white_list=[nn.Linear], **RECIPE)
     quantized = quantize(program(), config, run_fn=calibrate(data()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +53,13 @@ def by_hand(**options: Any) -> fx.GraphModule:
     return convert_fx(
         learn(prepared_model(network(), data(), weight_bits=3, symmetric=True, histogram=True), data(), **options)
     )
+
+
+def test_the_float_model_can_be_pickled_as_before() -> None:
+    model = network()
+    quantize(model, AdaRoundConfig(method="nearest"), run_fn=calibrate(data()))
+    assert not [name for name, module in model.named_modules() if hasattr(module, "qconfig")]
+    pickle.dumps(model)
 
 
 @pytest.mark.parametrize("entry", ["quantize", "a dict", "prepare and convert"])

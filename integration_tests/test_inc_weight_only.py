@@ -285,6 +285,31 @@ class Gained(nn.Linear):
         return 2 * super().forward(x)
 
 
+@pytest.mark.parametrize("blocks", [None, "blocks"])
+def test_a_batch_norm_that_would_be_applied_twice_is_refused(blocks: str | None) -> None:
+    """`prepare_pt2e` folds it into the linear layer before it, and the packed model still has it."""
+    block = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU())
+    nn.init.uniform_(block[1].weight, 0.5, 2)
+    model = Listed(block).eval()
+    before = snapshot(model)
+    with pytest.raises(InvalidModelError, match="took in a batch norm"):
+        quantize(model, AdaRoundConfig(blocks=blocks, **OPTIONS), run_fn=lambda run: run(torch.randn(8, 16)))
+    assert_unchanged(before, model)
+
+
+class Listed(nn.Module):
+    """Blocks in a list."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 def test_a_layer_that_computes_more_than_packed_ones_stays_in_float() -> None:
     model = Untied().eval()
     model.first = Gained(32, 48)

@@ -59,6 +59,11 @@ class OtherNorm(Shared):
         return self.other(self.shared(torch.relu(self.norm(self.shared(self.first(x))))))
 
 
+class ByKeyword(Shared):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(input=self.shared(torch.relu(self.norm(input=self.shared(self.first(x))))))
+
+
 class OnceWithout(Shared):
     def forward(self, x: Tensor) -> Tensor:
         return self.shared(torch.relu(self.norm(self.shared(self.first(x)))))
@@ -114,6 +119,11 @@ def test_a_batch_norm_folded_into_a_shared_convolution_is_named(kind, host):
     prepared = HOSTS[host](model, data)
     match = r"prepared: its float graph differs from float_model .*folds a batch norm into layer 'shared'"
     refused(prepared, data, model, match)
+
+
+def test_a_batch_norm_that_is_called_by_keyword_is_found_too():
+    model, data = ByKeyword().eval(), data_of(*SHAPE)
+    refused(HOSTS["pt2e"](model, data), data, model, "folds a batch norm into layer 'shared'")
 
 
 @pytest.mark.parametrize("host", HOSTS)

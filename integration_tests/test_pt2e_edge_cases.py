@@ -18,7 +18,12 @@ from torchao.quantization.pt2e.quantizer import Quantizer
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
 from adaround_plugin import InvalidOptionError, adaround, get_report
-from adaround_plugin.hosts.pt2e import get_adaround_weight_spec, get_adaround_x86_inductor_config
+from adaround_plugin.hosts.pt2e import (
+    AdaRoundQuantizer,
+    AdaRoundWeightOnlyQuantizer,
+    get_adaround_weight_spec,
+    get_adaround_x86_inductor_config,
+)
 from integration_tests.models import assert_same, batches, call, learn
 from integration_tests.pt2e_models import (
     EveryOperator,
@@ -455,6 +460,21 @@ def test_the_bodies_of_loops_keep_their_observers_statistics():
     assert [layer.name for layer in get_report(result).layers] == ["a"]
     assert all("higher-order" in reason for reason in reasons(result).values())
     assert reasons(result)
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        AdaRoundQuantizer(X86InductorQuantizer().set_global(get_adaround_x86_inductor_config(8)), 4, {"a": {}}),
+        AdaRoundWeightOnlyQuantizer({"a": {"weight_bits": 3}}),
+    ],
+)
+def test_names_of_layers_are_looked_for_outside_of_the_bodies_of_loops(quantizer):
+    data = data_of(6)
+    report = get_report(learn(prepared_pt2e(Looping(), data, quantizer, strict=True), data))
+    assert [layer.name for layer in report.layers] == ["a"]
+    with pytest.raises(InvalidOptionError, match="matches none"):
+        prepared_pt2e(Looping(), data, AdaRoundWeightOnlyQuantizer({"b": {"weight_bits": 3}}), strict=True)
 
 
 # --- biases

@@ -198,3 +198,6 @@ def test_each_weight_is_searched_once(per_channel, monkeypatch):
 def test_groups_are_of_matrices_alone():
     with pytest.raises(InvalidOptionError, match=r"group_size: .*\(2, 2, 1, 1\) is no matrix"):
         AdaRoundGroupObserver(group_size=2)(torch.ones(2, 2, 1, 1))
+    for options in ({"qscheme": torch.per_tensor_symmetric}, {"ch_axis": 1}):
+        with pytest.raises(InvalidOptionError, match=r"group_size: .*per-channel qscheme and ch_axis 0"):
+            AdaRoundGroupObserver(group_size=2, **options)

@@ -121,6 +121,17 @@ def test_linear_only():
     assert [layer.name for layer in get_report(result).layers] == ["first", "second", "head"]
 
 
+def test_the_axis_of_the_channels_is_that_of_each_operator():
+    grids = {name: grid for name, (_, grid) in learned_weights(learned(ch_axis=1)).items()}
+    assert {name: grid.ch_axis for name, grid in grids.items()} == {
+        "conv": 0,
+        "up": 1,
+        "first": 0,
+        "second": 0,
+        "head": 0,
+    }
+
+
 def test_groups_that_do_not_divide_a_row_are_refused_by_name():
     with pytest.raises(InvalidModelError, match=r"'first.weight'.*24 columns.*group_size 7"):
         learned(group_size=7)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.ao.quantization import QConfigMapping
 from torch.ao.quantization.quantize_fx import convert_to_reference_fx
 from torch.nn.utils.parametrizations import weight_norm
 from torchao.quantization import (
@@ -469,9 +470,24 @@ class OwnBias(nn.Module):
         return F.linear(x, self.first.weight, self.shift)
 
 
-def _normed() -> tuple[nn.Module, fx.GraphModule]:
-    model = seeded(lambda: nn.Sequential(nn.Linear(32, 8), nn.BatchNorm1d(8)))
-    return model, learn(prepared_model(model, DATA, activation_bits=None), DATA)
+def norm(channels: int) -> nn.BatchNorm1d:
+    """A batch norm that changes its input."""
+    made = nn.BatchNorm1d(channels)
+    nn.init.uniform_(made.weight, 0.5, 2)
+    made.running_mean.uniform_(-1, 1)
+    return made
+
+
+def _normed() -> nn.Module:
+    return seeded(lambda: nn.Sequential(nn.Linear(32, 8), norm(8)))
+
+
+def _normed_fx() -> tuple[nn.Module, fx.GraphModule]:
+    return _normed(), learn(prepared_model(_normed(), DATA, activation_bits=None), DATA)
+
+
+def _normed_pt2e() -> tuple[nn.Module, fx.GraphModule]:
+    return _normed(), learned_pt2e(_normed(), DATA)
 
 
 def _convolution() -> tuple[nn.Module, fx.GraphModule]:
@@ -508,7 +524,8 @@ BAD_MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], str]] = {
     "another dtype": (lambda: (copy.deepcopy(net()).bfloat16(), learned(weight_bits=4)), "first.*bfloat16"),
     "a convolution": (_convolution, "'0'.*Conv2d.*linear_only"),
     "an attention of torch's": (_attention, "attention.out_proj.*NonDynamicallyQuantizableLinear"),
-    "a folded batch norm": (_normed, "'1'.*folded"),
+    "a batch norm that prepare_fx folded": (_normed_fx, "layer '0'.*took in a batch norm"),
+    "a batch norm that prepare_pt2e folded": (_normed_pt2e, "layer '0'.*took in a batch norm"),
     "a computed weight": (_reparametrized, "head.*computes its weight"),
     "a bias from elsewhere": (_own_bias, "first.*bias"),
     "scales of columns": (lambda: _spec(get_adaround_weight_spec(4, ch_axis=1)), "first.*axis 1"),
@@ -524,6 +541,27 @@ def test_bad_models_are_refused_and_left_alone(case):
     with pytest.raises(InvalidModelError, match=match):
         to_torchao(model, found, inplace=True)
     assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("toolkit", ["fx", "pt2e"])
+def test_batch_norms_that_stay_or_go_into_convolutions_are_no_matter(toolkit):
+    convolutions = (nn.Conv1d(4, 6, 3), norm(6), nn.ReLU(), nn.Flatten())
+    model = seeded(lambda: nn.Sequential(*convolutions, nn.Linear(36, 8), nn.ReLU(), norm(8)))
+    data = batches(4, 8)
+    if toolkit == "fx":
+        config = QConfigMapping().set_module_name("4", get_adaround_qconfig_mapping("x86", 4, None).global_qconfig)
+        found = learn(prepared_model(model, data, mapping=config, activation_bits=None), data)
+    else:
+        found = learned_pt2e(model, data)
+    packed = to_torchao(model, found)
+    assert isinstance(packed.get_submodule("4").weight, IntxUnpackedToInt8Tensor)
+    torch.testing.assert_close(packed(data[0]), convert(found)(data[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_the_report_is_read_from_a_traced_model():
+    model = fx.symbolic_trace(net())
+    packed = to_torchao(model, learned(weight_bits=4))
+    assert get_report(packed).layers == get_report(learned(weight_bits=4)).layers
 
 
 @pytest.mark.parametrize("options", [{"symmetric": False}, {"group_size": 8}], ids=str)

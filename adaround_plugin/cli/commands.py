@@ -16,6 +16,7 @@ from adaround_plugin.files import check_file, check_path, write_whole
 from adaround_plugin.guidance.allocation import BitAllocation, suggest_bits
 from adaround_plugin.guidance.analysis import Analysis
 from adaround_plugin.guidance.analyze import analyze
+from adaround_plugin.learning.methods import get_preset
 from adaround_plugin.names import matching, select
 from adaround_plugin.options import check_choice
 from adaround_plugin.report import Report, get_report
@@ -66,7 +67,20 @@ def quantize_model(options: argparse.Namespace) -> Iterator[str]:
         # names that were not analyzed keep what was asked for
         layers = layers | allocation.layer_bits
     prepared = flow.prepared(options.bits, {name: {"weight_bits": bits} for name, bits in layers.items()})
-    learned = adaround(prepared, flow.batches, options.method, seed=options.seed, progress=not options.quiet)
+    is_finetuned = options.finetune or get_preset(options.method).finetune is not None
+    if flow.integer_biases and is_finetuned:
+        yield "biases stay in float: finetuning moves the scales that integer ones are multiples of"
+    learned = adaround(
+        prepared,
+        flow.batches,
+        options.method,
+        finetune=options.finetune or None,
+        seed=options.seed,
+        progress=not options.quiet,
+        integer_biases=flow.integer_biases and not is_finetuned,
+        checkpoint=options.checkpoint,
+        memory_budget=options.memory_budget,
+    )
     report = get_report(learned)
     flow.save(learned, paths["output"])
     yield from _kept(report, paths)

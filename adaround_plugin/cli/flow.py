@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
+from adaround_plugin.deployment.ranges import widen_weight_ranges
 from adaround_plugin.errors import InvalidBatchError, InvalidModelError, MissingDependencyError, told_as
 from adaround_plugin.files import write_whole
+from adaround_plugin.hosts.open import is_exported
 from adaround_plugin.hosts.pt2e import (
     AdaRoundQuantizer,
     AdaRoundWeightOnlyQuantizer,
@@ -56,8 +58,9 @@ def _xnnpack(bits: int, layers: Layers) -> Quantizer:
     return AdaRoundQuantizer(vendor, bits, layers)
 
 
+_XNNPACK = "xnnpack"
 # by name, the quantizer for weights of so many bits, with options for single layers
-BACKENDS: Mapping[str, Callable[[int, Layers], Quantizer]] = {"weights": _weights, "x86": _x86, "xnnpack": _xnnpack}
+BACKENDS: Mapping[str, Callable[[int, Layers], Quantizer]] = {"weights": _weights, "x86": _x86, _XNNPACK: _xnnpack}
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,11 @@ class Flow:
         """Whether weights are symmetric; None for what is more accurate at each width."""
         return None if self.backend == "weights" else True
 
+    @property
+    def integer_biases(self) -> bool:
+        """Whether the backend adds biases as integers."""
+        return self.backend == _XNNPACK
+
     def prepared(self, bits: int, layers: Layers) -> fx.GraphModule:
         """The program with observers, calibrated.
 
@@ -89,15 +97,20 @@ class Flow:
         if not self.batches:
             raise InvalidBatchError("--data", "has no batches", "Pass some.")
         model = self.model()
-        program = model if isinstance(model, fx.GraphModule) else self._exported(model.eval())
+        program = model if is_exported(model) else self._exported(model.eval())
         prepared: fx.GraphModule = prepare_pt2e(program, BACKENDS[self.backend](bits, layers))
         for number, batch in enumerate(self.batches):
             _calibrate(prepared, batch, number)
         return prepared
 
     def save(self, learned: fx.GraphModule, path: Path) -> None:
-        """Convert what was learned, and write it as a program that `torch.export.load` reads; all or nothing."""
+        """Convert what was learned, and write it as a program that `torch.export.load` reads; all or nothing.
+
+        Weights declare ranges that the backend has.
+        """
         converted = convert_pt2e(learned)
+        if self.backend == _XNNPACK:
+            converted = widen_weight_ranges(converted, linear_bits=4)
         buffer = io.BytesIO()
         torch.export.save(self._program(converted), buffer)
         write_whole(path, buffer.getbuffer())

@@ -117,7 +117,16 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         help="of single layers, by name, name of a parent, or regular expression; may be given several times",
     )
     parser.add_argument("--method", choices=list(METHODS), default="default")
+    parser.add_argument("--finetune", action="store_true", help="then learn scales and biases by the network's output")
     parser.add_argument("--output", metavar="PATH", required=True, help="the converted program, a .pt2 file")
+    parser.add_argument("--checkpoint", metavar="FOLDER", help="keep every decision here; a second run goes on from it")
+    parser.add_argument(
+        "--memory-budget",
+        type=_bytes,
+        default="auto",
+        metavar="BYTES",
+        help="for values between two layers; what is beyond goes to files (default: half of what is free)",
+    )
     _add_budget(parser, "bits of each layer are suggested under this budget")
     parser.set_defaults(run=quantize_model)
 
@@ -169,6 +178,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _bytes(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, nor auto")
+    return text if text == "auto" else int(text)
 
 
 def _amount(text: str) -> float:

@@ -35,7 +35,7 @@ def widen_weight_ranges(converted: fx.GraphModule, linear_bits: Literal[4, 8] = 
     Args:
         converted: what `convert_pt2e` returned; it is not changed.
         linear_bits: how linear layers are to be stored, 8, or 4 for backends with packed 4-bit integers: weights of 2
-            and 3 bits then declare 4. Convolutions always declare 8.
+            and 3 bits then declare 4, those of 5 to 7 bits 8. Convolutions always declare 8.
 
     Returns:
         A copy of `converted`.
@@ -49,7 +49,7 @@ def widen_weight_ranges(converted: fx.GraphModule, linear_bits: Literal[4, 8] = 
     quantized_weights(converted)
     result = copy.deepcopy(converted)
     for node, call in quantized_weights(result).items():
-        _widen(node, *_STORED[linear_bits if is_linear(call.target) else 8])
+        _widen(node, linear_bits if is_linear(call.target) else 8)
     result.recompile()
     return result
 
@@ -87,10 +87,13 @@ def _is_unpacked(node: fx.Node) -> bool:
     return operator_name(node)[0] in _RANGE_AT and torch.int8 in (*node.args, *node.kwargs.values())
 
 
-def _widen(node: fx.Node, low: int, high: int) -> None:
-    """Let a dequantize operator of a weight declare at least this range."""
+def _widen(node: fx.Node, bits: int) -> None:
+    """Let a dequantize operator of a weight declare the range of so many bits; of more where that is too narrow."""
     first = _RANGE_AT[operator_name(node)[0]]
     arguments: list[Any] = list(node.args)
-    arguments[first] = min(arguments[first], low)
-    arguments[first + 1] = max(arguments[first + 1], high)
+    least, most = arguments[first : first + 2]
+    fits = (ends for stored, ends in _STORED.items() if stored >= bits and ends[0] <= least and most <= ends[1])
+    # all of 8 bits has one integer more than backends' own range
+    low, high = next(fits, (least, most))
+    arguments[first : first + 2] = low, high
     node.args = tuple(arguments)

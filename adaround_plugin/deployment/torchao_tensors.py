@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from adaround_plugin.deployment.folded import check_unfolded
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError, MissingDependencyError
 from adaround_plugin.graph.reparametrized import deep_copy, is_reparametrized
 from adaround_plugin.hosts.learned import LearnedLayer, learned_layers
-from adaround_plugin.hosts.open import is_exported
 from adaround_plugin.options import check_bool, check_choice
-from adaround_plugin.report import KEY, get_report
+from adaround_plugin.report import get_report, set_report
 from adaround_plugin.rounding.grid import Grid, integer_range
 
 try:
@@ -61,8 +61,9 @@ def to_torchao(
     Raises:
         InvalidOptionError: an argument is none of these, or `"int8"` for a grid that it cannot hold.
         InvalidModelError: `learned` carries no report or is converted, holds a weight that is no linear layer's or a
-            grid that no tensor of torchao has, or `model` has other layers than the one that was learned. (Their values
-            are not compared: what is learned twice begins with learned weights.)
+            grid that no tensor of torchao has, a layer took in a batch norm when it was prepared, or `model` has other
+            layers than the one that was learned. (Values are not compared where no batch norm is missing: what is
+            learned twice begins with learned weights.)
     """
     check_choice("tensor", tensor, ("intx", "int8"))
     check_bool("dynamic_activations", dynamic_activations)
@@ -75,7 +76,7 @@ def to_torchao(
     users = {name: _users(modules, name, layer) for name, layer in layers.items()}
     for name, layer in layers.items():
         _check_grid(name, layer.grid, tensor)
-    _check_unfolded(modules, learned)
+    check_unfolded(model, learned)
     make = _intx_tensor if tensor == "intx" else _int8_tensor
     parameters: dict[str, dict[str, nn.Parameter]] = {}
     for name, layer in layers.items():
@@ -87,7 +88,7 @@ def to_torchao(
     for name, new in parameters.items():
         for leaf, parameter in new.items():
             result.get_submodule(name).register_parameter(leaf, parameter)
-    vars(result)[KEY] = report
+    set_report(result, report)
     return result
 
 
@@ -153,20 +154,6 @@ def _check_grid(name: str, grid: Grid, tensor: str) -> None:
             f"'int8' holds no zero points and no groups, which layer {name!r} has",
             "Pass 'intx', or learn with symmetric=True and without group_size.",
         )
-
-
-def _check_unfolded(modules: Mapping[str, nn.Module], learned: nn.Module) -> None:
-    """Raise if `prepare_fx` folded a batch norm into a linear layer: the model would apply it twice."""
-    if is_exported(learned):
-        return  # prepare_pt2e folds them into convolutions alone
-    left = dict(learned.named_modules())
-    for name, module in modules.items():
-        if isinstance(module, nn.BatchNorm1d) and name not in left:
-            raise InvalidModelError(
-                f"module {name!r}",
-                "was folded into a layer by prepare_fx",
-                "Use the PT2E flow, or fold it into the float model before.",
-            )
 
 
 def _by_row(values: Tensor, rows: int) -> Tensor:

@@ -12,7 +12,7 @@ from adaround_plugin.guidance.analysis import Analysis
 from adaround_plugin.guidance.knapsack import Option, choose
 from adaround_plugin.guidance.record import LayerAnalysis, Width
 from adaround_plugin.guidance.text import allocation_text
-from adaround_plugin.names import select
+from adaround_plugin.names import depth, select
 from adaround_plugin.options import check_choice, check_mapping, check_number
 from adaround_plugin.report.markup import paragraph, table
 from adaround_plugin.report.text import number
@@ -80,8 +80,10 @@ class BitAllocation:
 
     @property
     def layer_bits(self) -> dict[str, int]:
-        """By name, tied names too: `layer_bits` of `get_adaround_qconfig_mapping`."""
-        return {name: self.bits[layer.name] for layer in self.analysis.layers for name in (layer.name, *layer.tied)}
+        """By name, tied names too, parents first: `layer_bits` of `get_adaround_qconfig_mapping`."""
+        layers = self.analysis.layers
+        found = {name: self.bits[layer.name] for layer in layers for name in (layer.name, *layer.tied)}
+        return {name: found[name] for name in sorted(found, key=depth)}
 
     @property
     def layers(self) -> dict[str, dict[str, int]]:

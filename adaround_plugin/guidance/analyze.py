@@ -178,7 +178,8 @@ class _Passes:
                 is_fixed=self.host.batch_size is not None,
             )
         except InvalidOptionError as error:
-            raise InvalidModelError("prepared", error.problem, "Losses are estimated by derivatives.") from error
+            remedy = "Losses are estimated by them: give the operator one, or analyze the network without it."
+            raise InvalidModelError("prepared", error.problem, remedy) from error
         seconds = {"forward": forward, "derivatives": time.perf_counter() - start - forward}
         return _Found(found, {name: one for name, one in losses.items() if bool(torch.isfinite(one).all())}, seconds)
 

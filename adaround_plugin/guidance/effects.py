@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from adaround_plugin.graph.streams import Stream, Values
+from adaround_plugin.guidance.orders import SampleOrders
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.derivatives import differentiate
@@ -63,8 +64,9 @@ def effects(
         InvalidOptionError: an operator has no derivative.
     """
     largest = sampling.largest
-    size = sampling.size[largest]
+    size, orders = sampling.size[largest], SampleOrders({})
     if not is_fixed:
+        orders = SampleOrders.of(stream, nodes, arguments[largest], size)
         size = piece_size(stream, stream.bind(arguments[largest]), size)
     pieces, numbers = sampling.in_pieces(size)
     rounds = -(-_LEAST_DRAWS // sampling.total)
@@ -77,7 +79,7 @@ def effects(
             # signs are those of a sample's number
             first = pieces.first[number] + again * sampling.total
             squares_of = _squares(
-                stream, nodes, roundings, part, range(first, first + count), variances, pieces.mask_of(number)
+                stream, nodes, roundings, part, range(first, first + count), variances, pieces.mask_of(number), orders
             )
             for name, squares in squares_of.items():
                 total[name] = total.get(name, torch.zeros_like(squares)) + squares
@@ -92,6 +94,7 @@ def _squares(
     samples: Sequence[int],
     variances: Sequence[float],
     mask: Tensor | None,
+    orders: SampleOrders,
 ) -> dict[str, Tensor]:
     """By layer the squared changes of one projection, `(roundings,)`, summed over the samples of a piece."""
     # by layer, at each of its call sites the change of the projection: (roundings, samples or 1)
@@ -99,11 +102,10 @@ def _squares(
 
     def watch(site: fx.Node, node: WeightedNode, x: Tensor) -> Callable[[Tensor], None]:
         patches = node.op.patches(x.float(), node.weight.shape)
-        # the rows of a network that chooses them itself are not so many for each sample
-        runs = len(samples) if patches.samples % len(samples) == 0 else 1
+        order = orders.columns(site, patches, len(samples))
 
         def take(gradient: Tensor) -> None:
-            found[node.name].append(_changes(node, roundings[node.name], patches, gradient, runs))
+            found[node.name].append(_changes(node, roundings[node.name], patches, gradient, order))
 
         return take
 
@@ -119,33 +121,29 @@ def _together(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _changes(
-    node: WeightedNode, roundings: Sequence[LayerRounding], patches: Patches, gradient: Tensor, runs: int
+    node: WeightedNode, roundings: Sequence[LayerRounding], patches: Patches, gradient: Tensor, order: Tensor
 ) -> Tensor:
-    """`<v, sum_p J_p (w^ x_p + b - w x_p)>` at one call site for each rounding: `(roundings, runs)` float64.
+    """`<v, sum_p J_p (w^ x_p + b - w x_p)>` at one call site for each rounding: `(roundings, samples)` float64.
 
     Args:
         node: the layer.
         roundings: of it.
         patches: of its input.
         gradient: by its output.
-        runs: equal parts of the leading axis that are summed apart.
+        order: `(samples, columns)`, the numbers of the columns that each sample has, which are summed.
     """
     shape, rows = node.weight.shape, node.op.rows
     changes = torch.stack([rows(one.weight - node.weight).flatten() for one in roundings])
     offsets = torch.stack([_correction(node, one) for one in roundings])
-    length = patches.samples // runs
-    numbers = length * patches.positions * patches.row_length * patches.groups + node.weight.numel()
-    together = max(1, _NUMBERS // max(1, numbers))
+    of_sample = order.shape[1] * patches.row_length * patches.groups + node.weight.numel()
+    together = max(1, _NUMBERS // max(1, of_sample))
     found = []
-    for first in range(0, runs, together):
-        count = min(together, runs - first)
-        index = torch.arange(first * length, (first + count) * length, device=gradient.device)
-        index = index.repeat_interleave(patches.positions)
-        position = torch.arange(patches.positions, device=gradient.device).repeat(count * length)
+    for of_samples in torch.split(order.to(gradient.device), together):
+        numbers = of_samples.flatten()
+        index, position = numbers // patches.positions, numbers % patches.positions
         x = patches.columns(index, position)
         by_output = node.op.outputs_at(gradient, shape, index, position)
-        of_run = length * patches.positions
-        x, by_output = (one.reshape(len(one), count, of_run, one.shape[2]) for one in (x, by_output))
+        x, by_output = (one.reshape(len(one), *of_samples.shape, one.shape[2]) for one in (x, by_output))
         by_weight = (by_output.transpose(2, 3) @ x).transpose(0, 1).flatten(1)
         by_bias = by_output.sum(2).transpose(0, 1).flatten(1)
         found.append(changes @ by_weight.T + offsets @ by_bias.T)

@@ -118,8 +118,8 @@ def _folded_wrongly(host: Host, model: nn.Module, arguments: list[Any]) -> str |
             output.made_by = calls, len(calls)  # type: ignore[attr-defined]
         calls.append(None)
 
-    def norm_called(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        made_by = getattr(inputs[0], "made_by", None)
+    def norm_called(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        made_by = getattr(inputs[0] if inputs else named.get("input"), "made_by", None)
         if made_by is not None:
             calls, number = made_by
             calls[number] = module
@@ -128,7 +128,7 @@ def _folded_wrongly(host: Host, model: nn.Module, arguments: list[Any]) -> str |
         if isinstance(module, Convolution | nn.Linear):
             module.register_forward_hook(lambda _, inputs, output, name=name: layer_called(name, output))
         elif isinstance(module, Normalization):
-            module.register_forward_pre_hook(norm_called)
+            module.register_forward_pre_hook(norm_called, with_kwargs=True)
     _outputs(host, model, arguments)
     return next((name for name, calls in followers.items() if len(set(calls)) > 1), None)
 

@@ -18,9 +18,10 @@ from adaround_plugin.inc.compat import (
     save_exported,
 )
 from adaround_plugin.inc.layers import weighted_layers
-from adaround_plugin.inc.parts import Parts, float_activations, pass_options
+from adaround_plugin.inc.parts import ROOT, Parts, float_activations, own_parts, pass_options
 from adaround_plugin.inc.programs import weight_only_quantizer
 from adaround_plugin.inc.recording import Recording
+from adaround_plugin.names import depth
 
 __all__ = ["ExportedQuantizer"]
 
@@ -72,12 +73,12 @@ class ExportedQuantizer(W8A8PT2EQuantizer):
 
 def _static_quantizer(parts: Parts) -> X86InductorQuantizer:
     quantizer = X86InductorQuantizer()
-    for (name, _), part in parts.items():
-        config = _inductor_config(part)
-        if name:
-            quantizer.set_module_name_qconfig(name, config)
-        elif config is not None:
-            quantizer.set_global(config)
+    whole = _inductor_config(parts[ROOT]) if ROOT in parts else None
+    if whole is not None:
+        quantizer.set_global(whole)
+    # the first that a name lies in counts
+    for (name, _), part in sorted(own_parts(parts).items(), key=lambda entry: -depth(entry[0][0])):
+        quantizer.set_module_name_qconfig(name, _inductor_config(part))
     return quantizer
 
 

@@ -16,7 +16,7 @@ from adaround_plugin.inc.observed import observed
 from adaround_plugin.inc.parts import META, pass_options
 from adaround_plugin.inc.recording import Recording
 from adaround_plugin.inc.saving import save
-from adaround_plugin.report import KEY, get_report
+from adaround_plugin.report import get_report, set_report
 
 __all__ = ["NativeQuantizer"]
 
@@ -51,7 +51,7 @@ class NativeQuantizer(Quantizer):
             learned = adaround(model, batches, **pass_options(self.quant_config))
         quantized: Any = convert_fx(learned.cpu())
         forget_models()
-        quantized.meta[KEY] = get_report(learned)
+        set_report(quantized, get_report(learned))
         quantized.meta[META] = dict(self.quant_config)
         # INC's save() asks for both
         quantized.qconfig = self.quant_config

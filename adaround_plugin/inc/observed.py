@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx, nn
 from torch.ao.quantization import QConfig, QConfigMapping
 from torch.ao.quantization.quantize_fx import prepare_fx
 
 from adaround_plugin.errors import InvalidModelError
+from adaround_plugin.graph.reparametrized import deep_copy
 from adaround_plugin.hosts.fx.qconfig import get_adaround_qconfig_mapping
 from adaround_plugin.inc.compat import TorchBaseConfig
-from adaround_plugin.inc.parameters import LAYER_PARAMETERS
-from adaround_plugin.inc.parts import ROOT, Parts
+from adaround_plugin.inc.parts import ROOT, Parts, own_parts
 
 __all__ = ["observed"]
 
@@ -26,22 +24,17 @@ def observed(model: nn.Module, parts: Parts) -> fx.GraphModule:
     """
     if model.training:
         raise InvalidModelError("model", "is in train mode", "Call .eval() first.")
-    return prepare_fx(model, _mapping(model, parts), ())
+    # prepare_fx leaves qconfigs in the modules of the model, some of which cannot be pickled
+    return prepare_fx(deep_copy(model), _mapping(model, parts), ())
 
 
 def _mapping(model: nn.Module, parts: Parts) -> QConfigMapping:
     whole = parts.get(ROOT)
-    quantized = whole is not None and whole.dtype != "fp32"
-    mapping = _whole_mapping(whole) if quantized else QConfigMapping()
-    for layer, part in parts.items():
-        # one qconfig object for all that share one: prepare_fx fuses a convolution and its ReLU only then
-        if layer != ROOT and not (quantized and _settings(part) == _settings(whole)):
-            mapping.set_module_name(layer[0], _qconfig(model.get_submodule(layer[0]), part))
+    mapping = QConfigMapping() if whole is None or whole.dtype == "fp32" else _whole_mapping(whole)
+    # one qconfig object for all that share one: prepare_fx fuses a convolution and its ReLU only then
+    for (name, _), part in own_parts(parts).items():
+        mapping.set_module_name(name, _qconfig(model.get_submodule(name), part))
     return mapping
-
-
-def _settings(part: TorchBaseConfig) -> tuple[Any, ...]:
-    return tuple(getattr(part, parameter.name) for parameter in LAYER_PARAMETERS)
 
 
 def _whole_mapping(part: TorchBaseConfig) -> QConfigMapping:

@@ -10,7 +10,7 @@ from typing import Any
 from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.inc.compat import LM_HEAD_NAMES, TorchBaseConfig
 from adaround_plugin.inc.layers import Layer, is_type, selected
-from adaround_plugin.inc.parameters import PASS_PARAMETERS, method_of
+from adaround_plugin.inc.parameters import LAYER_PARAMETERS, PASS_PARAMETERS, method_of
 
 __all__ = [
     "META",
@@ -19,6 +19,7 @@ __all__ = [
     "blocks_of",
     "float_activations",
     "model_path_of",
+    "own_parts",
     "pass_options",
     "resolve",
 ]
@@ -82,6 +83,20 @@ def _completed(part: TorchBaseConfig, whole: TorchBaseConfig) -> TorchBaseConfig
     if completed.model_path is not None and completed.blocks is None:
         raise InvalidOptionError("model_path", "is read block by block", "Pass blocks=, or leave it out.")
     return completed
+
+
+def own_parts(parts: Parts) -> Parts:
+    """The parts of layers that ask for something else than the part of all others; of all layers, if that is float.
+
+    Hosts quantize several operators as one only where they have one setting.
+    """
+    whole = parts.get(ROOT)
+    common = None if whole is None or whole.dtype == "fp32" else _settings(whole)
+    return {layer: part for layer, part in parts.items() if layer != ROOT and _settings(part) != common}
+
+
+def _settings(part: TorchBaseConfig) -> tuple[Any, ...]:
+    return tuple(getattr(part, parameter.name) for parameter in LAYER_PARAMETERS)
 
 
 def pass_options(parts: Parts) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
 from adaround_plugin.hosts.pt2e.nodes import innermost_module, parameter_node
 from adaround_plugin.inc.packing import IntegerLinear
 from adaround_plugin.inc.parts import ROOT, Parts
+from adaround_plugin.names import depth
 from adaround_plugin.rounding.grid import Grid
 
 __all__ = ["integer_linears", "weight_only_quantizer"]
@@ -27,7 +28,7 @@ def weight_only_quantizer(program: fx.GraphModule, parts: Parts) -> AdaRoundWeig
     Raises:
         InvalidOptionError: layers that share a weight have different parts.
     """
-    layers = {".*": _options(parts[ROOT]) if ROOT in parts else None}
+    layers: dict[str, dict[str, Any] | None] = {}
     named = {name: part for (name, _), part in parts.items()}
     owners: dict[str, str] = {}
     for layer, weight, _ in _calls(program):
@@ -38,7 +39,10 @@ def weight_only_quantizer(program: fx.GraphModule, parts: Parts) -> AdaRoundWeig
                     f"layers {owners[weight]!r} and {layer!r}", "share a weight and have different parts", "Pass one."
                 )
             layers[weight], owners[weight] = options, layer
-    return AdaRoundWeightOnlyQuantizer(layers, scale_dtype=torch.float16)
+    whole = _options(parts[ROOT]) if ROOT in parts else None
+    # the last that a name lies in counts
+    options_by_name = {".*": whole, **{name: layers[name] for name in sorted(layers, key=depth)}}
+    return AdaRoundWeightOnlyQuantizer(options_by_name, scale_dtype=torch.float16)
 
 
 def integer_linears(learned: fx.GraphModule, parts: Parts) -> dict[str, IntegerLinear]:

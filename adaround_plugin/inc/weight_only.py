@@ -11,6 +11,7 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 from torchao.quantization.pt2e.quantizer import Quantizer as ProgramQuantizer
 
 from adaround_plugin.api import adaround
+from adaround_plugin.deployment.folded import check_unfolded
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError
 from adaround_plugin.inc.compat import Quantizer
 from adaround_plugin.inc.layers import weighted_layers
@@ -18,7 +19,7 @@ from adaround_plugin.inc.packing import IntegerLinear, pack
 from adaround_plugin.inc.parts import ROOT, Parts, blocks_of, model_path_of, pass_options
 from adaround_plugin.inc.programs import integer_linears, weight_only_quantizer
 from adaround_plugin.inc.recording import Batch, Recording
-from adaround_plugin.report import KEY, Report, get_report
+from adaround_plugin.report import Report, get_report, set_report
 from adaround_plugin.sequential.inputs import copied
 from adaround_plugin.sequential.learning import INSIDE, find_blocks, learned_blocks, together
 from adaround_plugin.sequential.programs import Call, exported
@@ -67,7 +68,8 @@ class WeightOnlyQuantizer(Quantizer):
         """`model` with packed linear layers; `get_report` reads its report.
 
         Raises:
-            InvalidModelError: `prepare` did not make this model, or torch.export fails on it.
+            InvalidModelError: `prepare` did not make this model, torch.export fails on it, or a layer took in a batch
+                norm.
             InvalidBatchError: no data went through it.
         """
         # functional calls cannot be packed
@@ -82,7 +84,7 @@ class WeightOnlyQuantizer(Quantizer):
         packed = pack(model, linears)
         if stored is not None:
             stored.fill(packed)
-        vars(packed)[KEY] = report
+        set_report(packed, report)
         return packed
 
 
@@ -102,6 +104,7 @@ def _as_a_whole(
         args, kwargs = _call(copied(batches[0]))
         prepared(*args, **kwargs)
     learned = adaround(prepared, batches, **options)
+    check_unfolded(model, learned)
     return integer_linears(learned, parts), get_report(learned)
 
 
@@ -125,9 +128,10 @@ def _by_blocks(
         return weight_only_quantizer(program, inside(block))
 
     for one in learned_blocks(model, batches, blocks, quantizer, **options):
-        learned = {} if one.program is None else integer_linears(one.program, inside(one.name))
-        for name, linear in learned.items():
-            linears[one.outside(name)] = replace(linear, integers=linear.integers.to(torch.int8))
+        if one.program is not None:
+            check_unfolded(one.paired, one.program)
+            for name, linear in integer_linears(one.program, inside(one.name)).items():
+                linears[one.outside(name)] = replace(linear, integers=linear.integers.to(torch.int8))
         reports.append(one.report)
     report = together(reports)
     outside = [

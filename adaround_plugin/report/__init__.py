@@ -6,6 +6,15 @@ are asked for. Imports `files` and `errors`.
 """
 
 from adaround_plugin.report.record import BlockReport, ClippedActivation, LayerReport, RecipeTrial
-from adaround_plugin.report.report import KEY, Report, get_report
+from adaround_plugin.report.report import KEY, Report, get_report, set_report
 
-__all__ = ["KEY", "BlockReport", "ClippedActivation", "LayerReport", "RecipeTrial", "Report", "get_report"]
+__all__ = [
+    "KEY",
+    "BlockReport",
+    "ClippedActivation",
+    "LayerReport",
+    "RecipeTrial",
+    "Report",
+    "get_report",
+    "set_report",
+]

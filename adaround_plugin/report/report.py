@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
 
-__all__ = ["KEY", "Report", "get_report"]
+__all__ = ["KEY", "Report", "get_report", "set_report"]
 
 # where a model keeps its report
 KEY = "adaround_report"
@@ -68,7 +68,17 @@ def get_report(model: nn.Module) -> Report:
     Raises:
         InvalidModelError: the model has none.
     """
-    report = (model.meta if isinstance(model, fx.GraphModule) else getattr(model, "__dict__", {})).get(KEY)
+    report = _place(model).get(KEY)
     if not isinstance(report, Report):
         raise InvalidModelError("model", "carries no AdaRound report", "Pass the model that adaround(...) returned.")
     return report
+
+
+def set_report(model: nn.Module, report: Report) -> None:
+    """Let `get_report` read a report from a model; a copy of the model has it too."""
+    _place(model)[KEY] = report
+
+
+def _place(model: nn.Module) -> dict[str, Any]:
+    """Where a model keeps its report: a copy of a GraphModule keeps its `meta`, and loses other attributes."""
+    return model.meta if isinstance(model, fx.GraphModule) else getattr(model, "__dict__", {})

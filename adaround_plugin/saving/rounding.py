@@ -18,7 +18,7 @@ from adaround_plugin.graph.fingerprint import differing, fingerprint
 from adaround_plugin.hosts.base import Host
 from adaround_plugin.hosts.open import host_type, open_host
 from adaround_plugin.options import check_bool
-from adaround_plugin.report import KEY, Report, get_report
+from adaround_plugin.report import KEY, Report, get_report, set_report
 from adaround_plugin.saving.layers import layer_facts, read_layer
 from adaround_plugin.saving.observers import Reported, read_observers, write_observers
 from adaround_plugin.storage import read_tensors, write_tensors
@@ -124,7 +124,7 @@ def load_rounding(
     host.write(loaded, roundings, {})
     if others := differing(fingerprint(loaded), content["fingerprint"]):
         raise InvalidModelError("prepared", f"is not the network that was learned: {_some(others)} differ", _SAME)
-    loaded.meta[KEY] = report
+    set_report(loaded, report)
     if not inplace:
         return loaded
     take_over(prepared, loaded, KEY)

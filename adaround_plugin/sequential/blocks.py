@@ -16,7 +16,7 @@ from adaround_plugin.errors import InvalidOptionError
 from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
 from adaround_plugin.hosts.pt2e.layer_options import layer_names
 from adaround_plugin.names import matching, select
-from adaround_plugin.report import KEY, Report
+from adaround_plugin.report import Report, set_report
 from adaround_plugin.sequential.learning import INSIDE, find_blocks, learned_blocks, together
 from adaround_plugin.sequential.stored import named_tensors
 from adaround_plugin.sequential.weights import StoredWeights, like, put, stored_weights
@@ -90,7 +90,7 @@ def adaround_blocks(
         stored.fill(model, without=blocks)
     for name, block in made.items():
         model.set_submodule(name, block)
-    vars(model)[KEY] = report
+    set_report(model, report)
     return model
 
 

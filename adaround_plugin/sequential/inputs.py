@@ -197,5 +197,7 @@ def _check_alike(model: nn.Module, blocks: Sequence[nn.Module], batch: Any) -> N
 
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one is other or (one.shape == other.shape and torch.equal(one, other))
+        return one is other or (
+            (one.shape, one.dtype) == (other.shape, other.dtype) and torch.equal(one, other.to(one.device))
+        )
     return type(one) is type(other) and (one is other or bool(one == other))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.ao.quantization import QConfigMapping, get_default_qconfig_mapping
-from torch.ao.quantization.observer import PlaceholderObserver
+from torch.ao.quantization.observer import FixedQParamsObserver, PlaceholderObserver
 from torch.ao.quantization.quantize_fx import prepare_fx
 
 from adaround_plugin.errors import InvalidOptionError
@@ -32,6 +32,15 @@ class Net(nn.Module):
 
 
 X = torch.randn(1, 3, 32, 32)
+
+
+def test_operators_with_a_fixed_range_keep_their_observer_below_a_name() -> None:
+    """torch leaves them in float with any other, and says so in a warning."""
+    gate = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sigmoid())
+    model = nn.ModuleDict({"gate": gate}).eval()
+    mapping = get_adaround_qconfig_mapping("x86", layer_bits={"gate": 3}, model=model)
+    assert mapping.module_name_qconfigs["gate.0"].weight().spec.bits == 3
+    assert isinstance(mapping.module_name_qconfigs["gate.1"].activation(), FixedQParamsObserver)
 
 
 def observers(mapping: QConfigMapping, **backend: Any) -> dict[str, AdaRoundObserver]:

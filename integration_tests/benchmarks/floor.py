@@ -44,7 +44,7 @@ from integration_tests.benchmarks.floor_models import NETWORKS, QUICK, Setting, 
 
 __all__ = ["GROWTH", "Products", "cells", "draw", "floor_seconds", "measure", "products", "table", "warm_up"]
 
-PHASES: Final = ("setup", "forward", "moments", "solve", "trials")
+PHASES: Final = ("setup", "forward", "moments", "importance", "solve", "trials", "compare")
 HEAD: Final = (
     *("network", "images", "floor s (float + quantized + products)", "total s", "ratio"),
     *(*PHASES, "other", "peak GiB (before)", "output error"),

@@ -53,7 +53,8 @@ def get_adaround_qconfig_mapping(
             bits of the weights, or a pair of these and the bits of the activations: those that come out of the layer,
             and those that enter it straight from the model's input.
         model: the float model; checks the names of `layer_bits`, and is needed when one of them is a transposed
-            convolution, which wants an observer of its own.
+            convolution or an operator with a fixed output range, or has such modules below it: these want observers of
+            their own.
 
     Raises:
         InvalidOptionError: unknown backend, bits out of range, or a name in `layer_bits` that `model` lacks.
@@ -97,8 +98,11 @@ def get_adaround_qconfig_mapping(
         if model is not None:
             known = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
             for name in select(pattern, known, argument):
-                transposed = isinstance(model.get_submodule(name), _TRANSPOSED_MODULES)
-                mapping.set_module_name(name, qconfig(*bits, transposed))
+                module = model.get_submodule(name)
+                transposed = isinstance(module, _TRANSPOSED_MODULES)
+                # operators that need a qconfig of their own, such as softmax, keep it
+                apart = None if transposed else mapping.object_type_qconfigs.get(type(module))
+                mapping.set_module_name(name, apart or qconfig(*bits, transposed))
         elif re.fullmatch(r"[\w.]*", pattern):
             mapping.set_module_name(pattern, qconfig(*bits, transposed=False))
         else:

@@ -15,7 +15,7 @@ from adaround_plugin.errors import InvalidModelError, InvalidOptionError
 from adaround_plugin.graph.arguments import argument
 from adaround_plugin.hosts.grids import observed_spec
 from adaround_plugin.hosts.pt2e.compat import new_observer
-from adaround_plugin.hosts.pt2e.layer_options import LayerOptions, check_layers, layer_names, options_by_name
+from adaround_plugin.hosts.pt2e.layer_options import LayerOptions, check_layers, is_body, layer_names, options_by_name
 from adaround_plugin.hosts.pt2e.observers import AdaRoundObserver
 from adaround_plugin.hosts.weight_observers import check_weight_grid
 from adaround_plugin.options import check_choice
@@ -78,13 +78,13 @@ class AdaRoundQuantizer(Quantizer):
             # a weight that shares another's specification follows it
             if isinstance(spec, QuantizationSpec):
                 found[call] = (name, inputs, spec)
-        if not found:
+        if not found and not is_body(annotated):
             raise InvalidModelError(
                 type(self.quantizer).__name__,
                 "annotates no weight of a linear layer or convolution in this program",
                 "Configure it (set_global or its like), and export with strict=True.",
             )
-        options = options_by_name((name for name, _, _ in found.values()), self.options, self.layers)
+        options = options_by_name(annotated, (name for name, _, _ in found.values()), self.options, self.layers)
         # one object for equal weights of a name: calls that share a parameter share its observer
         made: dict[tuple[str, QuantizationSpec], QuantizationSpec] = {}
         for name, _, spec in found.values():

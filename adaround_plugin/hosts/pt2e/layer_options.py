@@ -8,11 +8,12 @@ from typing import Any
 from torch import fx
 
 from adaround_plugin.graph.arguments import argument
+from adaround_plugin.graph.compat import has_export_inputs
 from adaround_plugin.graph.operators import is_weighted_function
 from adaround_plugin.names import select
 from adaround_plugin.options import check_mapping
 
-__all__ = ["LayerOptions", "check_layers", "layer_names", "options_by_name"]
+__all__ = ["LayerOptions", "check_layers", "is_body", "layer_names", "options_by_name"]
 
 # by qualified name, name of a parent, or regular expression; None where the quantizer leaves a layer alone
 LayerOptions = Mapping[str, Mapping[str, Any] | None]
@@ -50,15 +51,25 @@ def layer_names(model: fx.GraphModule) -> dict[fx.Node, str]:
     }
 
 
+def is_body(model: fx.GraphModule) -> bool:
+    """Whether a graph is the body of a control flow operator, which `prepare_pt2e` has annotated by itself.
+
+    Its weights are inputs, and have no names.
+    """
+    return not has_export_inputs(model)
+
+
 def options_by_name(
-    names: Iterable[str], options: Mapping[str, Any], layers: LayerOptions
+    model: fx.GraphModule, names: Iterable[str], options: Mapping[str, Any], layers: LayerOptions
 ) -> dict[str, Mapping[str, Any] | None]:
-    """The options of each layer; the last entry of `layers` that matches counts.
+    """The options of each layer of a program by its name; the last entry of `layers` that matches counts.
 
     Raises:
-        InvalidOptionError: an entry of `layers` matches no name.
+        InvalidOptionError: an entry of `layers` matches no name, and this is no `is_body`.
     """
     names = list(dict.fromkeys(names))
+    if not names and is_body(model):
+        return {}
     found: dict[str, Mapping[str, Any] | None] = dict.fromkeys(names, options)
     for pattern, changed in layers.items():
         for name in select(pattern, names, f"layers[{pattern!r}]"):

@@ -149,14 +149,14 @@ class AdaRoundWeightOnlyQuantizer(Quantizer):
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         """Called by `prepare_pt2e`."""
         names = layer_names(model)
-        options = options_by_name(names.values(), self.options, self.layers)
+        options = options_by_name(model, names.values(), self.options, self.layers)
         for node, name in names.items():
             given = options[name]
             linear = is_linear(node.target)
             if given is None or (self.linear_only and not linear):
                 continue
-            fitting = {**given, "ch_axis": int(is_transposed(node)), "group_size": None}
-            spec = get_adaround_weight_spec(**(given if linear else fitting))
+            fitting = {"ch_axis": 0} if linear else {"ch_axis": int(is_transposed(node)), "group_size": None}
+            spec = get_adaround_weight_spec(**{**given, **fitting})
             annotate_inputs(node, {argument(node, 1, "weight"): spec})
         return model
 

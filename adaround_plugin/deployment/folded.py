@@ -1,0 +1,49 @@
+"""Batch norms that a host folded into layers: the float model still has them."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from adaround_plugin.digests import digest
+from adaround_plugin.errors import InvalidModelError
+from adaround_plugin.hosts.open import is_exported
+from adaround_plugin.hosts.pt2e.nodes import innermost_module
+from adaround_plugin.report import get_report
+
+__all__ = ["check_unfolded"]
+
+
+def check_unfolded(model: nn.Module, learned: nn.Module) -> None:
+    """Raise if a layer that was learned took in a batch norm when it was prepared: the model would apply it twice.
+
+    Such a layer was learned from another weight than the model's. A model may be learned once more, from learned
+    weights: where no batch norm is missing, they are not compared.
+
+    Args:
+        model: the float model that was prepared.
+        learned: what `adaround` returned for it.
+
+    Raises:
+        InvalidModelError: a layer did.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    left = _left(learned)
+    if all(name in left for name, module in modules.items() if isinstance(module, _BatchNorm)):
+        return
+    for name, learned_from in get_report(learned).weights.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if isinstance(weight, Tensor) and digest(weight.detach()) != learned_from:
+            raise InvalidModelError(
+                f"layer {name!r}",
+                "took in a batch norm when it was prepared, and the float model would apply it once more",
+                "Fold it into the float model before, by torch.nn.utils.fuse_linear_bn_eval.",
+            )
+
+
+def _left(learned: nn.Module) -> set[str]:
+    """The modules that a learned graph still calls."""
+    assert isinstance(learned, fx.GraphModule)
+    if is_exported(learned):
+        return {innermost_module(node)[0] for node in learned.graph.nodes if node.op == "call_function"}
+    return {str(node.target) for node in learned.graph.nodes if node.op == "call_module"}
