@@ -146,6 +146,7 @@ def adaround(
             check_original(host, float_model, arguments[0])
         mask, asked = mask_number(token_mask, host.inputs), (chosen.layers.holdout, chosen.layers.max_columns, seed)
         sampling = Sampling.of(arguments, *asked, mask=mask, processes=processes)
+        sampling.check_tokens()
         kept = open_checkpoint(folder, processes, host, arguments, settings, _VERSIONS)
         shown = progress and processes.rank == 0
         with torch.no_grad(), Progress(len(host.nodes) - len(excluded), shown) as bar:

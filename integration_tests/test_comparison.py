@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.ao.quantization.quantize_fx import convert_to_reference_fx
 
-from adaround_plugin import Finetune, adaround, get_report
+from adaround_plugin import BlockWise, Finetune, adaround, get_report
 from adaround_plugin.hosts.base import open_streams
 from adaround_plugin.hosts.learned import learned_weights
 from adaround_plugin.hosts.open import open_host
@@ -50,6 +50,36 @@ class Twins(nn.Module):
 
 def integers(model: fx.GraphModule) -> dict[str, Tensor]:
     return {name: found for name, (found, _) in learned_weights(model).items()}
+
+
+class Scores(nn.Module):
+    """Scores, of which those of some classes are masked out."""
+
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        self.masked, self.first, self.head = masked, nn.Linear(12, 16), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.head(torch.relu(self.first(x)))
+        out = torch.tensor([True, False, False, True, False, False])
+        return scores.masked_fill(out, -inf) if self.masked else scores * torch.where(out, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("method", ["default", "blocks", "finetuned"])
+def test_scores_of_minus_infinity_count_as_right(host: str, method: str) -> None:
+    """As if they were the same number in both networks: what is learned and judged is the others."""
+    data, found = list(rows(64).split(16)), []
+    for masked in (True, False):
+        net = seeded(lambda masked=masked: Scores(masked))
+        prepared = prepared_by(host, None, net, data)
+        chosen = BlockWise(layers=QUICK, iterations=20) if method == "blocks" else QUICK
+        finetune = Finetune(iterations=20, learning_rate=3e-3) if method == "finetuned" else None
+        found.append(get_report(adaround(prepared, data, chosen, finetune=finetune, progress=False)))
+    masked, plain = found
+    assert 0 < masked.output_error < masked.nearest_output_error
+    assert masked.output_error == pytest.approx(plain.output_error, rel=0.1 if finetune else 1e-3)
+    assert [block.iterations for block in masked.learned_on_samples] == [20] * (method != "default")
 
 
 @pytest.mark.parametrize("host", HOSTS)

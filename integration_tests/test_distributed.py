@@ -17,9 +17,11 @@ from torch import Tensor, distributed, fx, nn
 
 from adaround_plugin import BlockWise, Finetune, LayerWise, Paper, adaround, get_report, processes
 from adaround_plugin.hosts.open import open_host
+from adaround_plugin.hosts.pt2e import AdaRoundWeightOnlyQuantizer
 from adaround_plugin.learning import division
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.rounding.across import JoinedMoments
+from adaround_plugin.sequential.blocks import adaround_blocks
 from integration_tests.models import QUICK, batches, prepared_model
 from integration_tests.process_groups import GONE, run_group, shard
 from integration_tests.pt2e_models import calibrated, exported, x86
@@ -104,6 +106,31 @@ def learned(toolkit: str, call: dict[str, Any], data: list[Tensor], **options: A
     return {**found, "agreements": agreements}
 
 
+class Stacked(nn.Module):
+    """Blocks that are learned one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+ROWS = batches(6, sizes=(20, 9, 12, 16))
+
+
+def learned_in_blocks(data: list[Tensor], **options: Any) -> dict[str, Tensor]:
+    """Integers of every layer."""
+    torch.manual_seed(0)
+    quantizer = AdaRoundWeightOnlyQuantizer(weight_bits=3)
+    model = adaround_blocks(Stacked().eval(), data, "blocks", quantizer, progress=False, **options)
+    layers = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return {str(number): layer.weight.qdata for number, layer in enumerate(layers)}
+
+
 def learn_all(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """What a process of two learns by each method, and from a checkpoint."""
     group = distributed.group.WORLD
@@ -118,6 +145,7 @@ def learn_all(rank: int, size: int, folder: Path) -> dict[str, Any]:
     for name in ("best", "recalled"):
         place = folder / str(rank)
         found[name] = learned(toolkit, call, shard(DATA, sizes, rank), process_group=group, checkpoint=place)
+    found["in blocks"] = learned_in_blocks(shard(ROWS, (1, 3), rank), process_group=group)
     found["few"] = learned("fx", FEW, SAMPLES[rank : rank + 1], process_group=group, memory_budget=0)
     return found
 
@@ -143,6 +171,11 @@ def check_like_one(found: dict[str, Any], alone: dict[str, Any]) -> None:
 
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     first, second = run_group(2, tmp_path, learn_all, tmp_path)
+    in_blocks = first.pop("in blocks"), second.pop("in blocks"), learned_in_blocks(ROWS)
+    for one in in_blocks:
+        assert len(one) == 4
+        for name, integers in one.items():
+            assert torch.equal(integers, in_blocks[0][name]), name
     for name in first:
         check_same(first[name], second[name])
         assert first[name]["processes"] == 2

@@ -21,7 +21,7 @@ from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.report import BlockReport, Report
 from adaround_plugin.rounding.schemes import up_or_down
-from integration_tests.models import RECIPE
+from integration_tests.models import NETS, RECIPE, prepared_model
 from integration_tests.region_models import (
     CASES,
     Dense,
@@ -363,6 +363,15 @@ def test_what_is_worse_on_held_out_samples_is_not_kept(host):
     assert report.output_error == get_report(plain(host, 4)).output_error
     one, other = (converted(host, 4, model) for model in (plain(host, 4), learned))
     assert all(torch.equal(one(batch), other(batch)) for batch in DATA)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_dictionary_among_the_arguments_is_taken_apart(count):
+    net, data = NETS["DictArgument"]()
+    data = data[:count]
+    report = finetuned(prepared_model(net.eval(), data, activation_bits=None), data=data)
+    assert report.finetuning.iterations == QUICK.iterations
+    assert report.finetuning.start_holdout is not None
 
 
 def test_nothing_to_learn_is_in_the_report():

@@ -15,8 +15,10 @@ from adaround_plugin.graph.selection import chosen_rows, computed
 from adaround_plugin.graph.streams import Stream
 from adaround_plugin.hosts.base import open_streams
 from adaround_plugin.hosts.open import open_host
+from adaround_plugin.learning import layerwise
 from adaround_plugin.learning.columns import LayerMoments, _Gathered
-from integration_tests.models import QUICK
+from adaround_plugin.regions import importance
+from integration_tests.models import QUICK, batches
 from integration_tests.region_models import prepared_by, seeded
 
 HOSTS = ["fx", "pt2e"]
@@ -294,6 +296,15 @@ def test_every_method_takes_such_networks(host: str, net: type[nn.Module], metho
     assert report.output_error <= report.nearest_output_error
     layers = {layer.name: layer for layer in report.layers}
     assert all("no finite derivative" not in layers[name].note or "rows apart" in layers[name].note for name in chosen)
+
+
+def test_so_many_rows_that_their_moment_would_fill_the_memory_stay_apart(monkeypatch):
+    net, data = seeded(lambda: nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))), batches(8)
+    for module in (importance, layerwise):
+        monkeypatch.setattr(module, "MOST_ROWS", 8)
+    report = get_report(adaround(prepared_by("fx", None, net, data), data, progress=False))
+    apart = {layer.name: "rows apart: more than 8" in layer.note for layer in report.layers}
+    assert apart == {"0": True, "2": False}
 
 
 class Entries(nn.Module):

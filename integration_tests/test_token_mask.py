@@ -153,6 +153,28 @@ def test_padded_sequences_give_what_they_give_one_by_one() -> None:
     assert get_report(masked).output_error == pytest.approx(get_report(cut).output_error, rel=1e-5)
 
 
+def test_blocks_behind_the_tokens_are_learned_from_sequences_of_several_lengths() -> None:
+    """Their inputs have no tokens any more, and are put together; masks cannot be."""
+    lengths = (10, 7) * 3
+    data = [
+        {name: value[:, :length] for name, value in batch.items()}
+        for batch, length in zip(batches(0.0), lengths, strict=True)
+    ]
+    method = BlockWise(layers=LayerWise(**RECIPE), blocks=["second"], iterations=10)
+    found = adaround(prepared("pt2e", Pooled(), data[0]), data, method, token_mask="attention_mask", progress=False)
+    assert [block.iterations for block in get_report(found).blocks] == [10]
+
+
+def test_a_sample_without_a_token_may_be_the_one_that_is_held_out() -> None:
+    model, data = prepared("fx", Tokens(), batches(0.0)[0]), batches(0.0, size=1)[:4]
+    for number in range(len(data)):
+        emptied = [
+            {**batch, "attention_mask": batch["attention_mask"] * (which != number)} for which, batch in enumerate(data)
+        ]
+        report = get_report(adaround(model, emptied, QUICK, token_mask="attention_mask", progress=False))
+        assert report.output_error <= report.nearest_output_error
+
+
 def test_analyze_leaves_padding_out() -> None:
     few, many = batches(0.0), batches(30.0)
     model = prepared("fx", Tokens(), few[0])

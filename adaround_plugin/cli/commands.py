@@ -39,7 +39,7 @@ def demo(options: argparse.Namespace) -> Iterator[str]:
         check_bits(bits, "--bits")
     engines = [engine for engine in torch.backends.quantized.supported_engines if engine != "none"]
     check_choice("--backend", options.backend, engines)
-    html = None if options.html is None else check_path("--html", options.html)
+    html = check_path("--html", options.html)
     try:
         # scikit-learn is an extra: only the demo's data need it
         from adaround_plugin.demo import run

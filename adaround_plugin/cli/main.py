@@ -102,7 +102,12 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], help="weight bits to compare (2 to 8)")
     parser.add_argument("--backend", default="x86", help="x86, fbgemm, onednn or qnnpack")
     parser.add_argument("--report", action="store_true", help="print each layer's report as well")
-    parser.add_argument("--html", metavar="PATH", help="write the report of the last learned model as a page")
+    parser.add_argument(
+        "--html",
+        metavar="PATH",
+        default="adaround-demo.html",
+        help="the report of the last learned model, as a page (default adaround-demo.html)",
+    )
     parser.set_defaults(run=demo)
 
 

@@ -76,6 +76,7 @@ def analyze(
     arguments = bind_batches(host.prepared, host.signature, host.flatten, data, inputs)
     mask = mask_number(token_mask, host.inputs)
     sampling = Sampling.of(arguments, 0, LayerWise().max_columns, seed, mask=mask)
+    sampling.check_tokens()
     setup = time.perf_counter() - start
     nodes, skipped = _differentiable(host)
     if not nodes:

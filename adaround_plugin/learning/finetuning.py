@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isfinite
 from typing import Any, Literal
 
 import torch
@@ -160,8 +161,9 @@ def finetune(
         iterations=0,
         scale_factors=[1.0] * activations,
     )
-    if not start_square:
-        return replace(outcome, notes=_notes(inits, outcome, 0, settings))
+    if not start_square or not isfinite(start_square):
+        unknown = [] if isfinite(start_square) else ["the output is no finite number"]
+        return replace(outcome, notes=[*_notes(inits, outcome, 0, settings), *unknown])
     network = _Network(samples, inits, activations, settings, start_square)
     made, unreached = network.descend(seed, report)
     after, factors = network.result()

@@ -13,7 +13,7 @@ from adaround_plugin.learning.layer import Layer, Recipe
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.options import check_choice, check_integer, check_number, named
 from adaround_plugin.report import BlockReport
-from adaround_plugin.rounding.across import shape_of_coupled
+from adaround_plugin.rounding.across import MOST_ROWS, shape_of_coupled
 from adaround_plugin.rounding.problem import Solver
 from adaround_plugin.rounding.result import LayerRounding
 from adaround_plugin.solvers import Nearest, get_solver
@@ -305,7 +305,8 @@ class PendingLayers:
             notes.append(f"columns weighed alike: {unweighed}")
         _, coupled, _ = shape_of_coupled(*node.op.rows(node.weight).shape)
         if self.recipe.output_hessian and outputs is None and coupled > 1:
-            notes.append("rows apart: the network's output has no finite derivative by this layer's output")
+            no_derivative = "the network's output has no finite derivative by this layer's output"
+            notes.append(f"rows apart: {f'more than {MOST_ROWS}' if coupled > MOST_ROWS else no_derivative}")
         if search and not layer.can_search_scale:
             notes.append("scale kept: it runs along the input channels")
         if self.recipe.correct_bias and node.bias == "fixed":

@@ -46,7 +46,8 @@ class OutputTally:
     samples, so that what all samples have in common does not count; then outputs count alike. Along an axis that is
     longer in some batches than in others, as that of tokens, entries have one mean.
 
-    Tokens that do not count stay out; those that do have one mean, too.
+    Tokens that do not count stay out; those that do have one mean, too. Entries that are no finite number in float,
+    such as masked scores of minus infinity, count as right and as 0.
 
     Args:
         sampling: how many samples there are, which are held out, and which tokens count.
@@ -66,6 +67,9 @@ class OutputTally:
             if not one.numel():
                 self._errors[number].append(torch.zeros(size, dtype=torch.float64, device="cpu"))
                 continue
+            known = torch.isfinite(one)
+            if not bool(known.all()):
+                one, other = torch.where(known, one, 0.0), torch.where(known, other, 0.0)
             # an output without an axis of samples is one for all of them
             split = one.dim() > 0 and self._sampling.has_samples(batch, one.shape[0])
             error = (one - other).double().square()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaround_plugin.errors import InvalidBatchError
 from adaround_plugin.processes import ALONE, Processes
 from adaround_plugin.regions.batches import sizes_of
 from adaround_plugin.regions.masks import counted, read_masks
@@ -95,6 +96,15 @@ class Sampling:
         )
         share = sum(count for count, _ in tokens) / max(1, sum(of_all for _, of_all in tokens))
         return replace(found, mask=mask, masks=masks, counted_share=share)
+
+    def check_tokens(self) -> None:
+        """Raise where the masks of all data leave nothing; those of a part of them may.
+
+        Raises:
+            InvalidBatchError: no token counts, in any process.
+        """
+        if not self.counted_share:
+            raise InvalidBatchError("data", "the token mask leaves no token", "Pass 1 for tokens, 0 for padding.")
 
     @property
     def own(self) -> int:

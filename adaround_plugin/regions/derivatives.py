@@ -161,7 +161,8 @@ def _over_spread(outputs: Sequence[Tensor]) -> list[float]:
     """One over the standard deviation of each of several; 1 for a lone one."""
     if len(outputs) < 2:
         return [1.0] * len(outputs)
-    spread = [float(output.detach().std()) if output.numel() > 1 else 0.0 for output in outputs]
+    known = [values[torch.isfinite(values)] for values in (output.detach() for output in outputs)]
+    spread = [float(values.std()) if values.numel() > 1 else 0.0 for values in known]
     return [1 / one if one > 0 else 1.0 for one in spread]
 
 

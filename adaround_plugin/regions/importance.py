@@ -19,7 +19,7 @@ from adaround_plugin.graph.streams import Stream, Values
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.derivatives import differentiate, projections, run_differentiably, taking
-from adaround_plugin.rounding.across import put_together, shape_of_coupled, shape_of_sets
+from adaround_plugin.rounding.across import MOST_ROWS, put_together, shape_of_coupled, shape_of_sets
 from adaround_plugin.rounding.shrinkage import SampleSpread, three_digits
 
 __all__ = ["OutputMoment", "Sensitivity", "importance", "sensitivities", "tempered"]
@@ -211,8 +211,8 @@ def sensitivities(
         sampling: which columns are asked for.
         batch: number of the batch.
         values: of the graph's inputs in it.
-        outputs: by call site of operators of several outputs to a group, or of several groups of one output, to which
-            the derivatives are added. None where they are not asked for.
+        outputs: by call site of operators of several outputs to a group, up to `MOST_ROWS`, or of several groups of one
+            output, to which the derivatives are added. None where they are not asked for.
 
     Returns:
         By call site, its node in the float graph, the sensitivity at the columns of `sampling.columns`. A site is left
@@ -235,7 +235,7 @@ def sensitivities(
             known[key] = _Columns(index, position, sampling.own_numbers(batch, patches.samples, index.device)[index])
         if outputs is not None and site not in outputs:
             groups, rows, _ = shape_of_coupled(*node.op.rows(node.weight).shape)
-            if rows > 1:
+            if 1 < rows <= MOST_ROWS:
                 outputs[site] = OutputMoment(groups, rows, sampling.own, x.device)
         index, position, samples = known[key]
         probe = Probe.of(len(index), index.device, lambda some: patches.columns(index[some], position[some]))

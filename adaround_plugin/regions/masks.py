@@ -39,7 +39,7 @@ def read_masks(number: int, arguments: Sequence[Sequence[Any]], sizes: Sequence[
         sizes: samples of each batch.
 
     Raises:
-        InvalidBatchError: one is no matrix of ones and zeros with a row for each sample, or no token counts at all.
+        InvalidBatchError: one is no matrix of ones and zeros with a row for each sample.
     """
     masks = []
     for batch, (of_batch, size) in enumerate(zip(arguments, sizes, strict=True)):
@@ -56,8 +56,6 @@ def read_masks(number: int, arguments: Sequence[Sequence[Any]], sizes: Sequence[
                 f"batch {batch}", "the token mask has other entries than 0 and 1", "Pass 1 for tokens, 0 for padding."
             )
         masks.append(value.bool())
-    if not any(bool(mask.any()) for mask in masks):
-        raise InvalidBatchError("data", "the token mask leaves no token", "Pass 1 for tokens, 0 for padding.")
     return tuple(masks)
 
 

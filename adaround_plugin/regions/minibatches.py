@@ -54,10 +54,10 @@ class Samples(Protocol):
 
 
 def squared_error(batch: Minibatch, outputs: Sequence[Tensor]) -> Tensor:
-    """Sum of squared errors at the exits."""
+    """Sum of squared errors at the exits, where the float values are numbers: masked scores may be minus infinity."""
     total = torch.zeros((), dtype=torch.float32, device="cpu")
     for i, (target, output) in enumerate(zip(batch.target, outputs, strict=True)):
-        square = (output - target).square()
+        square = torch.where(torch.isfinite(target), output - target, 0.0).square()
         weighed = square if batch.importance is None else square * batch.importance[i]
         total = total.to(square.device) + weighed.sum()
     return total
@@ -99,7 +99,13 @@ def _added(one: list[tuple[float, ...]], other: list[tuple[float, ...]]) -> list
 
 
 def _sums(batch: Minibatch, i: int) -> tuple[float, ...]:
-    """Sum of the weights of an exit's entries, of its float values times these, and of the values' squares."""
+    """Sum of the weights of an exit's entries, of its float values times these, and of the values' squares.
+
+    Of entries that are numbers.
+    """
     target = batch.target[i].double()
-    weight = torch.ones_like(target) if batch.importance is None else batch.importance[i].double()
+    weight = torch.isfinite(target).double()
+    if batch.importance is not None:
+        weight = weight * batch.importance[i]
+    target = torch.where(weight > 0, target, 0.0)
     return float(weight.sum()), float((weight * target).sum()), float((weight * target.square()).sum())

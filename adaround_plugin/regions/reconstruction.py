@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def reconstruct(
     before = [init.as_it_is() for init in inits]
     start_square, start_error = learned_errors(samples, before, held_out=False)
     _, start_holdout = learned_errors(samples, before, held_out=True)
-    if not start_square:
+    if not start_square or not isfinite(start_square):
         return Outcome(
             weights=before,
             start_error=0.0,
@@ -65,6 +66,7 @@ def reconstruct(
             start_holdout=start_holdout,
             learned_holdout=start_holdout,
             iterations=0,
+            notes=[] if isfinite(start_square) else ["its output is no finite number"],
         )
     with torch.enable_grad():
         learned = _begin(samples, inits, schedule, from_weight)

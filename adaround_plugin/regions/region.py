@@ -248,7 +248,8 @@ class Region:
         index = torch.arange(self._batch_size or min(_CHUNK, len(self._held[0])), device="cpu")
         part = self._parts[0].gathered(index) if self.resampled else self._parts[0]
         mask, masks = None, self._sampling.masks
-        if masks:
+        # values without an axis of tokens are put together of batches of several lengths, too, and need none
+        if masks and not (self.resampled and len({one.shape[1] for one in masks}) > 1):
             mask = torch.cat(masks)[index.to(masks[0].device)] if self.resampled else masks[0]
         squares: dict[str, list[Tensor]] = {}
         with torch.no_grad():

@@ -35,7 +35,7 @@ class Rows:
 
 
 def stack(values: Sequence[Any], sizes: Sequence[int], memory: Memory) -> Any:
-    """The values that one node has in every batch, as `Rows`; in a tuple or list, entry by entry.
+    """The values that one node has in every batch, as `Rows`; in a tuple, list or dict, entry by entry.
 
     Values that are the same in all batches stay as they are: whether they depend on the size of these is not seen here.
 
@@ -54,6 +54,10 @@ def stack(values: Sequence[Any], sizes: Sequence[int], memory: Memory) -> Any:
         if type(first) not in (tuple, list) or len({len(value) for value in values}) > 1:
             raise ValueError("a structure of its own")
         return type(first)(stack(entries, sizes, memory) for entries in zip(*values, strict=True))
+    if isinstance(first, dict):
+        if any(not isinstance(value, dict) or value.keys() != first.keys() for value in values):
+            raise ValueError("a structure of its own")
+        return {key: stack([value[key] for value in values], sizes, memory) for key in first}
     if any(value != first for value in values):
         raise ValueError("a number that depends on the batch")
     return first
@@ -76,4 +80,6 @@ def gathered(stacked: Any, index: Tensor) -> Any:
         return stacked.take(index)
     if isinstance(stacked, tuple | list):
         return type(stacked)(gathered(entry, index) for entry in stacked)
+    if isinstance(stacked, dict):
+        return {key: gathered(entry, index) for key, entry in stacked.items()}
     return stacked

@@ -28,8 +28,19 @@ from adaround_plugin.rounding.moments import Moments
 from adaround_plugin.rounding.problem import RoundingProblem
 from adaround_plugin.rounding.shrinkage import three_digits
 
-__all__ = ["JoinedMoments", "joined_problem", "put_together", "shape_of_coupled", "shape_of_sets", "take_apart"]
+__all__ = [
+    "MOST_ROWS",
+    "JoinedMoments",
+    "joined_problem",
+    "put_together",
+    "shape_of_coupled",
+    "shape_of_sets",
+    "take_apart",
+]
 
+# rows that can make up for each other: with more, as in the heads of language models, their moment and its factors take
+# gigabytes
+MOST_ROWS = 8192
 # columns of a set of groups, at most: products and factors of their hessian take this squared and cubed
 _MOST_COLUMNS = 1024
 

@@ -55,8 +55,8 @@ def adaround_blocks(
             they are stored in, and go where the model's first tensor is that is not on `meta`, else to the CPU.
         inputs: maps a batch to the model's inputs.
         token_mask: name of the input that says which tokens count, such as `"attention_mask"`.
-        **options: of `adaround`: `method`, `finetune`, `seed`, `progress`, `memory_budget`, and `checkpoint`, a folder
-            in which each block has its own.
+        **options: of `adaround`: `method`, `finetune`, `seed`, `progress`, `memory_budget`, `process_group`, and
+            `checkpoint`, a folder in which each block has its own.
 
     Returns:
         `model`, whose linear layers in the blocks hold torchao's tensors (`to_torchao`), each tensor in the dtype and
