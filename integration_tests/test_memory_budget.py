@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from adaround_plugin import BlockWise, Finetune, LayerWise, adaround, get_report, save_rounding
 from adaround_plugin.errors import InvalidBatchError, InvalidOptionError, NonFiniteError
+from adaround_plugin.learning.passes import Pass
 from adaround_plugin.regions import batches
 from integration_tests.pairs import pairwise
 from integration_tests.region_models import prepared_by, seeded
@@ -111,6 +112,28 @@ def test_the_result_does_not_depend_on_it(
     use = get_report(outside).memory
     assert use["kept"] == use["budget"] == 0 < use["spilled"] < use["written"]
     assert not list(folder.iterdir())
+
+
+class Shrinking(nn.Module):
+    """What comes before the first layer is the same in both networks, and larger than what comes behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(2, 2, 3, 4), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.first(torch.tanh(x.repeat(1, 1, 3, 3)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_what_both_networks_have_in_common_is_kept_once(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepared_by(host, None, seeded(Shrinking), DATA)
+    most = []
+    for share in (Pass._share, lambda plan, values: None):
+        monkeypatch.setattr(Pass, "_share", staticmethod(share))
+        report = get_report(adaround(model, DATA, _FISHER, progress=False))
+        most.append(report.memory["kept"])
+    assert most[0] < 0.6 * most[1]
 
 
 def test_a_part_may_stay_in_memory(tmp_path: Path) -> None:
