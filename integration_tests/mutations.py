@@ -139,6 +139,42 @@ FAULTS: Final = (
         "torch.where(mean > noise, 0 * mean, torch.ones_like(mean))",
         (f"{_UNIT}test_hessian.py",),
     ),
+    # --- whole networks
+    Fault(
+        "the leading axis of every layer's input is taken for the samples'",
+        "guidance/orders.py",
+        'order = self._found.get(site, "whole")',
+        'order: Order | None = "whole"',
+        (f"{_WHOLE}test_guidance.py",),
+    ),
+    Fault(
+        "a batch norm that was folded is applied twice",
+        "deployment/folded.py",
+        "digest(weight.detach()) != learned_from",
+        'learned_from == ""',
+        (f"{_WHOLE}test_torchao_tensors.py", f"{_WHOLE}test_inc_weight_only.py"),
+    ),
+    Fault(
+        "infinite outputs make all errors none",
+        "learning/output_error.py",
+        "if not bool(known.all()):",
+        "if False:",
+        (f"{_WHOLE}test_comparison.py",),
+    ),
+    Fault(
+        "infinite targets make all gradients NaN",
+        "regions/minibatches.py",
+        "torch.where(torch.isfinite(target), output - target, 0.0).square()",
+        "(output - target).square()",
+        (f"{_WHOLE}test_comparison.py",),
+    ),
+    Fault(
+        "every layer of a configuration is named, which keeps operators apart",
+        "inc/parts.py",
+        "if layer != ROOT and _settings(part) != common",
+        "if layer != ROOT",
+        (f"{_WHOLE}test_inc_exported.py",),
+    ),
     # --- problems and solvers
     Fault(
         "the worse of two roundings of a row is kept",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from adaround_plugin.digests import digest
 from adaround_plugin.errors import InvalidModelError
+from adaround_plugin.graph.compat import Normalization
 from adaround_plugin.hosts.open import is_exported
 from adaround_plugin.hosts.pt2e.nodes import innermost_module
 from adaround_plugin.report import get_report
@@ -29,7 +29,7 @@ def check_unfolded(model: nn.Module, learned: nn.Module) -> None:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     left = _left(learned)
-    if all(name in left for name, module in modules.items() if isinstance(module, _BatchNorm)):
+    if all(name in left for name, module in modules.items() if isinstance(module, Normalization)):
         return
     for name, learned_from in get_report(learned).weights.items():
         weight = getattr(modules.get(name), "weight", None)

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "sequential": "api deployment hosts graph names report files",
     "inc": "sequential deployment api learning hosts graph solvers rounding files names report",
     "demo": "api hosts report",
-    "cli": "demo api guidance learning hosts rounding names report files _version",
+    "cli": "demo api deployment guidance learning hosts rounding names report files _version",
     "": "api equalization guidance hosts learning report saving _version",
 }
 FOR_ALL = {"errors", "options"}
