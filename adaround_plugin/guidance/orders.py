@@ -73,7 +73,7 @@ class SampleOrders:
             patches: of its input there.
             samples: number of samples in the batch.
         """
-        numbers = torch.arange(patches.samples * patches.positions)
+        numbers = torch.arange(patches.samples * patches.positions, device="cpu")
         order = self._found.get(site, "whole")
         divided = patches.positions if order == "behind" else patches.samples
         if order is None or divided % samples:
