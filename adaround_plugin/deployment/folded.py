@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, fx, nn
 
 from adaround_plugin.digests import digest
@@ -9,29 +11,29 @@ from adaround_plugin.errors import InvalidModelError
 from adaround_plugin.graph.compat import Normalization
 from adaround_plugin.hosts.open import is_exported
 from adaround_plugin.hosts.pt2e.nodes import innermost_module
-from adaround_plugin.report import get_report
 
 __all__ = ["check_unfolded"]
 
 
-def check_unfolded(model: nn.Module, learned: nn.Module) -> None:
-    """Raise if a layer that was learned took in a batch norm when it was prepared: the model would apply it twice.
+def check_unfolded(model: nn.Module, prepared: nn.Module, weights: Mapping[str, str]) -> None:
+    """Raise if a layer that is learned took in a batch norm when it was prepared: the model would apply it twice.
 
-    Such a layer was learned from another weight than the model's. A model may be learned once more, from learned
+    Such a layer is learned from another weight than the model's. A model may be learned once more, from learned
     weights: where no batch norm is missing, they are not compared.
 
     Args:
         model: the float model that was prepared.
-        learned: what `adaround` returned for it.
+        prepared: what was made of it, learned or not.
+        weights: `digest` of the weights that it is learned from, by layer name; of a learned one, its report has them.
 
     Raises:
         InvalidModelError: a layer did.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    left = _left(learned)
+    left = _left(prepared)
     if all(name in left for name, module in modules.items() if isinstance(module, Normalization)):
         return
-    for name, learned_from in get_report(learned).weights.items():
+    for name, learned_from in weights.items():
         weight = getattr(modules.get(name), "weight", None)
         if isinstance(weight, Tensor) and digest(weight.detach()) != learned_from:
             raise InvalidModelError(
@@ -41,9 +43,9 @@ def check_unfolded(model: nn.Module, learned: nn.Module) -> None:
             )
 
 
-def _left(learned: nn.Module) -> set[str]:
-    """The modules that a learned graph still calls."""
-    assert isinstance(learned, fx.GraphModule)
-    if is_exported(learned):
-        return {innermost_module(node)[0] for node in learned.graph.nodes if node.op == "call_function"}
-    return {str(node.target) for node in learned.graph.nodes if node.op == "call_module"}
+def _left(prepared: nn.Module) -> set[str]:
+    """The modules that a prepared graph still calls."""
+    assert isinstance(prepared, fx.GraphModule)
+    if is_exported(prepared):
+        return {innermost_module(node)[0] for node in prepared.graph.nodes if node.op == "call_function"}
+    return {str(node.target) for node in prepared.graph.nodes if node.op == "call_module"}

@@ -76,7 +76,7 @@ def to_torchao(
     users = {name: _users(modules, name, layer) for name, layer in layers.items()}
     for name, layer in layers.items():
         _check_grid(name, layer.grid, tensor)
-    check_unfolded(model, learned)
+    check_unfolded(model, learned, report.weights)
     make = _intx_tensor if tensor == "intx" else _int8_tensor
     parameters: dict[str, dict[str, nn.Parameter]] = {}
     for name, layer in layers.items():

@@ -12,15 +12,13 @@ from adaround_plugin.graph.arguments import input_of
 from adaround_plugin.graph.ends import ends_of
 from adaround_plugin.graph.streams import Stream, Values
 from adaround_plugin.hosts.base import WeightedNode
-from adaround_plugin.regions.pieces import piece, takes_one
+from adaround_plugin.regions.pieces import are_close, piece, takes_one
 from adaround_plugin.rounding.linear_op import Patches
 
 __all__ = ["SampleOrders"]
 
 # one sample after the other along the leading axis, taking turns along it, or along the axis behind it
 Order = Literal["whole", "turns", "behind"]
-# how far inputs may lie apart, relative to their largest
-_TOLERANCE = 1e-3
 
 
 class SampleOrders:
@@ -98,16 +96,10 @@ def _visitor(
 def _order(whole: Tensor, alone: Tensor, length: int) -> Order | None:
     """How samples lie along an input, by the first sample's own."""
     if len(whole) == len(alone) * length:
-        if _are_close(whole[: len(alone)], alone):
+        if are_close(whole[: len(alone)], alone):
             return "whole"
-        if _are_close(whole[::length], alone):
+        if are_close(whole[::length], alone):
             return "turns"
         return None
     is_behind = whole.dim() == alone.dim() == 3 and whole.shape[2] == alone.shape[2] * length
-    return "behind" if is_behind and _are_close(whole[:, :, : alone.shape[2]], alone) else None
-
-
-def _are_close(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
-    return not one.numel() or bool((one - other).abs().max() <= _TOLERANCE * other.abs().max())
+    return "behind" if is_behind and are_close(whole[:, :, : alone.shape[2]], alone) else None

@@ -41,8 +41,8 @@ def weight_only_quantizer(program: fx.GraphModule, parts: Parts) -> AdaRoundWeig
             layers[weight], owners[weight] = options, layer
     whole = _options(parts[ROOT]) if ROOT in parts else None
     # the last that a name lies in counts
-    options_by_name = {".*": whole, **{name: layers[name] for name in sorted(layers, key=depth)}}
-    return AdaRoundWeightOnlyQuantizer(options_by_name, scale_dtype=torch.float16)
+    ordered = {".*": whole, **{name: layers[name] for name in sorted(layers, key=depth)}}
+    return AdaRoundWeightOnlyQuantizer(ordered, scale_dtype=torch.float16)
 
 
 def integer_linears(learned: fx.GraphModule, parts: Parts) -> dict[str, IntegerLinear]:

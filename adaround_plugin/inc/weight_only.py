@@ -12,7 +12,9 @@ from torchao.quantization.pt2e.quantizer import Quantizer as ProgramQuantizer
 
 from adaround_plugin.api import adaround
 from adaround_plugin.deployment.folded import check_unfolded
+from adaround_plugin.digests import digest
 from adaround_plugin.errors import InvalidModelError, InvalidOptionError
+from adaround_plugin.hosts.open import open_host
 from adaround_plugin.inc.compat import Quantizer
 from adaround_plugin.inc.layers import weighted_layers
 from adaround_plugin.inc.packing import IntegerLinear, pack
@@ -103,8 +105,8 @@ def _as_a_whole(
         # weight observers see their weights; the model may write to its inputs
         args, kwargs = _call(copied(batches[0]))
         prepared(*args, **kwargs)
+    check_unfolded(model, prepared, {node.name: digest(node.weight) for node in open_host(prepared).nodes})
     learned = adaround(prepared, batches, **options)
-    check_unfolded(model, learned)
     return integer_linears(learned, parts), get_report(learned)
 
 
@@ -129,7 +131,7 @@ def _by_blocks(
 
     for one in learned_blocks(model, batches, blocks, quantizer, **options):
         if one.program is not None:
-            check_unfolded(one.paired, one.program)
+            check_unfolded(one.paired, one.program, get_report(one.program).weights)
             for name, linear in integer_linears(one.program, inside(one.name)).items():
                 linears[one.outside(name)] = replace(linear, integers=linear.integers.to(torch.int8))
         reports.append(one.report)

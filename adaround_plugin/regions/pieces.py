@@ -14,7 +14,7 @@ from adaround_plugin.graph.compat import tree_map
 from adaround_plugin.graph.ends import ends_of
 from adaround_plugin.graph.streams import Stream, Values, tensors
 
-__all__ = ["is_separable", "piece", "piece_size", "stand_alone", "takes_one"]
+__all__ = ["are_close", "is_separable", "piece", "piece_size", "stand_alone", "takes_one"]
 
 # derivatives are taken of so many samples at once that their values take up this much, or of one
 _PIECE_BYTES = 2**30
@@ -117,7 +117,7 @@ def stand_alone(stream: Stream, values: Values, length: int, *, fixed: bool) -> 
         one.dim() > 0
         and one.shape == two.shape
         and one.shape[0] % length == 0
-        and _are_close(_by_sample(one, length).flip(0), _by_sample(two, length))
+        and are_close(_by_sample(one, length).flip(0), _by_sample(two, length))
         for one, two in zip(whole, other, strict=True)
     )
 
@@ -129,7 +129,7 @@ def _is_same(whole: list[Tensor], alone: list[Tensor] | None, number: int, lengt
     for one, among in zip(alone, whole, strict=True):
         if not one.dim() or one.shape[0] * length != among.shape[0] or one.shape[1:] != among.shape[1:]:
             return False
-        if not _are_close(one, among[number * len(one) : (number + 1) * len(one)]):
+        if not are_close(one, among[number * len(one) : (number + 1) * len(one)]):
             return False
     return True
 
@@ -138,7 +138,10 @@ def _by_sample(output: Tensor, length: int) -> Tensor:
     return output.reshape(length, output.shape[0] // length, *output.shape[1:])
 
 
-def _are_close(one: Tensor, other: Tensor) -> bool:
+def are_close(one: Tensor, other: Tensor) -> bool:
+    """Whether values have one shape and lie no farther apart than batches of other sizes let them, to their largest."""
+    if one.shape != other.shape:
+        return False
     if not one.numel():
         return True
     largest = float(other.abs().max())

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "paper": "regions hosts graph rounding names report",
     "api": "learning regions hosts graph solvers names report files digests processes _version",
     "sequential": "api deployment hosts graph names report files",
-    "inc": "sequential deployment api learning hosts graph solvers rounding files names report",
+    "inc": "sequential deployment api learning hosts graph solvers rounding files names report digests",
     "demo": "api hosts report",
     "cli": "demo api deployment guidance learning hosts rounding names report files _version",
     "": "api equalization guidance hosts learning report saving _version",

@@ -65,7 +65,7 @@ def options_by_name(
     """The options of each layer of a program by its name; the last entry of `layers` that matches counts.
 
     Raises:
-        InvalidOptionError: an entry of `layers` matches no name, and this is no `is_body`.
+        InvalidOptionError: an entry of `layers` matches no name; not in the body of a control flow operator.
     """
     names = list(dict.fromkeys(names))
     if not names and is_body(model):

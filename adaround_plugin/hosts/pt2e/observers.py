@@ -157,13 +157,13 @@ class AdaRoundGroupObserver(_GroupConversion, AdaRoundObserver):
     def __init__(self, group_size: int = 128, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_integer("group_size", group_size, least=1)
-        if self.qscheme not in (torch.per_channel_symmetric, torch.per_channel_affine) or self.ch_axis != 0:
+        self.group_size = group_size
+        if self.spec.ch_axis != 0:
             raise InvalidOptionError(
                 "group_size",
                 f"does not go with {self.qscheme} and ch_axis {self.ch_axis}: groups divide the rows of a matrix",
                 "Give the specification a per-channel qscheme and ch_axis 0.",
             )
-        self.group_size = group_size
 
     def forward(self, x: Tensor) -> Tensor:
         """Remember the weight and pass it on."""
