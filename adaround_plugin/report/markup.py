@@ -17,8 +17,8 @@ def escaped(text: object) -> str:
 
 
 def breakable(name: str) -> str:
-    """A qualified name that may go on in the next line behind its dots and underscores."""
-    return re.sub(r"(?<=[._])", "<wbr>", escaped(name))
+    """A qualified name that may go on in the next line behind its dots and underscores; numbers are not torn apart."""
+    return re.sub(r"(?<=[._])(?!\d)", "<wbr>", escaped(name))
 
 
 def paragraph(text: object, kind: str = "") -> str:
@@ -36,7 +36,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in a frame that scrolls where it is too wide; nothing where there are no rows.
 
     Args:
-        head, rows: plain text of the cells. The first cell of each row is its heading.
+        head, rows: plain text of the cells. The first cell of each row is its heading, often a qualified name.
     """
     if not rows:
         return ""
@@ -44,7 +44,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [f"<tr>{heads}</tr>"]
     for first, *others in rows:
         cells = "".join(f"<td>{escaped(cell)}</td>" for cell in others)
-        lines.append(f'<tr><th scope="row">{escaped(first)}</th>{cells}</tr>')
+        lines.append(f'<tr><th scope="row">{breakable(first)}</th>{cells}</tr>')
     body = "\n".join(lines)
     return f'<div class="scroll"><table>\n{body}\n</table></div>'
 

@@ -52,12 +52,13 @@ table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tab
 th, td { text-align: left; vertical-align: top; padding: 0.3rem 0.9rem 0.3rem 0; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 th { font-weight: 600; }
+th[scope="row"] { white-space: normal; min-width: min(20rem, 30vw); max-width: 20rem; overflow-wrap: anywhere; }
 td:last-child { white-space: normal; min-width: 14rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.25rem 1rem; margin: 0.5rem 0; }
 dt { color: var(--faint); }
 dd { margin: 0; }
 pre { background: var(--panel); border-radius: 8px; padding: 0.75rem 1rem; white-space: pre-wrap; font-size: 0.87rem; }
-@media (max-width: 40rem) {
+@media (max-width: 60rem) {
   .row { grid-template-columns: 1fr auto; margin-bottom: 0.5rem; }
   .row .name { grid-row: 1; grid-column: 1; }
   .row .told { grid-row: 1; grid-column: 2; }
