@@ -35,6 +35,7 @@ README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [*([README] if README.exists() else []), *DOCS]
 API = ROOT / "docs" / "reference" / "api.md"
+DOCSTRINGS = ROOT / "docs" / "reference" / "docstrings.md"
 
 # described under the names of their modules: what not every user imports
 _BY_MODULE = (
@@ -198,6 +199,19 @@ def _section(name: str) -> str:
     heading = re.search(rf"^#+ `{re.escape(name)}`$", text, re.MULTILINE)
     assert heading is not None, f"{name} has no heading in {_name(API)}"
     return re.split(r"^#+ ", text[heading.end() :], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def test_the_site_has_the_docstrings_of_all_public_names() -> None:
+    shown = set(re.findall(r"^::: (\S+)$", DOCSTRINGS.read_text(encoding="utf-8"), re.MULTILINE))
+    missing = []
+    for name, value in _documented():
+        # plain data has no docstring
+        if callable(value):
+            parts = f"{value.__module__}.{value.__qualname__}".split(".")
+            # itself, its class or its module
+            if shown.isdisjoint(".".join(parts[:length]) for length in range(1, len(parts) + 1)):
+                missing.append(name)
+    assert missing == []
 
 
 @pytest.mark.parametrize(("name", "value"), _documented(), ids=lambda value: value if isinstance(value, str) else "")

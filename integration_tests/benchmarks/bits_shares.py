@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from adaround_plugin import LayerWise, adaround, analyze
 from integration_tests.benchmarks import glyphs, networks
 from integration_tests.benchmarks.accuracy import TEST_SEED, Case
-from integration_tests.benchmarks.bits import IMAGES
 from integration_tests.benchmarks.bits_prediction import BITS
+from integration_tests.benchmarks.bits_subjects import IMAGES
 
 __all__ = ["METHODS", "error"]
 
