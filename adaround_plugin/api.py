@@ -26,7 +26,8 @@ from adaround_plugin.learning.comparison import Comparison
 from adaround_plugin.learning.finetuning import Finetune
 from adaround_plugin.learning.methods import Method, Preset, get_preset
 from adaround_plugin.learning.passes import Pass
-from adaround_plugin.learning.report_builder import Progress, ReportBuilder
+from adaround_plugin.learning.progress import Progress
+from adaround_plugin.learning.report_builder import ReportBuilder
 from adaround_plugin.learning.trials import choose_recipe
 from adaround_plugin.names import select
 from adaround_plugin.options import check_bool, check_seed
@@ -148,8 +149,7 @@ def adaround(
         sampling = Sampling.of(arguments, *asked, mask=mask, processes=processes)
         sampling.check_tokens()
         kept = open_checkpoint(folder, processes, host, arguments, settings, _VERSIONS)
-        shown = progress and processes.rank == 0
-        with torch.no_grad(), Progress(len(host.nodes) - len(excluded), shown) as bar:
+        with torch.no_grad(), Progress(progress and processes.rank == 0) as bar:
             report = ReportBuilder(bar)
             setup = time.perf_counter() - start
             common: dict[str, Any] = {"excluded": excluded, "report": report, "checkpoint": kept, "memory": memory}
@@ -158,6 +158,7 @@ def adaround(
             trials = time.perf_counter() - start - setup
             comparison = Comparison(host, arguments, sampling, memory)
             run = Pass(host, arguments, sampling, seed=seed, **common)
+            bar.stage("learning", len(run.nodes))
             # from here on the pass alone keeps all batches
             del arguments
             entry = None if preset.finetune is None else run.snapshot()

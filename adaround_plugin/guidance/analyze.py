@@ -21,7 +21,7 @@ from adaround_plugin.guidance.record import LayerAnalysis, Width
 from adaround_plugin.hosts.base import Host, Skipped, WeightedNode, open_streams
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.layerwise import LayerWise
-from adaround_plugin.learning.report_builder import Progress
+from adaround_plugin.learning.progress import Progress
 from adaround_plugin.options import check_alone, check_bool, check_choice, check_seed
 from adaround_plugin.regions.binding import bind_batches
 from adaround_plugin.regions.calibration import Sampling
@@ -81,7 +81,7 @@ def analyze(
     nodes, skipped = _differentiable(host)
     if not nodes:
         raise _none(skipped)
-    with torch.no_grad(), Progress(len(nodes), progress) as bar:
+    with torch.no_grad(), Progress(progress) as bar:
         found = _Passes(host, nodes, arguments, sampling, bar).run(widths, symmetric)
     layers = []
     for node in nodes:
@@ -161,13 +161,13 @@ class _Passes:
         stream, _ = open_streams(self.host)
         moments = InputMoments(stream, self.arguments, self.sampling)
         found: dict[str, list[Candidate]] = {}
-        self.bar.say("second moments")
+        self.bar.stage("taking moments", len(self.nodes))
         for node, of_node, damping in moments.of(self.nodes):
             if of_node.count:
                 found[node.name] = candidates(node, of_node, widths, symmetric, damping)
             self.bar.passed(node.name)
         forward = time.perf_counter() - start
-        self.bar.say("derivatives")
+        self.bar.stage("taking derivatives", self.sampling.total, "sample")
         try:
             losses = effects(
                 stream,
@@ -177,6 +177,7 @@ class _Passes:
                 self.sampling,
                 moments.variances,
                 is_fixed=self.host.batch_size is not None,
+                told=self.bar.move,
             )
         except InvalidOptionError as error:
             remedy = "Losses are estimated by them: give the operator one, or analyze the network without it."

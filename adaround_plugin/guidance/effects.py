@@ -43,6 +43,7 @@ def effects(
     variances: Sequence[float],
     *,
     is_fixed: bool,
+    told: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Tensor]:
     """The error of the network's output that roundings of one layer alone are expected to make, in the network's unit.
 
@@ -54,6 +55,7 @@ def effects(
         sampling: of the batches.
         variances: of the network's ends, as `OutputError` has them.
         is_fixed: whether the graph takes batches of one size alone.
+        told: called with the number of samples that are done.
 
     Returns:
         By name of the layer the loss of each rounding, float64; a layer is left out if no output has a derivative by
@@ -83,6 +85,7 @@ def effects(
             )
             for name, squares in squares_of.items():
                 total[name] = total.get(name, torch.zeros_like(squares)) + squares
+        told(sampling.first[batch] + sampling.size[batch])
     return {name: squares / sampling.total / rounds for name, squares in total.items()}
 
 

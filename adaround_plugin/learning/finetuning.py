@@ -115,6 +115,7 @@ class Finetune:
         )
 
         def learn(region: Region, inits: list[WeightInit], report: Callable[[int, float], None]) -> Outcome | None:
+            run.report.progress.stage("finetuning", self.steps(inits), "step")
             return finetune(region, inits, len(region.quantizers), self, seed=run.seed, report=report)
 
         run.report.finetuning = step.learn(learn)

@@ -111,7 +111,6 @@ def _best(layers: LayerWise, recipes: list[Recipe], trials: _Trials, report: Rep
                 report.trial(recipe, None, problem)
         recipes = without
     if len(recipes) > 1:
-        report.progress.say("choosing a recipe")
         return trials.best(recipes)
     return recipes[0]
 
@@ -228,10 +227,13 @@ class _Trials:
                 beside=trials[0][0] if trials else None,
             )
             trials.append((run, PendingLayers(run, self._layers.with_recipe(tried))))
+        progress, total = self._report.progress, sum(len(pending.pending) for _, pending in trials)
+        progress.stage("choosing a recipe", total)
         # side by side, so that what they have in common is there for all of them
         while trials[0][1].pending:
             for _, pending in trials:
                 pending.decide_next()
+                progress.move(total - sum(len(one.pending) for _, one in trials))
             self._shared.end_step()
         return [run.finish() for run, _ in trials]
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from adaround_plugin.hosts.base import Skipped, WeightedNode
 from adaround_plugin.learning.layer import Recipe
-from adaround_plugin.learning.report_builder import Progress, ReportBuilder
+from adaround_plugin.learning.progress import Progress
+from adaround_plugin.learning.report_builder import ReportBuilder
 from adaround_plugin.report import BlockReport, ClippedActivation, LayerReport, RecipeTrial
 from adaround_plugin.rounding.grid import GridSpec
 from adaround_plugin.rounding.linear_op import LinearOp
@@ -56,7 +57,7 @@ def moved(integers: Tensor, *places: tuple[int, int]) -> Tensor:
 
 @pytest.fixture
 def builder() -> ReportBuilder:
-    return ReportBuilder(Progress(1, shown=False))
+    return ReportBuilder(Progress(shown=False))
 
 
 def layers(builder: ReportBuilder) -> list[LayerReport]:
@@ -226,7 +227,7 @@ def test_steps_are_shown_as_they_come(monkeypatch):
         def step(self, name: str, iteration: int, loss: float) -> None:
             shown.append((name, iteration, loss))
 
-    tell: Callable[[int, float], None] = ReportBuilder(Told(1, shown=False)).steps("a block")
+    tell: Callable[[int, float], None] = ReportBuilder(Told(shown=False)).steps("a block")
     tell(50, 0.5)
     tell(100, 0.25)
     assert shown == [("a block", 50, 0.5), ("a block", 100, 0.25)]
