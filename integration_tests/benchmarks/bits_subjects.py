@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,7 +130,7 @@ def _minilm() -> Subject:
 
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
-    **{name: lambda name=name: _glyphs(name) for name in networks.BUILDERS},  # type: ignore[misc]
+    **{name: partial(_glyphs, name) for name in networks.BUILDERS},
     "recognizer": _recognizer,
     "crepe": _crepe,
     "minilm": _minilm,
