@@ -293,9 +293,9 @@ FAULTS: Final = (
     ),
     Fault(
         "columns are weighed alike in spite of their importance",
-        "learning/columns.py",
-        "weight = importance[:, chosen.order] + _EVEN_WEIGHT",
-        "weight = torch.ones_like(importance[:, chosen.order])",
+        "learning/column_weights.py",
+        "return importance[:, order] + _EVEN_WEIGHT",
+        "return torch.ones_like(importance[:, order])",
         (f"{_WHOLE}test_column_importance.py::test_what_the_output_hardly_sees_is_given_up_for_what_it_sees",),
     ),
     Fault(
@@ -725,6 +725,20 @@ FAULTS: Final = (
         (f"{_UNIT}test_report.py",),
     ),
     # --- guidance
+    Fault(
+        "rows that bits are suggested for never make up for each other",
+        "guidance/candidates.py",
+        "moments, HeldOut(), outputs)",
+        "moments, HeldOut(), None)",
+        (f"{_WHOLE}test_guidance.py::test_rows_make_up_for_each_other_as_they_do_by_default",),
+    ),
+    Fault(
+        "columns count alike where bits are suggested",
+        "guidance/moments.py",
+        "moments.add(columns, _no_deviation(columns), weight)",
+        "moments.add(columns, _no_deviation(columns))",
+        (f"{_WHOLE}test_guidance.py::test_columns_count_by_what_they_do_to_the_output",),
+    ),
     Fault(
         "what a bias takes up is lost at the output",
         "guidance/effects.py",

@@ -18,7 +18,8 @@ from adaround_plugin import BlockWise, InvalidOptionError, LayerWise, adaround, 
 from adaround_plugin.hosts.learned import learned_weights
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.passes import Pass
-from adaround_plugin.learning.report_builder import Progress, ReportBuilder
+from adaround_plugin.learning.progress import Progress
+from adaround_plugin.learning.report_builder import ReportBuilder
 from adaround_plugin.regions.blocks import find_blocks, layer_exits, output_exits
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.minibatches import squared_error
@@ -261,7 +262,7 @@ def test_every_option_is_better_than_nearest_and_has_an_effect(options, activati
 def test_the_more_quantization_is_dropped_the_closer_the_float_weights_come_to_the_float_network():
     host = open_host(prepared("fx", 4, count=48))
     arguments = [[batch] for batch in samples()]
-    report = ReportBuilder(Progress(1, shown=False))
+    report = ReportBuilder(Progress(shown=False))
     run = Pass(host, arguments, Sampling.of(arguments, 0.0, 1, 0), report=report)
 
     def error(drop: float) -> float:

@@ -479,7 +479,7 @@ class TokensFirst(nn.Module):
 @pytest.mark.parametrize("size", [16, 5])
 def test_columns_of_pieces_are_not_taken_for_those_of_the_whole(monkeypatch, sizes, size):
     """Where the leading axis is not that of the samples, a piece of a batch has other columns than the batch."""
-    monkeypatch.setattr("adaround_plugin.learning.columns.piece_size", lambda *_: size)
+    monkeypatch.setattr("adaround_plugin.learning.column_weights.piece_size", lambda *_: size)
     x = torch.randn(sum(sizes), 7, 6, generator=torch.Generator().manual_seed(0))
     batches = list(x.split(sizes))
     report = get_report(adaround(prepared_fx(TokensFirst(), batches), batches, FISHER, progress=False))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.columns import Columns, LayerMoments
 from adaround_plugin.learning.passes import Pass
-from adaround_plugin.learning.report_builder import Progress, ReportBuilder
+from adaround_plugin.learning.progress import Progress
+from adaround_plugin.learning.report_builder import ReportBuilder
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.importance import tempered
 from adaround_plugin.rounding.moments import Moments
@@ -32,7 +33,7 @@ def streams() -> tuple[Pass, Tensor, Tensor]:
     data = batches(TOKENS, 6)
     prepared = prepared_model(net, data, weight_bits=2, activation_bits=None)
     host, arguments = open_host(prepared), [[batch] for batch in data]
-    run = Pass(host, arguments, Sampling.of(arguments, 0.25, 10_000, 0), report=ReportBuilder(Progress(0, False)))
+    run = Pass(host, arguments, Sampling.of(arguments, 0.25, 10_000, 0), report=ReportBuilder(Progress(shown=False)))
     first = learned(learn(prepared, data, "nearest", correct_bias=False), "0")
     assert first.bias is not None
     every = torch.cat(data)

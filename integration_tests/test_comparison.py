@@ -18,7 +18,8 @@ from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning import comparison
 from adaround_plugin.learning.comparison import Comparison, _part
 from adaround_plugin.learning.passes import Pass
-from adaround_plugin.learning.report_builder import Progress, ReportBuilder
+from adaround_plugin.learning.progress import Progress
+from adaround_plugin.learning.report_builder import ReportBuilder
 from adaround_plugin.learning.shared import Shared
 from adaround_plugin.regions.calibration import Sampling
 from integration_tests.models import QUICK
@@ -196,7 +197,7 @@ def test_errors_are_those_of_the_pass_on_all_batches(host: str, holdout: float) 
     opened = open_host(prepared_by(host, None, seeded(Net), data, 3))
     arguments = [[batch] for batch in data]
     sampling = Sampling.of(arguments, holdout, 1000, 0)
-    run = Pass(opened, arguments, sampling, report=ReportBuilder(Progress(0, False)), shared=Shared())
+    run = Pass(opened, arguments, sampling, report=ReportBuilder(Progress(shown=False)), shared=Shared())
     with torch.no_grad():
         expected = run.finish()
         found = Comparison(opened, arguments, sampling).error({}, {}, expected.variances)

@@ -125,6 +125,42 @@ def test_learned_losses_are_what_is_measured_too_with_the_bias_that_was_correcte
         torch.testing.assert_close(one.predicted[2:], one.measured[2:], rtol=2e-3, atol=1e-12)
 
 
+def learned_loss_of_the_first(net: nn.Module, data: list[Tensor]) -> float:
+    prepared = prepared_model(net, data, activation_bits=None, weight_bits=4)
+    return analyze(prepared, data, bits=(2,), progress=False).layers[0].at(2).learned_loss
+
+
+def test_rows_make_up_for_each_other_as_they_do_by_default(monkeypatch):
+    """Of outputs that are added up, an error of one takes back that of another."""
+    net = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 1)).eval()
+    with torch.no_grad():
+        net[1].weight.fill_(1.0)
+    data = batches(12, sizes=(64, 64))
+    together = learned_loss_of_the_first(net, data)
+    monkeypatch.setattr("adaround_plugin.guidance.candidates.shape_of_sets", lambda *_: (1, 8))
+    assert together < 0.2 * learned_loss_of_the_first(net, data)
+
+
+def test_columns_count_by_what_they_do_to_the_output(monkeypatch):
+    """The output sees samples with a large last input alone; the others pull the weights elsewhere."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * torch.sigmoid(8 * x[:, -1:])
+
+    net, (x,) = Gated().eval(), batches(12, sizes=(256,))
+    # two kinds of samples, whose other inputs do not overlap
+    kind = x[:, -1:] > x[:, -1:].median()
+    data = [torch.cat([x[:, :5] * kind, 4 * x[:, 5:10] * ~kind, x[:, 10:11], torch.where(kind, 1.0, -1.0)], 1)]
+    weighed = learned_loss_of_the_first(net, data)
+    monkeypatch.setattr("adaround_plugin.learning.column_weights.ColumnWeights.weight", lambda *_: None)
+    assert weighed < 0.9 * learned_loss_of_the_first(net, data)
+
+
 def test_data_split_otherwise_and_layers_gathered_otherwise_give_the_same(monkeypatch):
     _, prepared, data = line()
     expected = analyze(prepared, data, bits=BITS, progress=False)

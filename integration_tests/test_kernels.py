@@ -13,7 +13,8 @@ from adaround_plugin.hosts.learned import learned_weights
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.layerwise import PendingLayers
 from adaround_plugin.learning.passes import Pass
-from adaround_plugin.learning.report_builder import Progress, ReportBuilder
+from adaround_plugin.learning.progress import Progress
+from adaround_plugin.learning.report_builder import ReportBuilder
 from adaround_plugin.learning.shared import Shared
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.rounding import linear_op
@@ -72,7 +73,7 @@ def test_networks_learned_without_kernels_are_as_good(name: str, monkeypatch: py
 
 def trial(host: Any, arguments: list[list[Any]], shared: Shared, beside: Pass | None = None) -> Pass:
     sampling = Sampling.of(arguments, 0.125, 2048, 0)
-    report = ReportBuilder(Progress(0, False))
+    report = ReportBuilder(Progress(shown=False))
     return Pass(host, arguments, sampling, report=report, shared=shared, beside=beside)
 
 

@@ -38,8 +38,8 @@ def test_every_stage_is_shown_to_its_end(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_an_analysis_shows_layers_and_samples(capsys: pytest.CaptureFixture[str]) -> None:
     analyze(prepared_model(NET, DATA), DATA, bits=(2, 8))
-    moments, derivatives = stages(capsys.readouterr().err)
-    assert moments == ("taking moments", "2", "2", "3")
+    rounding, derivatives = stages(capsys.readouterr().err)
+    assert rounding == ("rounding", "2", "2", "3")
     assert derivatives[:3] == ("taking derivatives", "64", "64")
 
 

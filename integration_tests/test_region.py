@@ -10,7 +10,8 @@ from adaround_plugin.graph.paths import as_quantized
 from adaround_plugin.hosts.activation_observers import AdaRoundActivationMixin
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.passes import Pass
-from adaround_plugin.learning.report_builder import Progress, ReportBuilder
+from adaround_plugin.learning.progress import Progress
+from adaround_plugin.learning.report_builder import ReportBuilder
 from adaround_plugin.regions.blocks import layer_exits, output_exits
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.regions.learnable import WeightInit, slopes
@@ -25,7 +26,7 @@ def region_of(
     """The region of one layer, both streams run up to it with the weights before it at nearest."""
     host = open_host(prepared_model(net, data, weight_bits=2, activation_bits=bits))
     arguments = [[batch] for batch in data]
-    run = Pass(host, arguments, Sampling.of(arguments, 0.0, 10_000, 0), report=ReportBuilder(Progress(0, False)))
+    run = Pass(host, arguments, Sampling.of(arguments, 0.0, 10_000, 0), report=ReportBuilder(Progress(shown=False)))
     node = host.nodes[layer]
     with torch.no_grad():
         run.forward(run.plan([node]))
@@ -132,7 +133,7 @@ def test_a_region_computes_what_the_host_converts_to_where_values_are_quantized_
     host = open_host(prepared)
     assert sum(one.scale == 0.25 for one in host.quantizers) == 2
     sampling = Sampling.of([data], 0.0, 10_000, 0)
-    run = Pass(host, [data], sampling, report=ReportBuilder(Progress(0, False)))
+    run = Pass(host, [data], sampling, report=ReportBuilder(Progress(shown=False)))
     region = Region(run.place(), host.nodes, output_exits(run.streams), Drawing(64), quantizers=host.quantizers)
     (batch,) = region.all(held_out=False)
     factors = None if factor is None else [torch.tensor(factor) for _ in region.quantizers]

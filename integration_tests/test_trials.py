@@ -17,13 +17,14 @@ from adaround_plugin import InvalidOptionError, LayerWise, Paper, adaround, get_
 from adaround_plugin.hosts.base import open_streams
 from adaround_plugin.hosts.learned import learned_weights
 from adaround_plugin.hosts.open import open_host
-from adaround_plugin.learning import columns, trials
+from adaround_plugin.learning import column_weights, trials
 from adaround_plugin.learning.columns import Columns
 from adaround_plugin.learning.layer import Recipe
 from adaround_plugin.learning.methods import Method
 from adaround_plugin.learning.output_error import OutputError
 from adaround_plugin.learning.passes import Pass
-from adaround_plugin.learning.report_builder import Progress, ReportBuilder
+from adaround_plugin.learning.progress import Progress
+from adaround_plugin.learning.report_builder import ReportBuilder
 from adaround_plugin.learning.shared import Shared
 from adaround_plugin.learning.trials import NO_MASSIVE, _Trials, _Tried
 from adaround_plugin.processes import ALONE
@@ -127,8 +128,8 @@ def importance(data: Sequence[Tensor]) -> list[Tensor]:
     """Of the samples in order, at each call site."""
     host = open_host(prepared_by("fx", None, seeded(Scaled), data))
     arguments = [[batch] for batch in data]
-    run = Pass(host, arguments, Sampling.of(arguments, 0, 10**6, 0), report=ReportBuilder(Progress(0, False)))
-    return [torch.cat(of_batches, 1) for of_batches in Columns(run, "fisher")._importance.values()]
+    run = Pass(host, arguments, Sampling.of(arguments, 0, 10**6, 0), report=ReportBuilder(Progress(shown=False)))
+    return [torch.cat(of_batches, 1) for of_batches in Columns(run, "fisher").weights.importance.values()]
 
 
 def test_samples_of_which_few_count_are_weighed_alike_however_they_are_split() -> None:
@@ -229,7 +230,7 @@ class HandMade(_Trials):
 
     def __init__(self, *rounds: Sequence[OutputError], total: int = 512) -> None:
         self._total, self._rounds = total, list(rounds)
-        self._report, self._shared = ReportBuilder(Progress(0, False)), Shared()
+        self._report, self._shared = ReportBuilder(Progress(shown=False)), Shared()
         self._processes = ALONE
         self.asked: list[list[Recipe]] = []
 
@@ -498,13 +499,13 @@ def test_rows_make_up_for_each_other_unless_told_otherwise(host: str) -> None:
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Fills with the number of samples of which derivatives are taken at once."""
     found: list[int] = []
-    taken = columns.sensitivities
+    taken = column_weights.sensitivities
 
     def counted(stream: Any, nodes: Any, sampling: Sampling, batch: int, *args: Any) -> Any:
         found.append(sampling.size[batch])
         return taken(stream, nodes, sampling, batch, *args)
 
-    monkeypatch.setattr(columns, "sensitivities", counted)
+    monkeypatch.setattr(column_weights, "sensitivities", counted)
     return found
 
 
@@ -568,21 +569,21 @@ def test_importance_and_products_are_the_same_in_pieces(
 
     def found() -> Columns:
         sampling = Sampling.of(arguments, 0.25, max_columns, 0)
-        return Columns(Pass(host, arguments, sampling, report=ReportBuilder(Progress(0, False))), "fisher", True)
+        return Columns(Pass(host, arguments, sampling, report=ReportBuilder(Progress(shown=False))), "fisher", True)
 
     whole = found()
     assert sizes == [9, 9, 8]
     monkeypatch.setattr("adaround_plugin.regions.pieces._PIECE_BYTES", 1)
     pieces = found()
     assert sizes[3:] == [1] * 26
-    assert len(whole._importance) == 4
-    assert whole._importance.keys() == pieces._importance.keys()
-    for site, of_batches in whole._importance.items():
-        for one, other in zip(of_batches, pieces._importance[site], strict=True):
+    assert len(whole.weights.importance) == 4
+    assert whole.weights.importance.keys() == pieces.weights.importance.keys()
+    for site, of_batches in whole.weights.importance.items():
+        for one, other in zip(of_batches, pieces.weights.importance[site], strict=True):
             torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-6)
-    assert whole.outputs.keys() == pieces.outputs.keys() == {node.name for node in host.nodes}
-    for name, one in whole.outputs.items():
-        torch.testing.assert_close(pieces.outputs[name], one, rtol=1e-3, atol=1e-5)
+    assert whole.weights.outputs.keys() == pieces.weights.outputs.keys() == {node.name for node in host.nodes}
+    for name, one in whole.weights.outputs.items():
+        torch.testing.assert_close(pieces.weights.outputs[name], one, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 9, 100])
@@ -625,8 +626,8 @@ def test_a_constant_as_long_as_a_batch_is_no_axis_of_samples(monkeypatch: pytest
     found = []
     for most in (2**30, 1):
         monkeypatch.setattr("adaround_plugin.regions.pieces._PIECE_BYTES", most)
-        run = Pass(host, arguments, Sampling.of(arguments, 0, 10**6, 0), report=ReportBuilder(Progress(0, False)))
-        found.append(Columns(run, "fisher")._importance)
+        run = Pass(host, arguments, Sampling.of(arguments, 0, 10**6, 0), report=ReportBuilder(Progress(shown=False)))
+        found.append(Columns(run, "fisher").weights.importance)
     for site, of_batches in found[0].items():
         for one, other in zip(of_batches, found[1][site], strict=True):
             torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-6)

@@ -1,10 +1,11 @@
-"""`analyze(...)`: what each layer's bits cost at the network's output, from a forward and a backward pass."""
+"""`analyze(...)`: what each layer's bits cost at the network's output, from a few passes over the data."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from adaround_plugin.errors import InvalidModelError, InvalidOptionError
 from adaround_plugin.guidance.analysis import Analysis
 from adaround_plugin.guidance.candidates import Candidate, Scheme, candidates, grid_spec
 from adaround_plugin.guidance.effects import effects
-from adaround_plugin.guidance.moments import InputMoments
+from adaround_plugin.guidance.moments import InputMoments, weights_of_columns
 from adaround_plugin.guidance.record import LayerAnalysis, Width
 from adaround_plugin.hosts.base import Host, Skipped, WeightedNode, open_streams
 from adaround_plugin.hosts.open import open_host
@@ -49,8 +50,9 @@ def analyze(
 ) -> Analysis:
     """What each layer loses at each bit width, at the network's output, with all other layers in float.
 
-    One forward pass finds the second moments of every layer's input. They decide how each weight is rounded at each
-    width by one pass of GPTQ, with its scale searched. A forward and a backward pass then tell what that, and rounding
+    A forward and a backward pass find what each column of a layer's input counts, and a forward pass the second moments
+    of every layer's input. They decide how each weight is rounded at each width by GPTQ, with its scale searched, and
+    with rows that make up for each other as by default. A forward and a backward pass then tell what that, and rounding
     to nearest, does to the network's output, to second order in the change of the weight (docs/how-to/choose-bits.md).
     Activations stay in float.
 
@@ -152,23 +154,28 @@ class _Passes:
     bar: Progress
 
     def run(self, widths: Sequence[int], symmetric: Scheme) -> _Found:
-        """One forward, and one forward and backward.
+        """Forward and backward for what columns count, forward for moments, forward and backward for losses.
 
         Raises:
             InvalidModelError: an operator has no derivative.
         """
-        start = time.perf_counter()
+        clock = [time.perf_counter()]
         stream, _ = open_streams(self.host)
-        moments = InputMoments(stream, self.arguments, self.sampling)
         found: dict[str, list[Candidate]] = {}
-        self.bar.stage("taking moments", len(self.nodes))
-        for node, of_node, damping in moments.of(self.nodes):
-            if of_node.count:
-                found[node.name] = candidates(node, of_node, widths, symmetric, damping)
-            self.bar.passed(node.name)
-        forward = time.perf_counter() - start
-        self.bar.stage("taking derivatives", self.sampling.total, "sample")
         try:
+            self.bar.say("what columns count")
+            weights = weights_of_columns(self.host, stream, self.nodes, self.arguments, self.sampling)
+            clock.append(time.perf_counter())
+            self.bar.stage("rounding", len(self.nodes))
+            moments = InputMoments(stream, self.arguments, self.sampling, weights)
+            for node, of_node, damping in moments.of(self.nodes):
+                if of_node.count:
+                    outputs = weights.outputs.get(node.name)
+                    found[node.name] = candidates(node, of_node, widths, symmetric, damping, outputs)
+                weights.forget(node)
+                self.bar.passed(node.name)
+            clock.append(time.perf_counter())
+            self.bar.stage("taking derivatives", self.sampling.total, "sample")
             losses = effects(
                 stream,
                 [node for node in self.nodes if node.name in found],
@@ -182,7 +189,9 @@ class _Passes:
         except InvalidOptionError as error:
             remedy = "Losses are estimated by them: give the operator one, or analyze the network without it."
             raise InvalidModelError("prepared", error.problem, remedy) from error
-        seconds = {"forward": forward, "derivatives": time.perf_counter() - start - forward}
+        clock.append(time.perf_counter())
+        phases = zip(("importance", "forward", "derivatives"), pairwise(clock), strict=True)
+        seconds = {phase: end - begin for phase, (begin, end) in phases}
         return _Found(found, {name: one for name, one in losses.items() if bool(torch.isfinite(one).all())}, seconds)
 
 

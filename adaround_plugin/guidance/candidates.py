@@ -1,4 +1,4 @@
-"""What a width leaves of a weight: rounded to nearest, and as the default's cheap solver rounds it."""
+"""What a width leaves of a weight: rounded to nearest, and as the default rounds it with a cheap solver."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from adaround_plugin.hosts.base import WeightedNode
 from adaround_plugin.learning.layer import Layer, Recipe
+from adaround_plugin.rounding.across import shape_of_sets
 from adaround_plugin.rounding.grid import GridSpec, integer_range, is_symmetric_by_default
 from adaround_plugin.rounding.moments import HeldOut, Moments
 from adaround_plugin.rounding.ranges import min_mse_grid
@@ -29,7 +31,8 @@ class Candidate:
     Attributes:
         bits: the width.
         nearest: rounded to nearest on the grid of least squared error of the weights, bias as it is.
-        learned: by one pass of GPTQ on the second moments of the layer's input, with the scale searched there.
+        learned: by GPTQ on the second moments of the layer's input, with the scale searched there, and as the default
+            does: columns weighed by what they do to the network's output, rows that make up for each other.
     """
 
     bits: int
@@ -51,7 +54,12 @@ def grid_spec(node: WeightedNode, bits: int, symmetric: Scheme) -> GridSpec:
 
 
 def candidates(
-    node: WeightedNode, moments: Moments, widths: Sequence[int], symmetric: Scheme, damping: float
+    node: WeightedNode,
+    moments: Moments,
+    widths: Sequence[int],
+    symmetric: Scheme,
+    damping: float,
+    outputs: Tensor | None,
 ) -> list[Candidate]:
     """A layer at each width.
 
@@ -61,13 +69,17 @@ def candidates(
         widths: in bits.
         symmetric: of the grids.
         damping: ridge on the second moments, relative to their mean diagonal.
+        outputs: of `ColumnWeights`, where rows are to make up for each other.
     """
-    recipe = Recipe(propagate_error=False, correct_bias=node.bias != "fixed", damping=damping)
+    if shape_of_sets(*node.op.rows(node.weight).shape) is not None:
+        # groups of one row would need moments of all of them together
+        outputs = None
+    recipe = Recipe(propagate_error=False, correct_bias=node.bias != "fixed", damping=damping, output_hessian=True)
     found = []
     for bits in widths:
         grid = min_mse_grid(node.weight, grid_spec(node, bits, symmetric))
         nearest = LayerRounding(grid, grid.nearest(node.weight))
-        layer = Layer(node.op, node.weight, grid, moments, HeldOut())
+        layer = Layer(node.op, node.weight, grid, moments, HeldOut(), outputs)
         learned = layer.learn(recipe, GPTQ(), search_scale=True, is_trial=True)
         found.append(Candidate(bits, _narrow(nearest), _narrow(learned)))
     return found

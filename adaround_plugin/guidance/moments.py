@@ -12,16 +12,43 @@ from adaround_plugin.errors import NonFiniteError
 from adaround_plugin.graph.arguments import input_of
 from adaround_plugin.graph.ends import ends_of
 from adaround_plugin.graph.streams import Stream, Values, tensors
-from adaround_plugin.hosts.base import WeightedNode
+from adaround_plugin.hosts.base import Host, WeightedNode
+from adaround_plugin.learning.column_weights import ColumnWeights
 from adaround_plugin.learning.output_error import OutputTally
 from adaround_plugin.regions.calibration import Sampling
 from adaround_plugin.rounding.moments import Moments
 from adaround_plugin.rounding.shrinkage import SampleSpread
 
-__all__ = ["InputMoments"]
+__all__ = ["InputMoments", "weights_of_columns"]
 
 # moments of as many layers are gathered in one forward pass as fit in this many bytes
 _MOMENT_BYTES = 2 * 2**30
+
+
+def weights_of_columns(
+    host: Host, stream: Stream, nodes: Sequence[WeightedNode], arguments: Sequence[list[Any]], sampling: Sampling
+) -> ColumnWeights:
+    """What the columns of layers count, and how their outputs do together, from a forward and a backward pass.
+
+    Args:
+        host: of the network.
+        stream: the float stream, nothing of it run.
+        nodes: the layers.
+        arguments: of each batch, as the host's graphs take them.
+        sampling: which columns are used.
+
+    Raises:
+        InvalidOptionError: an operator has no derivative.
+    """
+    return ColumnWeights.of(
+        stream,
+        nodes,
+        sampling,
+        lambda batch: stream.bind(arguments[batch]),
+        is_fixed=host.batch_size is not None,
+        weighed=[node.name for node in nodes],
+        with_outputs=True,
+    )
 
 
 class InputMoments:
@@ -31,13 +58,16 @@ class InputMoments:
         stream: the float stream, nothing of it run.
         arguments: of each batch, as the host's graphs take them.
         sampling: which columns are used.
+        weights: what columns count.
 
     Attributes:
         variances: of the network's ends over all samples; known once the first layer is.
     """
 
-    def __init__(self, stream: Stream, arguments: Sequence[list[Any]], sampling: Sampling) -> None:
-        self._stream, self._arguments, self._sampling = stream, arguments, sampling
+    def __init__(
+        self, stream: Stream, arguments: Sequence[list[Any]], sampling: Sampling, weights: ColumnWeights
+    ) -> None:
+        self._stream, self._arguments, self._sampling, self._weights = stream, arguments, sampling, weights
         self.variances: Sequence[float] = ()
 
     def of(self, nodes: Sequence[WeightedNode]) -> Iterator[tuple[WeightedNode, Moments, float]]:
@@ -89,9 +119,11 @@ class InputMoments:
             patches = node.op.patches(x.float(), node.weight.shape)
             index, position = self._sampling.columns(batch, patches, len(node.sites))
             columns = patches.columns(index, position)
+            order = torch.arange(len(index), device=index.device)
+            weight = self._weights.weight(node, site, batch, columns, order, len(index))
             moments, spread = into[node.name]
-            spread.add(columns, self._sampling.own_numbers(batch, patches.samples, index.device)[index])
-            moments.add(columns, _no_deviation(columns))
+            spread.add(columns, self._sampling.own_numbers(batch, patches.samples, index.device)[index], weight)
+            moments.add(columns, _no_deviation(columns), weight)
 
         return visit
 

@@ -17,7 +17,8 @@ class Width:
         bits: of the weights.
         bytes: of the weights packed at that width, with their scales, and with zero points where the grid is affine.
         nearest_loss, learned_loss: the error of the network's output that is expected with the weight rounded to
-            nearest, and by one pass of GPTQ with its scale searched: squared, over the variance of the output.
+            nearest, and by GPTQ with its scale searched and rows that make up for each other: squared, over the
+            variance of the output.
     """
 
     bits: int

@@ -26,7 +26,8 @@ def summary(record: Record) -> str:
     """What the numbers are."""
     return (
         f"{len(record.layers)} layers by {record.samples} samples: expected squared error of the network's output over "
-        "its variance with one layer quantized alone, rounded to nearest -> by GPTQ with the scale searched"
+        "its variance with one layer quantized alone, rounded to nearest -> by GPTQ with the scale searched and rows "
+        "coupled"
     )
 
 

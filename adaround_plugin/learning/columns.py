@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from adaround_plugin.errors import NonFiniteError
 from adaround_plugin.graph.arguments import input_of
@@ -14,11 +14,9 @@ from adaround_plugin.graph.calls import CallSite
 from adaround_plugin.graph.selection import chosen_rows
 from adaround_plugin.graph.streams import BothValues
 from adaround_plugin.hosts.base import WeightedNode
+from adaround_plugin.learning.column_weights import ColumnWeights
 from adaround_plugin.learning.passes import Pass
 from adaround_plugin.processes import ALONE, Processes
-from adaround_plugin.regions.calibration import Sampling
-from adaround_plugin.regions.importance import OutputMoment, Probe, Sensitivity, sensitivities, tempered
-from adaround_plugin.regions.pieces import piece, piece_size
 from adaround_plugin.rounding.across import JoinedMoments, shape_of_sets
 from adaround_plugin.rounding.linear_op import Patches
 from adaround_plugin.rounding.moments import HeldOut, Moments, joined
@@ -26,8 +24,6 @@ from adaround_plugin.rounding.shrinkage import SampleSpread
 
 __all__ = ["Columns", "LayerMoments"]
 
-# what every column weighs beside its importance, relative to the mean of that: derivatives are local
-_EVEN_WEIGHT = 0.3
 # columns of a layer that are taken in together: as many as these are wide, several times, but no more numbers than
 # this; or as many as are worth the calls
 _PENDING_TIMES, _PENDING_NUMBERS, _LEAST_PENDING = 4, 2**24, 2048
@@ -203,61 +199,26 @@ class Columns:
         decided: whether all layers are decided already: no columns will be gathered, and no passes are taken.
 
     Attributes:
-        outputs: by name of the weighted node, `(G, R, R)`: the second moment of the derivatives of the network's output
-            by the layer's, where there are any, and several outputs to a group; else of groups put together.
+        weights: what columns count, and how the outputs of layers do together.
     """
 
     def __init__(self, run: Pass, weighting: str, with_outputs: bool = False, *, decided: bool = False) -> None:
         self._run = run
         self._chosen_rows = chosen_rows(run.streams[1])
-        # by call site, for each batch the importance of its columns
-        self._importance: dict[fx.Node, list[Tensor]] = {}
-        # by call site, for each batch what tells its columns from others
-        self._probes: dict[fx.Node, list[Probe]] = {}
-        # layers some of whose columns are not weighed, because those of the pieces of a batch are others
-        self._unweighed: set[str] = set()
         self._known: dict[tuple[int, int, tuple[int | str, ...]], _Chosen] = {}
-        self.outputs: dict[str, Tensor] = {}
-        if not decided and (weighting == "fisher" or with_outputs):
-            with run.clock("importance"):
-                self._differentiate(weighting == "fisher", with_outputs)
-
-    def _differentiate(self, weighs: bool, with_outputs: bool) -> None:
-        """Find how much each column matters, and how the outputs of each layer do together."""
-        run, nodes = self._run, self._run.nodes
-        outputs: dict[fx.Node, OutputMoment] | None = {} if with_outputs else None
-        largest = run.sampling.largest
-        size = run.sampling.size[largest]
-        if run.host.batch_size is None:
-            size = piece_size(run.streams[0], run.values[largest][0], size)
-        sampling, pieces = run.sampling.in_pieces(size)
-        found = []
-        for batch, numbers in enumerate(pieces):
-            parts = []
-            for number in numbers:
-                begin = sampling.first[number] - run.sampling.first[batch]
-                inputs = piece(run.values[batch][0], run.sampling.size[batch], begin, sampling.size[number])
-                parts.append(sensitivities(run.streams[0], nodes, sampling, number, inputs, outputs))
-            found.append(_joined(parts))
-        processes = run.sampling.processes
-        sites_of = {node.name: [site.float_node for site in node.sites] for node in nodes}
-        reached = [
-            name for name, sites in sites_of.items() if all(site in of_batch for of_batch in found for site in sites)
-        ]
-        everywhere = set(reached).intersection(*processes.gathered("the importance of columns", reached))
-        for node in (node for node in nodes if node.name in everywhere):
-            sites = sites_of[node.name]
-            if weighs and self.is_paired(node):
-                of_node = [{site: one.pop(site) for site in sites} for one in found]
-                self._probes |= {site: [one[site].probe for one in of_node] for site in sites}
-                self._importance |= _relative(of_node, run.sampling)
-            if outputs is not None and sites[0] in outputs:
-                moment = outputs.pop(sites[0])
-                for site in sites[1:]:
-                    moment.merge(outputs.pop(site))
-                sides = moment.pooled(partial(processes.add, f"the outputs of {node.name!r}"))
-                if sides is not None:
-                    self.outputs[node.name] = sides
+        self.weights = ColumnWeights()
+        if decided or not (weighting == "fisher" or with_outputs):
+            return
+        with run.clock("importance"):
+            self.weights = ColumnWeights.of(
+                run.streams[0],
+                run.nodes,
+                run.sampling,
+                lambda batch: run.values[batch][0],
+                is_fixed=run.host.batch_size is not None,
+                weighed=[node.name for node in run.nodes if weighting == "fisher" and self.is_paired(node)],
+                with_outputs=with_outputs,
+            )
 
     def is_paired(self, node: WeightedNode) -> bool:
         """Whether the columns of both streams belong together: not where the network chooses the rows of its input."""
@@ -281,14 +242,7 @@ class Columns:
         if self.is_paired(node):
             x_float = exact_stream.value(input_of(site.float_node), values[0])
             exact = self._float_columns(node, site, batch, x_float, index, position)
-        weight = None
-        if site.float_node in self._importance:
-            importance = self._importance[site.float_node][batch]
-            if not self._probes[site.float_node][batch].is_of(exact, chosen.order, chosen.count):
-                # a batch that was taken in pieces had other columns in them: what a column counts on the mean
-                self._unweighed.add(node.name)
-                importance = torch.ones_like(importance[:, :1]).expand(-1, chosen.count)
-            weight = importance[:, chosen.order] + _EVEN_WEIGHT
+        weight = self.weights.weight(node, site.float_node, batch, exact, chosen.order, chosen.count)
         into.add(_Gathered(exact, quantized, chosen, patches.samples, weight))
 
     def _chosen(self, batch: int, patches: Patches, sites: int) -> _Chosen:
@@ -320,27 +274,6 @@ class Columns:
                 shared.keep(site.float_node, batch, found)
         return found
 
-    def forget(self, node: WeightedNode) -> str | None:
-        """Free what was kept for a layer; why its columns were not weighed by their importance, if they were not."""
-        self.outputs.pop(node.name, None)
-        found = [self._importance.pop(site.float_node, None) for site in node.sites]
-        if any(one is None for one in found):
-            return "the network's output has no finite derivative by this layer's output"
-        return "the leading axis of its input is not that of the samples" if node.name in self._unweighed else None
-
-
-def _joined(parts: list[dict[fx.Node, Sensitivity]]) -> dict[fx.Node, Sensitivity]:
-    """What was found for the pieces of a batch, at the sites that were reached in all of them."""
-    return {
-        site: Sensitivity(
-            joined([part[site].columns for part in parts]),
-            torch.cat([part[site].samples for part in parts]),
-            Probe.joined([part[site].probe for part in parts]),
-        )
-        for site in parts[0]
-        if all(site in part for part in parts)
-    }
-
 
 def _inverse_norm(exact: Tensor, index: Tensor, length: int) -> Tensor:
     """`(G, n)` weights `1 / |x|^2`, the norm floored at a hundredth of the mean in the same sample."""
@@ -349,34 +282,3 @@ def _inverse_norm(exact: Tensor, index: Tensor, length: int) -> Tensor:
     count = torch.bincount(index, minlength=length).clamp_min(1)
     floor = 0.01 * (total / count)[:, index]
     return torch.where(floor > 0, 1 / (power + floor), 0.0)
-
-
-def _relative(found: list[dict[fx.Node, Sensitivity]], sampling: Sampling) -> dict[fx.Node, list[Tensor]]:
-    """The importance of a layer's columns relative to the mean of their group; nothing where it is no number.
-
-    Where few samples carry nearly all of it, their totals are made more alike (`tempered`).
-
-    Args:
-        found: by batch, at all call sites of the layer.
-        sampling: of the pass.
-    """
-    add, at = sampling.processes.add, "the importance of a layer's columns"
-    every = [one.columns for of_batch in found for one in of_batch.values()]
-    mean = torch.stack([one.sum(1) for one in every]).sum(0)
-    count = mean.new_tensor(sum(one.shape[1] for one in every), dtype=torch.float64)
-    add(at, mean, count)
-    mean = mean / max(1, int(count))
-    if not torch.isfinite(mean).all():
-        return {}
-    mean = mean.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
-    # of all groups together
-    totals = mean.new_zeros(sampling.total)
-    own = totals[sampling.first[0] :]
-    for one in (one for of_batch in found for one in of_batch.values()):
-        own.index_add_(0, one.samples, (one.columns / mean).mean(0))
-    add(at, totals)
-    factor = tempered(totals)[sampling.first[0] :]
-    return {
-        site: [of_batch[site].columns / mean * factor[of_batch[site].samples] for of_batch in found]
-        for site in found[0]
-    }

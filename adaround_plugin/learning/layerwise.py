@@ -216,12 +216,12 @@ class PendingLayers:
         reached = [node for node in self.pending if run.reaches(node, plan)]
         candidates = reached or self.pending
         named = [node for node in candidates if node.name in names] or candidates
-        ready = _fitting(named, self._columns.outputs) if reached else named[:1]
+        ready = _fitting(named, self._columns.weights.outputs) if reached else named[:1]
         open_ = [node for node in ready if not run.checkpoint.has(_DECISION, node.name)]
         samples = run.sampling.own if self.recipe.damping == "auto" else None
         recipe = self.recipe
         moments = {
-            node.name: LayerMoments(node, recipe.column_weighting, samples, node.name in self._columns.outputs)
+            node.name: LayerMoments(node, recipe.column_weighting, samples, node.name in self._columns.weights.outputs)
             for node in open_
         }
 
@@ -257,7 +257,7 @@ class PendingLayers:
         if run.is_trial:
             return
         if moments is None:
-            self._columns.forget(node)
+            self._columns.weights.forget(node)
         run.keep_rounding(node, decided.rounding)
         run.report.blocks[blocks:] = decided.blocks
         run.report.layer(node, decided.rounding, decided.notes, decided.columns, decided.seconds)
@@ -267,7 +267,7 @@ class PendingLayers:
         run, settings, blocks = self._run, self._settings, len(self._run.report.blocks)
         with run.clock("moments", node):
             moments.finish(node, run.sampling.processes)
-        outputs = self._columns.outputs.get(node.name)
+        outputs = self._columns.weights.outputs.get(node.name)
         # trials search once for all
         known = {} if run.shared is None else run.shared.grids
         grid = known.get(node.name, node.grid)
@@ -292,7 +292,7 @@ class PendingLayers:
                 else layer.nearest()
             )
             rounding = run.set_rounding(node, rounding)
-        unweighed = self._columns.forget(node)
+        unweighed = self._columns.weights.forget(node)
         if run.shared is not None:
             run.shared.grids.setdefault(node.name, rounding.grid)
         notes = [] if layer.moments.count else ["no learning sample reached this layer"]

@@ -24,7 +24,7 @@ from adaround_plugin import analyze
 from adaround_plugin.graph.ends import ends_of
 from adaround_plugin.graph.streams import Stream, tensors
 from adaround_plugin.guidance.candidates import candidates
-from adaround_plugin.guidance.moments import InputMoments
+from adaround_plugin.guidance.moments import InputMoments, weights_of_columns
 from adaround_plugin.hosts.base import Host, WeightedNode, open_streams
 from adaround_plugin.hosts.open import open_host
 from adaround_plugin.learning.layerwise import LayerWise
@@ -123,11 +123,12 @@ def known(host: Host, data: Sequence[Any]) -> dict[str, Known]:
     sampling = Sampling.of(arguments, 0, LayerWise().max_columns, 0)
 
     def of_layer(node: WeightedNode, moments: Moments, damping: float) -> Known:
-        found = candidates(node, moments, BITS, "observed", damping)
+        found = candidates(node, moments, BITS, "observed", damping, weights.outputs.get(node.name))
         return Known({one.bits: (one.nearest, one.learned) for one in found}, moments)
 
     with torch.no_grad():
-        moments = InputMoments(stream, arguments, sampling)
+        weights = weights_of_columns(host, stream, host.nodes, arguments, sampling)
+        moments = InputMoments(stream, arguments, sampling, weights)
         return {node.name: of_layer(node, of_node, damping) for node, of_node, damping in moments.of(host.nodes)}
 
 
