@@ -80,7 +80,7 @@ def candidates(
         grid = min_mse_grid(node.weight, grid_spec(node, bits, symmetric))
         nearest = LayerRounding(grid, grid.nearest(node.weight))
         layer = Layer(node.op, node.weight, grid, moments, HeldOut(), outputs)
-        learned = layer.learn(recipe, GPTQ(), search_scale=True, is_trial=True)
+        learned = layer.round(recipe, GPTQ(), search_scale=True)
         found.append(Candidate(bits, _narrow(nearest), _narrow(learned)))
     return found
 

@@ -144,6 +144,19 @@ class Layer:
         Raises:
             InvalidOptionError: the solver's answer is none.
         """
+        found = self.round(recipe, solver, search_scale=search_scale, up_or_down=up_or_down, is_trial=is_trial)
+        return found if is_trial else self._judged(found.grid, found.integers, found.bias_correction)
+
+    def round(
+        self,
+        recipe: Recipe,
+        solver: Solver,
+        *,
+        search_scale: bool,
+        up_or_down: bool = False,
+        is_trial: bool = False,
+    ) -> LayerRounding:
+        """As `learn`, but never compared with nearest; errors are NaN."""
         hessian, target = self._form(recipe)
         grid = self.grid
         if search_scale and self.can_search_scale:
@@ -184,9 +197,7 @@ class Layer:
         correction = None
         if recipe.correct_bias:
             correction = self.op.outputs(self.moments.bias(self._change(grid, integers))).float()
-        if is_trial:
-            return LayerRounding(grid, integers, correction, learned=True)
-        return self._judged(grid, integers, correction)
+        return LayerRounding(grid, integers, correction, learned=True)
 
     def _judged(self, grid: Grid, integers: Tensor, correction: Tensor | None) -> LayerRounding:
         """The learned rounding, or nearest where that is better on held-out samples (on all without any)."""
