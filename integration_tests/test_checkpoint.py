@@ -149,7 +149,7 @@ def test_nothing_that_is_recalled_is_solved_again(tmp_path: Path, monkeypatch: p
         "blockwise.reconstruct",
         "finetuning.finetune",
         "region_step.Region",
-        "columns.sensitivities",
+        "column_weights.sensitivities",
     ):
         monkeypatch.setattr(f"adaround_plugin.learning.{place}", refuse)
     learned(prepared, tmp_path, **call)
