@@ -69,7 +69,8 @@ def candidates(
         widths: in bits.
         symmetric: of the grids.
         damping: ridge on the second moments, relative to their mean diagonal.
-        outputs: of `ColumnWeights`, where rows are to make up for each other.
+        outputs: of `ColumnWeights`, where rows are to make up for each other. Channels of a depthwise convolution stay
+            apart.
     """
     if shape_of_sets(*node.op.rows(node.weight).shape) is not None:
         # groups of one row would need moments of all of them together
@@ -80,7 +81,7 @@ def candidates(
         grid = min_mse_grid(node.weight, grid_spec(node, bits, symmetric))
         nearest = LayerRounding(grid, grid.nearest(node.weight))
         layer = Layer(node.op, node.weight, grid, moments, HeldOut(), outputs)
-        learned = layer.round(recipe, GPTQ(), search_scale=True)
+        learned = layer.learn(recipe, GPTQ(), search_scale=True, is_judged=False)
         found.append(Candidate(bits, _narrow(nearest), _narrow(learned)))
     return found
 

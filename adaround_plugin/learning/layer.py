@@ -130,6 +130,7 @@ class Layer:
         search_scale: bool,
         up_or_down: bool = False,
         is_trial: bool = False,
+        is_judged: bool = True,
     ) -> LayerRounding:
         """Learn the rounding; nearest is kept where it is better on held-out samples.
 
@@ -140,23 +141,11 @@ class Layer:
             up_or_down: restrict to floor and ceil of the weight on its grid, as the paper does.
             is_trial: learn quickly what a recipe leads to: by one pass of GPTQ, of fewer scales, not compared with
                 nearest; errors are NaN.
+            is_judged: compare with nearest, unless this is a trial; without, errors are NaN.
 
         Raises:
             InvalidOptionError: the solver's answer is none.
         """
-        found = self.round(recipe, solver, search_scale=search_scale, up_or_down=up_or_down, is_trial=is_trial)
-        return found if is_trial else self._judged(found.grid, found.integers, found.bias_correction)
-
-    def round(
-        self,
-        recipe: Recipe,
-        solver: Solver,
-        *,
-        search_scale: bool,
-        up_or_down: bool = False,
-        is_trial: bool = False,
-    ) -> LayerRounding:
-        """As `learn`, but never compared with nearest; errors are NaN."""
         hessian, target = self._form(recipe)
         grid = self.grid
         if search_scale and self.can_search_scale:
@@ -197,7 +186,9 @@ class Layer:
         correction = None
         if recipe.correct_bias:
             correction = self.op.outputs(self.moments.bias(self._change(grid, integers))).float()
-        return LayerRounding(grid, integers, correction, learned=True)
+        if is_trial or not is_judged:
+            return LayerRounding(grid, integers, correction, learned=True)
+        return self._judged(grid, integers, correction)
 
     def _judged(self, grid: Grid, integers: Tensor, correction: Tensor | None) -> LayerRounding:
         """The learned rounding, or nearest where that is better on held-out samples (on all without any)."""
