@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,8 @@ def adaround_as_published(
     iterations: int,
     learning_rate: float,
     seed: int,
+    scales: Mapping[str, float] | None = None,
+    relative: bool = False,
 ) -> nn.Module:
     """Equations 21 to 25, layer after layer: `|| f_a(W x) - f_a(W~ x^) ||^2 + lambda f_reg(V)` by Adam, 32 at a time.
 
@@ -73,9 +75,12 @@ def adaround_as_published(
 
     Args:
         followed_by_relu: whether `f_a` of the layer of that name is ReLU; else it is the identity.
+        seed: of the minibatches of each layer.
+        scales: of the layers, by name; else those of `scale_of`.
+        relative: let lambda be 1, the error relative to that of round-to-nearest, and `f_reg` the mean over weights;
+            else lambda is 0.01.
     """
     rounded = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
     modules = dict(model.named_modules())
     for name, layer in rounded.named_modules():
         if not isinstance(layer, nn.Conv2d | nn.Linear):
@@ -85,7 +90,13 @@ def adaround_as_published(
         inputs, _ = _input_and_output(rounded, layer, images)
         target = activation(target)
         weight = layer.weight.data
-        s, n, p = scale_of(weight, bits), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        s, n, p = scale_of(weight, bits) if scales is None else scales[name], -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        regularization = LAMBDA
+        if relative:
+            with torch.no_grad():
+                output = activation(_apply(layer, inputs, s * torch.clamp(torch.round(weight / s), n, p)))
+            regularization = float((output - target).square().sum(1).mean()) / weight.numel()
+        generator = torch.Generator().manual_seed(seed)
         floor = torch.floor(weight / s)
         v = torch.logit((weight / s - floor - GAMMA) / (ZETA - GAMMA)).requires_grad_()
         optimizer = torch.optim.Adam([v], lr=learning_rate)
@@ -98,7 +109,7 @@ def adaround_as_published(
             if i >= 0.2 * iterations:
                 rest = (i - 0.2 * iterations) / (0.8 * iterations)
                 beta = 2 + (20 - 2) * 0.5 * (1 + math.cos(math.pi * rest))
-                loss = loss + LAMBDA * (1 - (2 * h - 1).abs().pow(beta)).sum()
+                loss = loss + regularization * (1 - (2 * h - 1).abs().pow(beta)).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

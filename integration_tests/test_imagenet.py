@@ -98,7 +98,7 @@ def test_topology_is_prepared_learned_and_converted(
     long = [n for n, module in weighted.items() if module.weight[0].numel() > _LONGEST_ROWS.get(name, 200)]
     batches = bench.calibration(seed=0)
     prepared = bench.prepare("W4A8", batches)
-    method = Paper(iterations=3, batch_size=4, max_columns=16)
+    method = Paper(iterations=10, learning_rate=0.01, batch_size=4, max_columns=16)
     learned = adaround(prepared, batches, method, exclude=long, progress=False)
     report = get_report(learned)
     skipped = {n for n, _, reason in report.skipped if "excluded" in reason}

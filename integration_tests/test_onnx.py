@@ -17,6 +17,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor, make_tensor_value_info
 from torch import Tensor, fx, nn
 from torch.ao.quantization.quantize_fx import convert_to_reference_fx
+from torch.utils._pytree import tree_map
 
 from adaround_plugin import InvalidModelError, InvalidOptionError
 from adaround_plugin.deployment.decomposed import convert_to_decomposed_fx
@@ -57,6 +58,11 @@ CASES: dict[str, dict[str, Any] | Callable[[], Any]] = {
     "W4 groups": lambda: AdaRoundWeightOnlyQuantizer(weight_bits=4, group_size=16, symmetric=False),
     "W8 head": lambda: AdaRoundWeightOnlyQuantizer({"head": {"weight_bits": 8}}, weight_bits=4),
 }
+# where a step is large, a bias that a kernel rounds shows
+FEW_BITS: dict[str, dict[str, Any] | Callable[[], Any]] = {
+    "fx W4A4": {"weight_bits": 4, "activation_bits": 4},
+    "W4A4": lambda: x86(weight_bits=4, activation_bits=4),
+}
 
 
 @functools.cache
@@ -69,7 +75,7 @@ def _program() -> tuple[nn.Module, fx.GraphModule]:
 @functools.cache
 def _learned(case: str) -> fx.GraphModule:
     model, program = _program()
-    how = CASES[case]
+    how = (CASES | FEW_BITS)[case]
     prepared = prepared_model(model, DATA, **how) if isinstance(how, dict) else calibrated(program, DATA, how())
     return learn(prepared, DATA, search_scale=False)
 
@@ -77,7 +83,7 @@ def _learned(case: str) -> fx.GraphModule:
 @functools.cache
 def _converted(case: str) -> fx.GraphModule:
     result = _learned(case)
-    return convert_to_decomposed_fx(result) if isinstance(CASES[case], dict) else convert(copy.deepcopy(result))
+    return convert_to_decomposed_fx(result) if case.startswith("fx") else convert(copy.deepcopy(result))
 
 
 def to_onnx(model: nn.Module, data: Tensor, opset: int = 21) -> onnx.ModelProto:
@@ -121,6 +127,20 @@ def test_onnx_runtime_computes_what_the_converted_model_does(case):
     # where activations are quantized, another order of sums moves one of them by a step
     tolerance = 2e-2 if "A8" in case else 1e-6
     np.testing.assert_allclose(run(_onnx(case)), expected, atol=tolerance * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.parametrize("case", ["fx W4A8", "W4A8", "fx W4A4", "W4A4"])
+def test_activations_end_where_their_range_does(case):
+    """FX's ranges for x86 have 7 bits, and those of 4 bits end at 15; QuantizeLinear ends at 255."""
+    # kernels that round the bias to a product of scales would move a few activations by a step
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    # beyond what was calibrated
+    data = 3 * DATA[1]
+    with torch.no_grad():
+        expected = _converted(case)(data).numpy()
+    found = run(_onnx(case), options, data)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
 
 @pytest.mark.parametrize("cast", [True, False])
@@ -273,7 +293,8 @@ def test_the_decomposed_conversion_computes_what_the_reference_does(name, activa
     result = learn(prepared, data, "nearest")
     with torch.no_grad():
         decomposed, reference = convert_to_decomposed_fx(result), convert_to_reference_fx(copy.deepcopy(result))
-        for batch in data:
+        # beyond what was calibrated, too: reference models end where the type does, even with ranges of 7 bits
+        for batch in [*data, *(tree_map(lambda value: 3 * value if value.is_floating_point() else value, data))]:
             one, other = (models.call(model, copy.deepcopy(batch)) for model in (decomposed, reference))
             # torch quantizes a float tensor by division, the decomposed operator by multiplication: a step, rarely
             step = (other.max() - other.min()) / (2**activation_bits - 1)

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
-import statistics
+import pytest
+import torch
+from torch import nn
 
 from adaround_plugin import demo
 from integration_tests.benchmarks.paper_preset import by_hand, by_preset, rounded_to_nearest
 
-# three seeds say too little of how far they spread: with those, the bound depends on the processor
-BITS, ITERATIONS, RATE, SEEDS = 2, 300, 2e-2, range(6)
+BITS, ITERATIONS, RATE = 2, 300, 2e-2
 
 
-def test_the_paper_preset_is_as_accurate_as_an_independent_implementation():
-    digits = demo.load()
-    model = demo.train(demo.network(), digits, epochs=8)
+@pytest.fixture(scope="module")
+def digits() -> demo.Digits:
+    return demo.load()
+
+
+@pytest.fixture(scope="module")
+def model(digits: demo.Digits) -> nn.Module:
+    return demo.train(demo.network(), digits, epochs=8)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_paper_preset_learns_the_integers_of_an_independent_implementation(
+    digits: demo.Digits, model: nn.Module, seed: int
+) -> None:
+    """Where scales, minibatches and the units of lambda are the same, so are the integers.
+
+    Not one by one: sums come out in another order, and a gradient near zero moves Adam as far as any other.
+    """
     images = digits.images[:256]
-    ours = [
-        demo.accuracy(one, digits) for one in by_preset(model, BITS, list(images.split(64)), ITERATIONS, RATE, SEEDS)
-    ]
-    theirs = [demo.accuracy(one, digits) for one in by_hand(model, BITS, images, ITERATIONS, RATE, SEEDS)]
-    plain = demo.accuracy(rounded_to_nearest(model, BITS), digits)
-    # a difference of one test image is noise, whatever the seeds say
-    deviation = max(statistics.stdev(theirs), statistics.stdev(ours), 100 / 797)
-    assert plain < min(theirs + ours) - 5
-    assert abs(statistics.mean(ours) - statistics.mean(theirs)) <= deviation
+    (ours,) = by_preset(model, BITS, list(images.split(64)), ITERATIONS, RATE, [seed])
+    learned = [module.get_quantized_weight() for module in ours.modules() if hasattr(module, "get_quantized_weight")]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    scales = {name: one.q_scale() for name, one in zip(names, learned, strict=True)}
+    (theirs,) = by_hand(model, BITS, images, ITERATIONS, RATE, [seed], scales=scales, relative=True)
+    nearest = rounded_to_nearest(model, BITS)
+    for name, one in zip(names, learned, strict=True):
+        other = torch.round(theirs.get_submodule(name).weight / scales[name]).long()
+        plain = torch.round(nearest.get_submodule(name).weight / scales[name]).long()
+        assert float((one.int_repr() != other).float().mean()) < 0.01 < 0.1 < float((other != plain).float().mean())
+    accuracies = [demo.accuracy(one, digits) for one in (ours, theirs)]
+    assert demo.accuracy(nearest, digits) < min(accuracies) - 5

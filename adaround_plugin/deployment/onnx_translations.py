@@ -1,18 +1,22 @@
-"""Weights with scales of groups, which torchao writes with an operator of its own, as ONNX's DequantizeLinear."""
+"""What torch's ONNX exporter writes in float or without its range: scales of groups, and activations of few bits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from adaround_plugin.errors import InvalidModelError, MissingDependencyError
 
 try:
-    # registers the operator
+    # both register operators
+    import torchao.quantization.pt2e
     import torchao.quantization.quant_primitives  # noqa: F401
+    from onnx.helper import make_tensor, tensor_dtype_to_np_dtype
     from onnxscript import FLOAT, INT8, opset21
+    from onnxscript.onnx_opset import opset18
 except ImportError as error:
     raise MissingDependencyError.of("onnx", "onnx,pt2e", error) from error
 
@@ -20,12 +24,31 @@ __all__ = ["get_onnx_translations"]
 
 
 def get_onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The `custom_translation_table` with which `torch.onnx.export` keeps the integers of weights with groups.
+    """The `custom_translation_table` with which `torch.onnx.export` keeps weights with groups and ranges of few bits.
 
-    Without it, the exporter computes those weights and writes them in float. Pass `opset_version=21` or more:
+    Without it, the exporter computes weights with groups and writes them in float, and activations of fewer bits than
+    their type (as those of 4 bits, or of 7 in FX's configurations for x86) end where the type does: QuantizeLinear
+    knows no narrower range. With it, a `Clip` of the integers follows. Pass `opset_version=21` or more:
     DequantizeLinear has `block_size` from there on.
     """
-    return {torch.ops.torchao.dequantize_affine.default: _dequantize_affine}
+    return {
+        torch.ops.torchao.dequantize_affine.default: _dequantize_affine,
+        torch.ops.quantized_decomposed.quantize_per_tensor.default: _quantize_per_tensor,
+    }
+
+
+def _quantize_per_tensor(x: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int) -> Any:
+    """`quantized_decomposed::quantize_per_tensor`; `dtype` is ONNX's."""
+
+    def constant(value: int) -> Any:
+        return opset18.Constant(value=make_tensor("", dtype, (), [value]))
+
+    quantized = opset18.QuantizeLinear(x, opset18.Constant(value_float=scale), constant(zero_point))
+    limits = np.iinfo(tensor_dtype_to_np_dtype(dtype))
+    if quant_min <= limits.min and quant_max >= limits.max:
+        return quantized
+    # clips integers, not floats, behind which no kernel would quantize what it computes
+    return opset18.Clip(quantized, constant(quant_min), constant(quant_max))
 
 
 def _dequantize_affine(

@@ -6,6 +6,7 @@ channel; data and scores are those of each network's own benchmark.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -76,7 +77,9 @@ def _glyphs(name: str) -> Subject:
     task = TASKS[name]
     batches = task.samples(IMAGES, 1)
     few = list(torch.split(torch.cat(batches)[:256], 128))
-    return _through_fx(task.network(), batches, few, _judge(task), score="top-1 %", samples=IMAGES)
+    # prepare_fx leaves its configurations in the modules, and peers' processes cannot read them
+    network = copy.deepcopy(task.network())
+    return _through_fx(network, batches, few, _judge(task), score="top-1 %", samples=IMAGES)
 
 
 def _recognizer() -> Subject:

@@ -31,7 +31,7 @@ def by_preset(
 ) -> list[nn.Module]:
     """Converted models, learned by the method "paper", one for each seed."""
     backend = get_weight_only_backend_config()
-    mapping = get_adaround_qconfig_mapping("x86", bits, activation_bits=None, per_channel=False)
+    mapping = get_adaround_qconfig_mapping("x86", bits, activation_bits=None, per_channel=False, symmetric=True)
     prepared = prepare_fx(model, mapping, (batches[0],), backend_config=backend)
     with torch.no_grad():
         for batch in batches:
@@ -42,13 +42,19 @@ def by_preset(
 
 
 def by_hand(
-    model: nn.Module, bits: int, images: Tensor, iterations: int, learning_rate: float, seeds: Sequence[int]
+    model: nn.Module,
+    bits: int,
+    images: Tensor,
+    iterations: int,
+    learning_rate: float,
+    seeds: Sequence[int],
+    **options: Any,
 ) -> list[nn.Module]:
-    """Models rounded by the independent implementation, one for each seed."""
+    """Models rounded by the independent implementation, one for each seed; `options` are its own."""
     folded: Any = fuse(model)
     relu = _followed_by_relu(folded)
     return [
-        adaround_as_published(folded, bits, images, relu.__contains__, iterations, learning_rate, seed)
+        adaround_as_published(folded, bits, images, relu.__contains__, iterations, learning_rate, seed, **options)
         for seed in seeds
     ]
 
@@ -90,6 +96,7 @@ def main() -> None:
         "float": lambda: [network],
         "nearest": lambda: [rounded_to_nearest(network, options.bits)],
         "paper": lambda: by_preset(network, options.bits, list(torch.split(images, 64)), *how),
+        "independent, its lambda relative": lambda: by_hand(network, options.bits, images, *how, relative=True),
         "independent": lambda: by_hand(network, options.bits, images, *how),
     }
     for name, models in rows.items():

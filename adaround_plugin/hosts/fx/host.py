@@ -121,7 +121,9 @@ class PreparedFX:
 
     def decomposed(self) -> fx.GraphModule:
         """The host's reference conversion with the operators of PT2E in place of quantized tensors."""
-        return _reference(self.prepared, self.backend_config, convert_to_decomposed_fx)
+        converted = _reference(self.prepared, self.backend_config, convert_to_decomposed_fx)
+        _widen_ranges(converted)
+        return converted
 
     def is_type(self, node: WeightedNode, kind: type[nn.Module]) -> bool:
         """Whether a node's module, the weighted module fused into it, or that whose code calls a function, is of a
@@ -220,6 +222,22 @@ def _reference(
             return convert(prepared, backend_config=backend_config)
         finally:
             forget_models()
+
+
+def _widen_ranges(converted: fx.GraphModule) -> None:
+    """Let activations end where their type does, in place, as they do in the other conversions (see `clamps`).
+
+    The host writes its observers' ranges, of 7 bits for x86, into this conversion alone (torch 2.13).
+    """
+    operators = torch.ops.quantized_decomposed
+    for graph in converted.modules():
+        if not isinstance(graph, fx.GraphModule):
+            continue
+        for node in graph.graph.nodes:
+            if node.target in (operators.quantize_per_tensor.default, operators.dequantize_per_tensor.default):
+                value, scale, zero_point, _, _, dtype = node.args
+                node.args = (value, scale, zero_point, torch.iinfo(dtype).min, torch.iinfo(dtype).max, dtype)
+        graph.recompile()
 
 
 def _write(model: fx.GraphModule, name: str, weight: nn.Parameter, rounding: LayerRounding) -> None:
