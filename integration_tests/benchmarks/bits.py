@@ -85,14 +85,17 @@ def mean_of(weights: list[int], values: list[int]) -> float:
     return sum(one * value for one, value in zip(weights, values, strict=True)) / sum(weights)
 
 
-def shares(analysis: Analysis, alone: Analysis, average: float, plain: dict[str, int]) -> dict[str, dict[str, int]]:
+def shares(
+    analysis: Analysis, alone: Analysis | None, average: float, plain: dict[str, int]
+) -> dict[str, dict[str, int]]:
     """By name of the way, the bits of each layer, with at most an average; `plain` is the uniform way."""
-    return {
-        "suggested": dict(suggest_bits(analysis, average_bits=average).bits),
-        "suggested, nearest": dict(suggest_bits(analysis, average_bits=average, rounding="nearest").bits),
-        "alone": dict(suggest_bits(alone, average_bits=average).bits),
+    ways = {
+        "suggested": suggest_bits(analysis, average_bits=average).bits,
+        "suggested, nearest": suggest_bits(analysis, average_bits=average, rounding="nearest").bits,
+        "alone": {} if alone is None else suggest_bits(alone, average_bits=average).bits,
         "uniform": plain,
     }
+    return {way: dict(bits) for way, bits in ways.items() if bits}
 
 
 def searched(job: Job, analysis: Analysis, average: float, environments: Path) -> tuple[dict[str, int], float]:
@@ -124,6 +127,7 @@ def main() -> None:
     parser.add_argument("networks", nargs="+", choices=[*SUBJECTS])
     parser.add_argument("--budgets", nargs="+", default=["ends", "2.5", "3", "4"], help="average bits, or ends")
     parser.add_argument("--environments", type=Path, help="of the peers, for MCT's way on networks of images")
+    parser.add_argument("--without-alone", action="store_true", help="measure no layers alone, which takes longest")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -132,7 +136,7 @@ def main() -> None:
         start = time.process_time()
         analysis = analyze(subject.prepare({}), subject.batches, bits=BITS, progress=False)
         middle = time.process_time()
-        alone = measured_alone(analysis, subject)
+        alone = None if options.without_alone else measured_alone(analysis, subject)
         end = time.process_time()
         print(f"\n{name}: {middle - start:.1f} s of CPU time to analyze, {end - middle:.1f} to measure layers alone\n")
         columns = ("budget", "way", "bits a weight", "expected", "found", subject.divergence, subject.score)
