@@ -131,7 +131,7 @@ def test_onnx_runtime_computes_what_the_converted_model_does(case):
 
 @pytest.mark.parametrize("case", ["fx W4A8", "W4A8", "fx W4A4", "W4A4"])
 def test_activations_end_where_their_range_does(case):
-    """FX's ranges for x86 have 7 bits, and those of 4 bits end at 15; QuantizeLinear ends at 255."""
+    """Those of 4 bits end at 15, where QuantizeLinear would end at 255; in FX, those of 7 bits for x86 end there, too."""
     # kernels that round the bias to a product of scales would move a few activations by a step
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -11,7 +11,7 @@ import torch
 from adaround_plugin.errors import InvalidModelError, MissingDependencyError
 
 try:
-    # both register operators
+    # for the operators that they register
     import torchao.quantization.pt2e
     import torchao.quantization.quant_primitives  # noqa: F401
     from onnx.helper import make_tensor, tensor_dtype_to_np_dtype
@@ -27,7 +27,7 @@ def get_onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The `custom_translation_table` with which `torch.onnx.export` keeps weights with groups and ranges of few bits.
 
     Without it, the exporter computes weights with groups and writes them in float, and activations of fewer bits than
-    their type (as those of 4 bits, or of 7 in FX's configurations for x86) end where the type does: QuantizeLinear
+    their type (as those of 4 bits, or of 7 with torchao's `reduce_range=True`) end where the type does: QuantizeLinear
     knows no narrower range. With it, a `Clip` of the integers follows. Pass `opset_version=21` or more:
     DequantizeLinear has `block_size` from there on.
     """
