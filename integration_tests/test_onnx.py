@@ -131,7 +131,7 @@ def test_onnx_runtime_computes_what_the_converted_model_does(case):
 
 @pytest.mark.parametrize("case", ["fx W4A8", "W4A8", "fx W4A4", "W4A4"])
 def test_activations_end_where_their_range_does(case):
-    """Those of 4 bits end at 15, where QuantizeLinear would end at 255; in FX, those of 7 bits for x86 end there, too."""
+    """Those of 4 bits end at 15, and those of 7 bits, as FX has them for x86, at 255 like QuantizeLinear."""
     # kernels that round the bias to a product of scales would move a few activations by a step
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
