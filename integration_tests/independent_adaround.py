@@ -90,7 +90,8 @@ def adaround_as_published(
         inputs, _ = _input_and_output(rounded, layer, images)
         target = activation(target)
         weight = layer.weight.data
-        s, n, p = scale_of(weight, bits) if scales is None else scales[name], -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        s = scale_of(weight, bits) if scales is None else scales[name]
+        n, p = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         regularization = LAMBDA
         if relative:
             with torch.no_grad():

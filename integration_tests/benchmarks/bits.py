@@ -19,7 +19,8 @@ All are learned by the same `adaround`. `expected` is the sum of the losses of l
 and QDrop; that is its `uniform`.
 
     python -m integration_tests.benchmarks.bits resnet20 mobilenet vit --environments peers-environments
-    python -m integration_tests.benchmarks.bits crepe minilm recognizer --budgets 2.5 3
+    python -m integration_tests.benchmarks.bits crepe minilm --budgets 2.5
+    python -m integration_tests.benchmarks.bits recognizer --budgets 2.5 --without-alone
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ def main() -> None:
         middle = time.process_time()
         alone = None if options.without_alone else measured_alone(analysis, subject)
         end = time.process_time()
-        print(f"\n{name}: {middle - start:.1f} s of CPU time to analyze, {end - middle:.1f} to measure layers alone\n")
+        measuring = "" if alone is None else f", {end - middle:.1f} to measure layers alone"
+        print(f"\n{name}: {middle - start:.1f} s of CPU time to analyze{measuring}\n")
         columns = ("budget", "way", "bits a weight", "expected", "found", subject.divergence, subject.score)
         print(f"| {' | '.join([*columns, 'bits by layer'])} |\n|{'---|' * (len(columns) + 1)}", flush=True)
         searches = []
